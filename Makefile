@@ -1,0 +1,38 @@
+# Every target sets .venv up first; once it is current that takes a moment.
+#
+#   make test ARGS="tests/unit -x"     ARGS goes to the command behind the target
+#   make setup PYTHON=python3.12       builds .venv with another Python
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Make .venv: vLLM for this machine, and this package.
+	@$(PYTHON) tools/setup_environment.py
+
+demo: setup ## Compare vLLM with and without BudgetDraft on a book excerpt.
+	@$(BIN)/budgetdraft demo $(ARGS)
+
+test: setup ## Run the tests, without the slow ones.
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup ## Run the slow tests.
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: setup ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Fix style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove builds and caches; .venv stays.
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

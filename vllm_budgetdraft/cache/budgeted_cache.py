@@ -1,0 +1,121 @@
+"""The draft cache: a fixed number of tokens per slot, however long the context."""
+
+import torch
+from torch import Tensor
+
+from vllm_budgetdraft.cache.page_pool import PagePool
+from vllm_budgetdraft.cache.page_table import PageTable
+
+
+class BudgetedCache:
+    """Keys and values of each slot's kept prompt, recent tokens and drafts.
+
+    A slot's tokens lie in cache order: what was kept of the prompt, then every later
+    token. Position ``p`` of the context that is not evicted lies at cache index
+    ``p - num_evicted[slot]``, which is all the bookkeeping there is: committing
+    accepted tokens and rolling rejected ones back both mean that the next write
+    starts where the verified tokens end.
+
+    Attributes:
+        capacity: tokens per slot, a multiple of the page size.
+        num_evicted: [num_slots] int64, context tokens that the cache dropped.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        num_slots: int,
+        capacity: int,
+        protected_tokens: int,
+    ) -> None:
+        """
+        Args:
+            protected_tokens: first tokens of a slot that ``make_room`` never evicts.
+        """
+        page_size = pool.page_size
+        assert capacity % page_size == 0, (capacity, page_size)
+        device = pool.keys.device
+        self.pool = pool
+        self.page_size = page_size
+        self.capacity = capacity
+        self.pages_per_slot = capacity // page_size
+        self.page_table = PageTable(num_slots, self.pages_per_slot, device)
+        self.num_evicted = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._protected_pages = min(
+            -(-protected_tokens // page_size), self.pages_per_slot - 1
+        )
+        self._held: dict[int, list[int]] = {}
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.pool.num_bytes // (self.pool.num_pages * self.page_size)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        return self.capacity * self.bytes_per_token
+
+    def start_request(self, slot: int) -> None:
+        """Gives an idle slot its pages; its cache is empty.
+
+        Raises:
+            PagePoolExhaustedError: too few pages are free.
+        """
+        assert slot not in self._held, slot
+        pages = self.pool.take(self.pages_per_slot)
+        self._held[slot] = pages
+        self.page_table.assign(slot, pages)
+        self.num_evicted[slot] = 0
+
+    def release_request(self, slot: int) -> None:
+        """Takes a slot's pages back."""
+        self.pool.give_back(self._held.pop(slot))
+
+    def release_all(self) -> None:
+        for slot in list(self._held):
+            self.release_request(slot)
+
+    def load_prompt(self, slot: int, keys: Tensor, values: Tensor, seen: int) -> None:
+        """Fills an empty slot with what the policy kept of its first ``seen`` tokens.
+
+        Args:
+            keys, values: [num_layers, num_kept, num_kv_heads, head_dim].
+        """
+        num_kept = keys.shape[1]
+        assert num_kept <= min(seen, self.capacity), (num_kept, seen, self.capacity)
+        device = self.num_evicted.device
+        indices = torch.arange(num_kept, device=device)[None]
+        slots = torch.tensor([slot], device=device)
+        cells = self.page_table.cells(slots, indices, self.page_size)[0]
+        self.pool.keys.flatten(1, 2).index_copy_(1, cells, keys)
+        self.pool.values.flatten(1, 2).index_copy_(1, cells, values)
+        self.num_evicted[slot] = seen - num_kept
+
+    def make_room(self, slots: Tensor, ends: Tensor, max_growth: int) -> None:
+        """Evicts whole pages where a slot could not hold its context up to ``ends``.
+
+        The oldest unprotected pages go; their page numbers move to the end of the
+        table and are written anew, so that no data moves and no page changes hands.
+
+        Args:
+            slots: [B] int64.
+            ends: [B] int64, positions one past the last that will be written.
+            max_growth: most tokens that a slot can have grown by since the last call.
+        """
+        page_size, first = self.page_size, self._protected_pages
+        num_pages = min(-(-max_growth // page_size), self.pages_per_slot - first)
+        order = torch.arange(self.pages_per_slot, device=slots.device)
+        order[first:] = order[first:].roll(-num_pages)
+        due = ends - self.num_evicted[slots] > self.capacity
+        self.page_table.recycle(slots, due, order)
+        self.num_evicted[slots] += due * (num_pages * page_size)
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError where a page leaked, is held twice, or left its slot."""
+        held = [page for pages in self._held.values() for page in pages]
+        everything = sorted(held + self.pool.free_pages())
+        assert everything == list(range(self.pool.num_pages)), "a page leaked or split"
+        for slot, pages in self._held.items():
+            row = self.page_table.pages[slot].tolist()
+            assert sorted(row) == sorted(pages), f"slot {slot} lists pages of others"
+        assert bool((self.num_evicted >= 0).all()), "a slot evicted below zero"

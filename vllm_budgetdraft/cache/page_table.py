@@ -1,0 +1,41 @@
+"""The pages each slot holds, in order."""
+
+import torch
+from torch import Tensor
+
+
+class PageTable:
+    """Page numbers by slot.
+
+    Attributes:
+        pages: [num_slots, pages_per_slot] int64; row of a slot in the order of its
+            tokens. Rows of released slots are stale.
+    """
+
+    def __init__(
+        self, num_slots: int, pages_per_slot: int, device: torch.device
+    ) -> None:
+        self.pages = torch.zeros(
+            (num_slots, pages_per_slot), dtype=torch.int64, device=device
+        )
+
+    def assign(self, slot: int, pages: list[int]) -> None:
+        self.pages[slot] = torch.tensor(pages, device=self.pages.device)
+
+    def cells(self, slots: Tensor, indices: Tensor, page_size: int) -> Tensor:
+        """Cells (page * page_size + offset) of cache indices.
+
+        Args:
+            slots: [B] int64.
+            indices: [B, T] int64, cache indices of each slot.
+
+        Returns:
+            [B, T] int64.
+        """
+        rows = self.pages[slots]
+        return rows.gather(1, indices // page_size) * page_size + indices % page_size
+
+    def recycle(self, slots: Tensor, due: Tensor, order: Tensor) -> None:
+        """Reorders the pages of the slots that are ``due`` [B] bool by ``order``."""
+        rows = self.pages[slots]
+        self.pages[slots] = torch.where(due[:, None], rows[:, order], rows)

@@ -1,0 +1,140 @@
+"""Hugging Face folder in, Hugging Face folder out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from vllm_budgetdraft.drafter.configuration import read_drafter_config
+from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.errors import UnsupportedDrafterError
+
+#: Our fused projection, and the projections of the folder whose rows it stacks.
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def load_drafter(
+    folder: str | Path,
+    *,
+    max_positions: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Drafter:
+    """Loads a Llama-family drafter, for serving or further training.
+
+    Raises:
+        UnsupportedDrafterError: see ``read_drafter_config``; or the weights are not in
+            safetensors, incomplete, or of other shapes than the config says.
+    """
+    config = read_drafter_config(folder)
+    weights = _read_safetensors(Path(folder))
+    drafter = Drafter(config, max_positions)
+    state = {}
+    for name, parameter in drafter.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            name_in_folder = ["model.embed_tokens.weight"]
+        else:
+            name_in_folder = _names_in_folder(name)
+        missing = [part for part in name_in_folder if part not in weights]
+        if missing:
+            raise UnsupportedDrafterError(f"{folder} lacks the weights {missing}")
+        value = torch.cat([weights[part] for part in name_in_folder])
+        if value.shape != parameter.shape:
+            raise UnsupportedDrafterError(
+                f"{folder}: {name_in_folder} have shape {tuple(value.shape)}, "
+                f"config.json says {tuple(parameter.shape)}"
+            )
+        state[name] = value
+    drafter.load_state_dict(state)
+    # The rotary table stays in float32 until here and is then rounded once.
+    return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def save_drafter(
+    drafter: Drafter,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    tokenizer_from: str | Path | None = None,
+) -> None:
+    """Writes a folder that loads here and as a plain ``transformers`` model.
+
+    Args:
+        tokenizer_from: folder whose tokenizer files are copied along.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config: PretrainedConfig = drafter.config
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    save_file(
+        hugging_face_state_dict(drafter, dtype),
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    for name in TOKENIZER_FILES:
+        source = Path(tokenizer_from or folder) / name
+        if source.is_file() and source.parent != folder:
+            shutil.copyfile(source, folder / name)
+
+
+def hugging_face_state_dict(drafter: Drafter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights under the names and in the parts that ``transformers`` has."""
+    q_rows, kv_rows = (
+        heads * drafter.head_dim for heads in (drafter.num_heads, drafter.num_kv_heads)
+    )
+    state = {}
+    for name, value in drafter.state_dict().items():
+        if name == "lm_head.weight" and drafter.config.tie_word_embeddings:
+            continue
+        parts: tuple[Tensor, ...] = (value,)
+        if "qkv_proj" in name:
+            parts = value.split((q_rows, kv_rows, kv_rows))
+        elif "gate_up_proj" in name:
+            parts = value.chunk(2)
+        for part_name, part in zip(_names_in_folder(name), parts, strict=True):
+            state[part_name] = part.to("cpu", dtype).contiguous()
+    return state
+
+
+def _names_in_folder(name: str) -> list[str]:
+    if name.startswith("lm_head."):
+        return [name]
+    for fused, parts in FUSED.items():
+        if f".{fused}." in name:
+            return [f"model.{name.replace(fused, part)}" for part in parts]
+    return [f"model.{name}"]
+
+
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / shard for shard in sorted(set(shards))]
+    else:
+        files = [folder / "model.safetensors"]
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise UnsupportedDrafterError(
+                f"{file} is missing; drafters are read from safetensors only: convert "
+                "pickled weights with transformers' save_pretrained on a machine that "
+                "trusts them"
+            )
+        try:
+            weights.update(load_file(file))
+        except SafetensorError as error:
+            raise UnsupportedDrafterError(
+                f"{file} is not safetensors: {error}"
+            ) from error
+    return weights

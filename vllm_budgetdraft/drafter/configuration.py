@@ -1,0 +1,91 @@
+"""What the drafter's folder says about the model in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from vllm_budgetdraft.errors import UnsupportedDrafterError
+
+#: Llama-family decoders: RMSNorm, rotary embedding, gated SiLU, grouped queries.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+#: Rotary schemes whose angles do not depend on the length of the input.
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def read_drafter_config(folder: str | Path) -> PretrainedConfig:
+    """Reads and checks ``config.json`` of a drafter.
+
+    Raises:
+        UnsupportedDrafterError: the folder or its config is missing, or the model is
+            not of the Llama family.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UnsupportedDrafterError(
+            f"model={str(folder)!r} holds no config.json; give the folder of a drafter "
+            "in the Hugging Face layout"
+        )
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UnsupportedDrafterError(f"{path} is not JSON: {error}") from error
+    architectures = raw.get("architectures") or []
+    if not set(architectures) & set(ARCHITECTURES):
+        raise UnsupportedDrafterError(
+            f"model={str(folder)!r} is {architectures or 'of no named architecture'}; "
+            f"drafters are one of {', '.join(ARCHITECTURES)}"
+        )
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_drafter_config(config, str(folder))
+    return config
+
+
+def check_drafter_config(config: PretrainedConfig, name: str) -> None:
+    """Raises UnsupportedDrafterError for a feature that the drafter's model lacks."""
+    if config.model_type not in ARCHITECTURES.values():
+        raise UnsupportedDrafterError(
+            f"{name}: model_type={config.model_type!r}; drafters are one of "
+            f"{', '.join(ARCHITECTURES.values())}"
+        )
+    if config.hidden_act != "silu":
+        raise UnsupportedDrafterError(
+            f"{name}: hidden_act={config.hidden_act!r}; drafters use 'silu'"
+        )
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in STATIC_ROPE_TYPES:
+        raise UnsupportedDrafterError(
+            f"{name}: rope_type={rope_type!r} depends on the input's length; drafters "
+            f"use one of {', '.join(STATIC_ROPE_TYPES)}"
+        )
+
+
+def check_vocabulary(config: PretrainedConfig, target_vocab_size: int) -> None:
+    """Raises UnsupportedDrafterError where token ids would mean different tokens."""
+    if config.vocab_size != target_vocab_size:
+        raise UnsupportedDrafterError(
+            f"the drafter's vocab_size={config.vocab_size} differs from the target's "
+            f"{target_vocab_size}; use a drafter trained for this target's tokenizer"
+        )
+
+
+def rotary_frequencies(config: PretrainedConfig) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies [head_dim / 2], and the factor on cos and sin (YaRN)."""
+    # The rotary module of Llama reads nothing that the four families spell differently.
+    rotary = LlamaRotaryEmbedding(config)
+    return rotary.inv_freq.float(), float(rotary.attention_scaling)
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    return (
+        getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )

@@ -1,0 +1,21 @@
+"""The exceptions that users see. Each message names the value, limit and remedy."""
+
+
+class BudgetDraftError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigurationError(BudgetDraftError, ValueError):
+    """A setting is unknown, impossible, or contradicts another one."""
+
+
+class UnsupportedDrafterError(BudgetDraftError, ValueError):
+    """The drafter's folder is missing, of another family, or of another vocabulary."""
+
+
+class UnsupportedVllmError(BudgetDraftError, RuntimeError):
+    """The installed vLLM, or a mode of it, is outside what this package supports."""
+
+
+class PagePoolExhaustedError(BudgetDraftError, RuntimeError):
+    """A request needs pages and none are free."""

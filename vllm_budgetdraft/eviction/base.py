@@ -1,0 +1,47 @@
+"""What an eviction policy is: a choice of positions, blind to pages and models."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_budgetdraft.config import EvictionSettings
+
+
+class EvictionPolicy(Protocol):
+    """Chooses the prompt positions that the draft cache keeps.
+
+    The choice is made per leading index of ``keys`` (layer, sequence, KV head), and
+    is the same code in training and serving. How many positions are kept depends on
+    ``num_tokens`` and ``budget`` alone, so that every layer and head keeps as many.
+    """
+
+    #: Queries per KV-head group that ``select`` reads: the last ones of the prompt.
+    observation_tokens: int
+
+    def __init__(self, settings: EvictionSettings) -> None: ...
+
+    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
+        """Positions to keep, ascending and without repeats.
+
+        Args:
+            keys: [..., num_tokens, head_dim], rotated as the drafter stores them.
+            queries: [..., num_queries, head_dim], the queries of the last
+                ``observation_tokens`` tokens of every query head that shares the KV
+                head; None when ``observation_tokens`` is 0.
+            budget: most positions to keep, in tokens.
+
+        Returns:
+            [..., num_kept] int64, with ``num_kept <= min(budget, num_tokens)``.
+        """
+        ...
+
+    def protected_tokens(self, budget: int) -> int:
+        """First tokens of the cache that a growing generation never pushes out."""
+        ...
+
+
+def all_positions(keys: Tensor) -> Tensor:
+    """Every position of ``keys`` [..., num_tokens, head_dim]: [..., num_tokens]."""
+    positions = torch.arange(keys.shape[-2], device=keys.device)
+    return positions.expand(keys.shape[:-1])

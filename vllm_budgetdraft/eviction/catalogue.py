@@ -1,0 +1,36 @@
+"""Policies by name."""
+
+import importlib
+
+from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.eviction.base import EvictionPolicy
+from vllm_budgetdraft.eviction.chunk_retrieval import ChunkRetrieval
+from vllm_budgetdraft.eviction.keep_all import KeepAll
+from vllm_budgetdraft.eviction.sink_window import SinkWindow
+
+POLICIES: dict[str, type[EvictionPolicy]] = {
+    "chunk_retrieval": ChunkRetrieval,
+    "sink_window": SinkWindow,
+    "keep_all": KeepAll,
+}
+
+
+def make_policy(settings: EvictionSettings) -> EvictionPolicy:
+    """Builds the policy that ``settings.eviction_policy`` names.
+
+    Raises:
+        ConfigurationError: a 'package.module:Class' that cannot be imported.
+    """
+    name = settings.eviction_policy
+    if name in POLICIES:
+        return POLICIES[name](settings)
+    module_name, _, class_name = name.partition(":")
+    try:
+        policy_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(
+            f"eviction_policy={name!r} cannot be imported ({error}); use one of "
+            f"{', '.join(POLICIES)}, or a 'package.module:Class' on the Python path"
+        ) from error
+    return policy_class(settings)

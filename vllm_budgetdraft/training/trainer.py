@@ -1,0 +1,102 @@
+"""Multi-view training of BudgetDraft (https://arxiv.org/abs/2606.00144), section 3."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
+from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.eviction.catalogue import make_policy
+from vllm_budgetdraft.training.arguments import ViewArguments
+from vllm_budgetdraft.training.losses import LOSSES, agreement
+from vllm_budgetdraft.training.views import (
+    PrefixCache,
+    continuation_hidden,
+    read_prefix,
+)
+
+
+class MultiViewLoss(nn.Module):
+    """The drafter's loss on a full view and a sparse view of the same window."""
+
+    def __init__(
+        self, drafter: Drafter, target: PreTrainedModel, views: ViewArguments, seed: int
+    ) -> None:
+        super().__init__()
+        self.drafter = drafter
+        # In a tuple, so that the frozen target is neither trained nor saved.
+        self._target = (target.eval().requires_grad_(False),)
+        self._views = views
+        self._objective = LOSSES[views.objective]
+        self._policy = make_policy(
+            EvictionSettings(eviction_policy=views.eviction_policy)
+        )
+        self._rng = random.Random(seed)
+        self.metrics: dict[str, float] = {}
+
+    def forward(self, input_ids: Tensor, prefix_tokens: int) -> dict[str, Tensor]:
+        """L_A + sparse_weight * L_C, equations 4 to 7.
+
+        Args:
+            input_ids: [B, prefix_tokens + C].
+
+        Returns:
+            ``loss``, a scalar. L_C is 0 where the drawn budget holds the prefix.
+        """
+        with torch.no_grad():
+            target_logits = self._target[0](
+                input_ids, logits_to_keep=input_ids.shape[1] - prefix_tokens
+            ).logits.float()
+        continuation = input_ids[:, prefix_tokens:]
+        prefix = read_prefix(
+            self.drafter, input_ids[:, :prefix_tokens], self._policy.observation_tokens
+        )
+
+        def view_loss(name: str, cache: PrefixCache) -> Tensor:
+            hidden = continuation_hidden(
+                self.drafter, continuation, prefix_tokens, cache
+            )
+            logits = self.drafter.logits(hidden).float()
+            self.metrics[f"agreement_{name}"] = agreement(logits, target_logits).item()
+            return self._objective(logits, target_logits)
+
+        loss = view_loss("full", prefix)
+        budget = self._rng.choices(self._views.budgets, self._views.budget_weights)[0]
+        if budget < prefix_tokens:
+            sparse = prefix.sparse(self._policy, budget)
+            loss = loss + self._views.sparse_weight * view_loss("sparse", sparse)
+        return {"loss": loss}
+
+
+class DrafterTrainer(Trainer):
+    """Trains a ``MultiViewLoss``; its checkpoints are drafter folders."""
+
+    def __init__(self, *args: Any, tokenizer_from: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tokenizer_from = tokenizer_from
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, **self.model.metrics}, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        save_drafter(
+            self.model.drafter,
+            folder,
+            dtype=torch.float32,
+            tokenizer_from=self._tokenizer_from,
+        )
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: Any = None
+    ) -> None:
+        drafter = (model or self.model).drafter
+        stored = load_drafter(
+            resume_from_checkpoint, max_positions=drafter.rotary_table.shape[1]
+        )
+        drafter.load_state_dict(stored.state_dict())

@@ -1,0 +1,1 @@
+"""Every patch of vLLM, one file per vLLM module touched."""

@@ -1,0 +1,71 @@
+"""Which request holds which slot of the proposer."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Holding:
+    """A request's slot, and what its draft cache stands on.
+
+    Attributes:
+        state: vLLM's object for the request; its identity tells a request from another
+            one that reuses its id.
+        num_tokens: context length at the last draft.
+        drafts: tokens drafted then.
+    """
+
+    slot: int
+    state: Any
+    num_tokens: int = 0
+    drafts: list[int] = field(default_factory=list)
+
+    def continues(self, context: Any) -> bool:
+        """Whether ``context`` (token ids) goes on from the last draft.
+
+        The cache then holds all but the last two tokens: those before the last draft,
+        and the drafts that were accepted.
+        """
+        grown = len(context) - self.num_tokens
+        if not 1 <= grown <= len(self.drafts) + 1:
+            return False
+        return self.drafts[: grown - 1] == list(context[self.num_tokens : -1])
+
+
+class RequestSlots:
+    """Slots by request id. Slots outlive rows: preempted requests keep theirs."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._held: dict[str, Holding] = {}
+
+    def get(self, request_id: str, state: Any) -> Holding | None:
+        holding = self._held.get(request_id)
+        return holding if holding and holding.state is state else None
+
+    def take(self, request_id: str, state: Any) -> Holding:
+        """A free slot for a request that holds none; one must be free."""
+        holding = Holding(self._free.pop(), state)
+        self._held[request_id] = holding
+        return holding
+
+    def release(self, request_id: str) -> int:
+        slot = self._held.pop(request_id).slot
+        self._free.append(slot)
+        return slot
+
+    def ended(self, live: Mapping[str, Any]) -> list[str]:
+        """Ids whose request is over, or is another one by now."""
+        return [
+            request_id
+            for request_id, holding in self._held.items()
+            if live.get(request_id) is not holding.state
+        ]
+
+    def idle(self, batch: Collection[str], wanted: int) -> list[str]:
+        """Ids to release, outside ``batch``, so that ``wanted`` slots become free."""
+        missing = wanted - len(self._free)
+        if missing <= 0:
+            return []
+        return [held for held in self._held if held not in batch][:missing]

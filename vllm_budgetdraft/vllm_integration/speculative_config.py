@@ -1,0 +1,73 @@
+"""The SpeculativeConfig that carries our settings to every process."""
+
+from typing import Any
+
+import vllm
+from pydantic import Field
+from vllm.config import SpeculativeConfig
+from vllm.config.utils import config
+
+from vllm_budgetdraft.config import BudgetDraftConfig, parse_speculative_config
+from vllm_budgetdraft.drafter.configuration import (
+    check_vocabulary,
+    read_drafter_config,
+)
+from vllm_budgetdraft.errors import UnsupportedVllmError
+from vllm_budgetdraft.eviction.catalogue import make_policy
+from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
+
+PROPOSER = "vllm_budgetdraft.vllm_integration.runner_v1.BudgetDraftProposer"
+
+
+@config
+class BudgetDraftSpeculativeConfig(SpeculativeConfig):
+    """vLLM's config of a "custom_class" proposer, and ours within.
+
+    A subclass and not ``additional_config``, which enters the hash of the target's
+    compile cache: each other ``kv_budget`` would compile the target anew.
+    """
+
+    budgetdraft: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def settings(self) -> BudgetDraftConfig:
+        return parse_speculative_config(self.budgetdraft)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.budgetdraft.items())
+        return f"SpeculativeConfig(method='budgetdraft', {settings})"
+
+
+def make_config(
+    settings: dict[str, Any], target_model_config: Any, target_parallel_config: Any
+) -> BudgetDraftSpeculativeConfig:
+    """Checks everything that can be checked before the target's weights load.
+
+    Args:
+        settings: the user's speculative config, less ``method``.
+
+    Raises:
+        UnsupportedVllmError: this vLLM, or pipeline parallelism.
+        ConfigurationError, UnsupportedDrafterError: see the called functions.
+    """
+    check_vllm_version(vllm.__version__)
+    ours = parse_speculative_config(settings)
+    stages = target_parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise UnsupportedVllmError(
+            f"pipeline_parallel_size={stages}: vLLM's model runner V1 has no drafter "
+            "on any stage but the last, and fails there under every speculative "
+            "method; use pipeline_parallel_size=1, with tensor parallelism instead"
+        )
+    make_policy(ours)
+    check_vocabulary(
+        read_drafter_config(ours.model), target_model_config.get_vocab_size()
+    )
+    return BudgetDraftSpeculativeConfig(
+        method="custom_class",
+        model=PROPOSER,
+        num_speculative_tokens=ours.num_speculative_tokens,
+        budgetdraft=ours.model_dump(exclude_unset=True),
+        target_model_config=target_model_config,
+        target_parallel_config=target_parallel_config,
+    )
