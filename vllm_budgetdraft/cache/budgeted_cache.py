@@ -111,7 +111,7 @@ class BudgetedCache:
         self.num_evicted[slots] += due * (num_pages * page_size)
 
     def check_invariants(self) -> None:
-        """Raises AssertionError where a page leaked, is held twice, or left its slot."""
+        """Raises AssertionError if a page leaked, is held twice, or left its slot."""
         held = [page for pages in self._held.values() for page in pages]
         everything = sorted(held + self.pool.free_pages())
         assert everything == list(range(self.pool.num_pages)), "a page leaked or split"

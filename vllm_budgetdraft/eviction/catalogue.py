@@ -28,7 +28,8 @@ def make_policy(settings: EvictionSettings) -> EvictionPolicy:
     module_name, _, class_name = name.partition(":")
     try:
         policy_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    # ValueError and TypeError: no module before the colon, or a relative one.
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigurationError(
             f"eviction_policy={name!r} cannot be imported ({error}); use one of "
             f"{', '.join(POLICIES)}, or a 'package.module:Class' on the Python path"

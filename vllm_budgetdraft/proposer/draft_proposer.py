@@ -28,12 +28,14 @@ class MemoryPlan:
     """What the proposer allocates, in bytes; all of it at start-up.
 
     Attributes:
+        bytes_per_token: keys and values of one token, all layers.
         cache_per_request: draft cache of one request, whatever its context.
         full_cache_per_request: the same with every token of ``max_model_len`` kept.
         cache: the whole pool, ``num_slots`` times ``cache_per_request``.
         prompt_scratch: keys and values of the one prompt being read.
     """
 
+    bytes_per_token: int
     cache_per_request: int
     full_cache_per_request: int
     cache: int
@@ -53,11 +55,21 @@ class MemoryPlan:
         per_token = 2 * heads * head_dim(drafter) * dtype.itemsize
         per_request = config.cache_capacity(max_model_len) * per_token
         return cls(
+            bytes_per_token=per_token,
             cache_per_request=per_request,
             full_cache_per_request=max_model_len * per_token,
             cache=num_slots * per_request,
             prompt_scratch=max_model_len * per_token,
         )
+
+
+def resolve_dtype(
+    config: BudgetDraftConfig, device_type: str, target_dtype: torch.dtype
+) -> torch.dtype:
+    """What ``draft_dtype`` means on a device."""
+    if config.draft_dtype != "auto":
+        return getattr(torch, config.draft_dtype)
+    return torch.float32 if device_type == "cpu" else target_dtype
 
 
 class DraftProposer:
@@ -215,6 +227,7 @@ class DraftProposer:
     def warm_up(self) -> None:
         """Runs every operation once, on slot 0, which must be idle."""
         length = min(self.config.draft_prefill_chunk, self.prompt.keys.shape[1])
+        length = max(length, FIRST_WIDTH)  # no context that drafts is shorter
         tokens = torch.zeros(length, dtype=torch.int64, device=self.device)
         slots = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.start_request(0)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from vllm_budgetdraft.training.losses import IGNORED
+
 #: Characters cut per token wanted; English needs about four.
 CHARACTERS_PER_TOKEN = 6
 
@@ -51,13 +53,15 @@ def read_books(pattern: str) -> list[str]:
 class TokenWindows(IterableDataset):
     """Endless random windows of one prefix and one continuation.
 
-    Every window of a batch has the same prefix length. A window is the end of a stored
-    continuation with its prompt, with probability ``on_policy_fraction``, else a
-    passage of a random book.
+    Every window of a batch has the same prefix length and the same source: with
+    probability ``on_policy_fraction`` the ends of stored greedy continuations with
+    their prompts, else passages of random books.
 
     Yields:
         ``input_ids``: [prefix + continuation] int64.
         ``prefix_tokens``: int.
+        ``labels``: [continuation] int64, on-policy windows only: the next tokens, which
+            the target chose.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class TokenWindows(IterableDataset):
             self._records = [
                 record["prompt"] + record["continuation"]
                 for record in read_json_lines(continuations)
+                if len(record["continuation"]) >= continuation_tokens
             ]
 
     def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
@@ -92,12 +97,19 @@ class TokenWindows(IterableDataset):
             prefix = rng.choice(self._prefix_tokens)
             length = prefix + self._continuation_tokens
             records = [r for r in self._records if len(r) >= length]
+            on_policy = bool(records) and rng.random() < self._on_policy_fraction
             for _ in range(self._batch_size):
-                if records and rng.random() < self._on_policy_fraction:
-                    window = rng.choice(records)[-length:]
-                else:
-                    window = self._passage(rng, length)
-                yield {"input_ids": torch.tensor(window), "prefix_tokens": prefix}
+                if not on_policy:
+                    passage = torch.tensor(self._passage(rng, length))
+                    yield {"input_ids": passage, "prefix_tokens": prefix}
+                    continue
+                window = torch.tensor(rng.choice(records)[-length:])
+                labels = torch.cat([window[prefix + 1 :], torch.tensor([IGNORED])])
+                yield {
+                    "input_ids": window,
+                    "prefix_tokens": prefix,
+                    "labels": labels,
+                }
 
     def _passage(self, rng: random.Random, length: int) -> list[int]:
         characters = CHARACTERS_PER_TOKEN * length
@@ -112,11 +124,11 @@ class TokenWindows(IterableDataset):
 
 
 def collate(examples: list[dict]) -> dict[str, Tensor | int]:
-    """``input_ids`` [B, T] and the ``prefix_tokens`` they share."""
-    return {
-        "input_ids": torch.stack([example["input_ids"] for example in examples]),
-        "prefix_tokens": examples[0]["prefix_tokens"],
-    }
+    """A batch: tensors are stacked, ``prefix_tokens`` is what they share."""
+    batch = {"prefix_tokens": examples[0]["prefix_tokens"]}
+    for key in examples[0].keys() - {"prefix_tokens"}:
+        batch[key] = torch.stack([example[key] for example in examples])
+    return batch
 
 
 def write_run_files(folder: Path, arguments: dict, command: str) -> None:

@@ -1,17 +1,21 @@
 """Distances between the drafter's predictions and the target's.
 
-Each takes the drafter's and the target's logits, [..., vocab_size] float32, and returns
-the mean over positions.
+Logits are [..., vocab_size] float32, labels [...] int64; the mean is over positions,
+and labels of ``IGNORED`` count for nothing.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Label of a position without one, as ``torch`` and ``transformers`` have it.
+IGNORED = -100
 
-def ce_loss(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """-log p_S(argmax p_L): BudgetDraft, equations 5 and 6."""
-    labels = target_logits.argmax(-1)
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+def ce_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p_S(x*), with x* the target's argmax: BudgetDraft, equations 5 and 6."""
+    return F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED
+    )
 
 
 def kl_loss(logits: Tensor, target_logits: Tensor) -> Tensor:
@@ -24,9 +28,7 @@ def kl_loss(logits: Tensor, target_logits: Tensor) -> Tensor:
     )
 
 
-LOSSES = {"ce": ce_loss, "kl": kl_loss}
-
-
-def agreement(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Share of positions where both argmaxes agree: greedy acceptance per token."""
-    return (logits.argmax(-1) == target_logits.argmax(-1)).float().mean()
+def agreement(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of positions where the argmax is the label: greedy acceptance per token."""
+    labelled = labels != IGNORED
+    return (logits.argmax(-1) == labels)[labelled].float().mean()

@@ -13,7 +13,7 @@ from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.arguments import ViewArguments
-from vllm_budgetdraft.training.losses import LOSSES, agreement
+from vllm_budgetdraft.training.losses import agreement, ce_loss, kl_loss
 from vllm_budgetdraft.training.views import (
     PrefixCache,
     continuation_hidden,
@@ -32,26 +32,29 @@ class MultiViewLoss(nn.Module):
         # In a tuple, so that the frozen target is neither trained nor saved.
         self._target = (target.eval().requires_grad_(False),)
         self._views = views
-        self._objective = LOSSES[views.objective]
         self._policy = make_policy(
             EvictionSettings(eviction_policy=views.eviction_policy)
         )
         self._rng = random.Random(seed)
         self.metrics: dict[str, float] = {}
 
-    def forward(self, input_ids: Tensor, prefix_tokens: int) -> dict[str, Tensor]:
+    def forward(
+        self, input_ids: Tensor, prefix_tokens: int, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """L_A + sparse_weight * L_C, equations 4 to 7.
 
         Args:
             input_ids: [B, prefix_tokens + C].
+            labels: [B, C], the target's next token after each of the continuation,
+                where known beforehand: objective "ce" then spares the target's pass.
 
         Returns:
             ``loss``, a scalar. L_C is 0 where the drawn budget holds the prefix.
         """
-        with torch.no_grad():
-            target_logits = self._target[0](
-                input_ids, logits_to_keep=input_ids.shape[1] - prefix_tokens
-            ).logits.float()
+        by_label = self._views.objective == "ce"
+        if labels is None or not by_label:
+            target_logits = self._target_logits(input_ids, prefix_tokens)
+            labels = target_logits.argmax(-1)
         continuation = input_ids[:, prefix_tokens:]
         prefix = read_prefix(
             self.drafter, input_ids[:, :prefix_tokens], self._policy.observation_tokens
@@ -62,8 +65,10 @@ class MultiViewLoss(nn.Module):
                 self.drafter, continuation, prefix_tokens, cache
             )
             logits = self.drafter.logits(hidden).float()
-            self.metrics[f"agreement_{name}"] = agreement(logits, target_logits).item()
-            return self._objective(logits, target_logits)
+            self.metrics[f"agreement_{name}"] = agreement(logits, labels).item()
+            if by_label:
+                return ce_loss(logits, labels)
+            return kl_loss(logits, target_logits)
 
         loss = view_loss("full", prefix)
         budget = self._rng.choices(self._views.budgets, self._views.budget_weights)[0]
@@ -71,6 +76,12 @@ class MultiViewLoss(nn.Module):
             sparse = prefix.sparse(self._policy, budget)
             loss = loss + self._views.sparse_weight * view_loss("sparse", sparse)
         return {"loss": loss}
+
+    @torch.no_grad()
+    def _target_logits(self, input_ids: Tensor, prefix_tokens: int) -> Tensor:
+        """The target's logits on the continuation, [B, C, vocab_size] float32."""
+        kept = input_ids.shape[1] - prefix_tokens
+        return self._target[0](input_ids, logits_to_keep=kept).logits.float()
 
 
 class DrafterTrainer(Trainer):

@@ -12,6 +12,7 @@ from vllm_budgetdraft.proposer.draft_proposer import (
     FIRST_WIDTH,
     DraftProposer,
     MemoryPlan,
+    resolve_dtype,
 )
 from vllm_budgetdraft.vllm_integration.patches import runner_v1
 from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
@@ -40,7 +41,7 @@ class BudgetDraftProposer:
     def load_model(self, target: nn.Module) -> None:
         """Allocates everything: only what lives after this does vLLM count as used."""
         device = next(target.parameters()).device
-        dtype = self._dtype(device)
+        dtype = resolve_dtype(self._config, device.type, self._target_dtype)
         self._core = DraftProposer.build(
             self._config,
             num_slots=self._num_slots,
@@ -151,11 +152,6 @@ class BudgetDraftProposer:
             )
         self._core.release_all()
         self._slots = RequestSlots(self._num_slots)
-
-    def _dtype(self, device: torch.device) -> torch.dtype:
-        if self._config.draft_dtype != "auto":
-            return getattr(torch, self._config.draft_dtype)
-        return torch.float32 if device.type == "cpu" else self._target_dtype
 
     def _log_memory(self, dtype: torch.dtype) -> None:
         core, mib = self._core, 2**20

