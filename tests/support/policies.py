@@ -1,0 +1,25 @@
+"""Policies that a user might bring."""
+
+import torch
+from torch import Tensor
+
+from vllm_budgetdraft.config import EvictionSettings
+
+
+class EverySecond:
+    """Keeps the budget's share of even positions, the latest of them."""
+
+    observation_tokens = 0
+
+    def __init__(self, settings: EvictionSettings) -> None:
+        self.settings = settings
+
+    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
+        even = torch.arange(0, keys.shape[-2], 2)[-budget:]
+        return even.expand(*keys.shape[:-2], -1)
+
+    def protected_tokens(self, budget: int) -> int:
+        return budget
+
+
+EVERY_SECOND = f"{__name__}:EverySecond"
