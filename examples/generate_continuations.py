@@ -11,7 +11,6 @@ Hardware: 2 CPU cores. Time and result: see the drafter's model card.
 """
 
 import argparse
-import glob
 import json
 import random
 
@@ -34,9 +33,7 @@ def main() -> None:
 
     rng = random.Random(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    texts = [
-        text for path in sorted(glob.glob(args.books)) for text in read_books(path)
-    ]
+    texts = read_books(args.books)
     lengths = []
     for part in args.prompts.split(","):
         length, count = map(int, part.split(":"))

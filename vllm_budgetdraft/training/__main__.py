@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils.data import default_collate
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,7 +24,7 @@ from vllm_budgetdraft.training.arguments import (
     DrafterArguments,
     ViewArguments,
 )
-from vllm_budgetdraft.training.data import TokenWindows, collate, write_run_files
+from vllm_budgetdraft.training.data import TokenWindows, write_run_files
 from vllm_budgetdraft.training.trainer import DrafterTrainer, MultiViewLoss
 
 
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         model=MultiViewLoss(drafter, target, view_args, training_args.seed),
         args=training_args,
         train_dataset=windows,
-        data_collator=collate,
+        data_collator=default_collate,
         tokenizer_from=drafter_args.target,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -16,6 +16,8 @@ from vllm_budgetdraft.training.losses import IGNORED
 
 #: Characters cut per token wanted; English needs about four.
 CHARACTERS_PER_TOKEN = 6
+#: Passages drawn in a row that may be too short before the books are held to be.
+MAX_DRAWS = 1000
 
 
 def unwrap(text: str) -> str:
@@ -58,10 +60,10 @@ class TokenWindows(IterableDataset):
     their prompts, else passages of random books.
 
     Yields:
-        ``input_ids``: [prefix + continuation] int64.
-        ``prefix_tokens``: int.
-        ``labels``: [continuation] int64, on-policy windows only: the next tokens, which
-            the target chose.
+        ``prefix_ids``: [P] int64.
+        ``continuation_ids``: [C] int64.
+        ``labels``: [C] int64, on-policy windows only: the next tokens, which the target
+            chose.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class TokenWindows(IterableDataset):
                 if len(record["continuation"]) >= continuation_tokens
             ]
 
-    def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         rng = random.Random(self._seed)
         while True:
             prefix = rng.choice(self._prefix_tokens)
@@ -99,21 +101,22 @@ class TokenWindows(IterableDataset):
             records = [r for r in self._records if len(r) >= length]
             on_policy = bool(records) and rng.random() < self._on_policy_fraction
             for _ in range(self._batch_size):
-                if not on_policy:
-                    passage = torch.tensor(self._passage(rng, length))
-                    yield {"input_ids": passage, "prefix_tokens": prefix}
-                    continue
-                window = torch.tensor(rng.choice(records)[-length:])
-                labels = torch.cat([window[prefix + 1 :], torch.tensor([IGNORED])])
-                yield {
-                    "input_ids": window,
-                    "prefix_tokens": prefix,
-                    "labels": labels,
+                if on_policy:
+                    window = torch.tensor(rng.choice(records)[-length:])
+                else:
+                    window = torch.tensor(self._passage(rng, length))
+                example = {
+                    "prefix_ids": window[:prefix],
+                    "continuation_ids": window[prefix:],
                 }
+                if on_policy:
+                    unknown = torch.tensor([IGNORED])
+                    example["labels"] = torch.cat([window[prefix + 1 :], unknown])
+                yield example
 
     def _passage(self, rng: random.Random, length: int) -> list[int]:
         characters = CHARACTERS_PER_TOKEN * length
-        while True:
+        for _ in range(MAX_DRAWS):
             book = rng.choice(self._books)
             start = rng.randrange(max(1, len(book) - characters))
             tokens = self._tokenizer(
@@ -121,14 +124,10 @@ class TokenWindows(IterableDataset):
             )["input_ids"]
             if len(tokens) >= length:
                 return tokens[:length]
-
-
-def collate(examples: list[dict]) -> dict[str, Tensor | int]:
-    """A batch: tensors are stacked, ``prefix_tokens`` is what they share."""
-    batch = {"prefix_tokens": examples[0]["prefix_tokens"]}
-    for key in examples[0].keys() - {"prefix_tokens"}:
-        batch[key] = torch.stack([example[key] for example in examples])
-    return batch
+        raise ValueError(
+            f"no passage of {length} tokens in {MAX_DRAWS} draws of a book; give "
+            "longer books, or lower prefix_tokens or continuation_tokens"
+        )
 
 
 def write_run_files(folder: Path, arguments: dict, command: str) -> None:

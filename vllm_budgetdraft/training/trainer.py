@@ -39,12 +39,16 @@ class MultiViewLoss(nn.Module):
         self.metrics: dict[str, float] = {}
 
     def forward(
-        self, input_ids: Tensor, prefix_tokens: int, labels: Tensor | None = None
+        self,
+        prefix_ids: Tensor,
+        continuation_ids: Tensor,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """L_A + sparse_weight * L_C, equations 4 to 7.
 
         Args:
-            input_ids: [B, prefix_tokens + C].
+            prefix_ids: [B, P].
+            continuation_ids: [B, C].
             labels: [B, C], the target's next token after each of the continuation,
                 where known beforehand: objective "ce" then spares the target's pass.
 
@@ -53,16 +57,14 @@ class MultiViewLoss(nn.Module):
         """
         by_label = self._views.objective == "ce"
         if labels is None or not by_label:
-            target_logits = self._target_logits(input_ids, prefix_tokens)
+            target_logits = self._target_logits(prefix_ids, continuation_ids)
             labels = target_logits.argmax(-1)
-        continuation = input_ids[:, prefix_tokens:]
-        prefix = read_prefix(
-            self.drafter, input_ids[:, :prefix_tokens], self._policy.observation_tokens
-        )
+        prefix_tokens = prefix_ids.shape[1]
+        prefix = read_prefix(self.drafter, prefix_ids, self._policy.observation_tokens)
 
         def view_loss(name: str, cache: PrefixCache) -> Tensor:
             hidden = continuation_hidden(
-                self.drafter, continuation, prefix_tokens, cache
+                self.drafter, continuation_ids, prefix_tokens, cache
             )
             logits = self.drafter.logits(hidden).float()
             self.metrics[f"agreement_{name}"] = agreement(logits, labels).item()
@@ -78,10 +80,11 @@ class MultiViewLoss(nn.Module):
         return {"loss": loss}
 
     @torch.no_grad()
-    def _target_logits(self, input_ids: Tensor, prefix_tokens: int) -> Tensor:
+    def _target_logits(self, prefix_ids: Tensor, continuation_ids: Tensor) -> Tensor:
         """The target's logits on the continuation, [B, C, vocab_size] float32."""
-        kept = input_ids.shape[1] - prefix_tokens
-        return self._target[0](input_ids, logits_to_keep=kept).logits.float()
+        tokens = torch.cat([prefix_ids, continuation_ids], dim=1)
+        kept = continuation_ids.shape[1]
+        return self._target[0](tokens, logits_to_keep=kept).logits.float()
 
 
 class DrafterTrainer(Trainer):

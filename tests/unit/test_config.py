@@ -1,0 +1,131 @@
+import pytest
+
+from vllm_budgetdraft.config import BudgetDraftConfig, parse_speculative_config
+from vllm_budgetdraft.errors import ConfigurationError
+
+VALID = {"model": "drafter", "num_speculative_tokens": 4}
+
+
+def settings(**changes):
+    return parse_speculative_config({**VALID, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions"),
+    [
+        pytest.param(
+            {"kv_bugdet": 512},
+            ["unknown key 'kv_bugdet'", "512", "kv_budget, recent_window"],
+            id="unknown_key",
+        ),
+        pytest.param(
+            {"eviction_policy": "lru"},
+            ["eviction_policy", "'lru'", "chunk_retrieval", "package.module:Class"],
+            id="unknown_policy",
+        ),
+        pytest.param(
+            {"kv_budget": 15},
+            ["kv_budget=15", "below 16", "raise kv_budget or lower sink_tokens"],
+            id="budget_below_sinks_and_one_chunk",
+        ),
+        pytest.param(
+            {"kv_budget": 40, "sink_tokens": 33},
+            ["kv_budget=40", "below 48", "sink_tokens=33", "chunk_size=8"],
+            id="budget_below_whole_sink_chunks",
+        ),
+        pytest.param(
+            {"kv_budget": 40, "sink_tokens": 33, "eviction_policy": "sink_window"},
+            ["kv_budget=40", "below 41", "sink_tokens=33"],
+            id="budget_below_sink_window",
+        ),
+        pytest.param(
+            {"num_speculative_tokens": 0},
+            ["num_speculative_tokens=0", "greater than or equal to 1"],
+            id="no_drafts",
+        ),
+        pytest.param(
+            {"recent_window": 35},
+            ["recent_window=35", "below 36", "page_size=16", "raise recent_window"],
+            id="recent_window_too_small",
+        ),
+        pytest.param(
+            {"chunk_score": "mean"},
+            ["chunk_score='mean'", "'last_key' or 'last_queries'"],
+            id="unknown_score",
+        ),
+        pytest.param(
+            {"page_size": "sixteen"},
+            ["page_size='sixteen'", "valid integer"],
+            id="not_a_number",
+        ),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_with_value_limit_and_remedy(
+    changes, mentions
+):
+    with pytest.raises(ConfigurationError) as refusal:
+        settings(**changes)
+    for part in mentions:
+        assert part in str(refusal.value)
+
+
+def test_a_missing_model_is_named():
+    with pytest.raises(ConfigurationError, match="key 'model' is missing; set it"):
+        parse_speculative_config({"num_speculative_tokens": 4})
+
+
+def test_every_wrong_key_is_named_at_once():
+    with pytest.raises(ConfigurationError) as refusal:
+        settings(kv_bugdet=1, page_sise=2, num_speculative_tokens=0)
+    for key in ("kv_bugdet", "page_sise", "num_speculative_tokens"):
+        assert key in str(refusal.value)
+
+
+def test_the_smallest_sizes_that_are_not_refused_are_accepted():
+    config = settings(kv_budget=16, recent_window=36)
+    assert (config.kv_budget, config.recent_window) == (16, 36)
+
+
+def test_keep_all_takes_any_budget():
+    assert settings(eviction_policy="keep_all", kv_budget=1).kv_budget == 1
+
+
+def test_a_class_of_the_user_is_accepted_by_name():
+    name = "my_package.policies:Mine"
+    assert settings(eviction_policy=name).eviction_policy == name
+
+
+def test_settings_cannot_change_after_they_were_checked():
+    with pytest.raises(ValueError, match="frozen"):
+        settings().kv_budget = 1
+
+
+def test_every_setting_is_described():
+    for name, field in BudgetDraftConfig.model_fields.items():
+        assert field.description, name
+
+
+# By hand: the tokens kept, one slot for each draft but the last, two for the first
+# tokens fed, rounded up to whole pages.
+@pytest.mark.parametrize(
+    ("changes", "max_model_len", "capacity"),
+    [
+        ({}, 100_000, 784),  # 512 + 256 + 5 = 773
+        ({"page_size": 8}, 100_000, 776),
+        ({"kv_budget": 500, "recent_window": 99, "page_size": 13}, 100_000, 611),  # 604
+        ({"num_speculative_tokens": 100}, 100_000, 880),  # 512 + 256 + 101 = 869
+        ({}, 300, 320),  # a context of 300 and 5
+        ({"eviction_policy": "keep_all"}, 300, 320),
+        ({"eviction_policy": "keep_all"}, 100_000, 100_016),
+        ({"eviction_policy": "keep_all", "kv_budget": 1}, 4_096, 4_112),
+    ],
+)
+def test_cache_capacity_is_what_is_kept_and_the_draft_slots_in_whole_pages(
+    changes, max_model_len, capacity
+):
+    assert settings(**changes).cache_capacity(max_model_len) == capacity
+
+
+def test_cache_capacity_does_not_grow_with_the_context():
+    config = settings()
+    assert config.cache_capacity(1_000) == config.cache_capacity(1_000_000)

@@ -1,0 +1,219 @@
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.policies import EVERY_SECOND, EverySecond
+from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.eviction.catalogue import POLICIES, make_policy
+
+LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 3, 2, 10
+
+SETTINGS = {
+    "chunk_retrieval": {},
+    "chunk_retrieval_without_local": {"local_tokens": 0},
+    "chunk_retrieval_of_odd_chunks": {"chunk_size": 5, "sink_tokens": 13},
+    "chunk_retrieval_without_sinks": {"sink_tokens": 0},
+    "chunk_retrieval_by_queries": {"chunk_score": "last_queries"},
+    "sink_window": {"eviction_policy": "sink_window"},
+    "sink_window_without_sinks": {"eviction_policy": "sink_window", "sink_tokens": 0},
+    "keep_all": {"eviction_policy": "keep_all"},
+}
+every_setting = pytest.mark.parametrize(
+    "settings",
+    [EvictionSettings(**settings) for settings in SETTINGS.values()],
+    ids=SETTINGS.keys(),
+)
+
+
+def random_prompt(num_tokens: int, observation_tokens: int, seed: int = 0):
+    """Keys [layers, KV heads, tokens, D], and the last queries or None."""
+    torch.manual_seed(seed)
+    keys = torch.randn(LAYERS, KV_HEADS, num_tokens, HEAD_DIM)
+    if not observation_tokens:
+        return keys, None
+    num_queries = GROUP * min(observation_tokens, num_tokens)
+    return keys, torch.randn(LAYERS, KV_HEADS, num_queries, HEAD_DIM)
+
+
+def select(settings: EvictionSettings, num_tokens: int, budget: int) -> Tensor:
+    policy = make_policy(settings)
+    keys, queries = random_prompt(num_tokens, policy.observation_tokens)
+    return policy.select(keys, queries, budget)
+
+
+def test_every_built_in_policy_is_in_the_matrix():
+    tested = {EvictionSettings(**s).eviction_policy for s in SETTINGS.values()}
+    assert tested == set(POLICIES)
+
+
+@every_setting
+@pytest.mark.parametrize("num_tokens", [1, 7, 63, 100, 513, 4001])
+@pytest.mark.parametrize("above_minimum", [0, 1, 9, 47, 240, 497])
+def test_kept_positions_ascend_and_fit_the_budget(settings, num_tokens, above_minimum):
+    budget = settings.min_budget + above_minimum
+    kept = select(settings, num_tokens, budget)
+    assert kept.dtype == torch.int64
+    assert kept.shape[:2] == (LAYERS, KV_HEADS)
+    assert (kept.diff() > 0).all()
+    assert kept.min() >= 0 and kept.max() < num_tokens
+    if settings.eviction_policy == "keep_all" or num_tokens <= budget:
+        assert kept.shape[2] == num_tokens
+    else:
+        # Whole chunks are kept, so that up to one chunk of the budget is unused.
+        assert budget - settings.chunk_size < kept.shape[2] <= budget
+        assert (kept[..., : settings.sink_tokens] < settings.sink_tokens).all()
+
+
+@every_setting
+def test_as_many_are_kept_whatever_the_keys(settings):
+    policy = make_policy(settings)
+    counts = {
+        policy.select(*random_prompt(777, policy.observation_tokens, seed), 200).shape
+        for seed in range(5)
+    }
+    assert len(counts) == 1
+
+
+@every_setting
+def test_a_head_is_served_alike_alone_and_among_others(settings):
+    policy = make_policy(settings)
+    keys, queries = random_prompt(777, policy.observation_tokens)
+    together = policy.select(keys, queries, 200)
+    for head in range(KV_HEADS):
+        own = None if queries is None else queries[1, head]
+        assert torch.equal(policy.select(keys[1, head], own, 200), together[1, head])
+
+
+def slow_chunk_retrieval(
+    keys: Tensor,
+    queries: Tensor | None,
+    *,
+    budget: int,
+    sinks: int,
+    local: int,
+    size: int = 8,
+) -> list[int]:
+    """Positions that one head keeps of keys [num_tokens, D], spelled out."""
+    num_tokens = len(keys)
+    # The local window holds whole chunks, half of what the sinks leave at most.
+    local = min(local, (budget - sinks) // 2) // size * size
+    chunks = []
+    start = sinks
+    while start + size <= num_tokens - local:
+        chunks.append(list(range(start, start + size)))
+        start += size
+    tail = list(range(start, num_tokens))
+
+    def attention(query: Tensor) -> Tensor:
+        logits = torch.stack([query @ key for key in keys]) / HEAD_DIM**0.5
+        return logits.exp() / logits.exp().sum()
+
+    if queries is None:
+        scores = [float(keys[chunk].mean(0) @ keys[-1]) for chunk in chunks]
+    else:
+        weights = sum(attention(query) for query in queries)
+        scores = [float(weights[chunk].sum()) for chunk in chunks]
+    room = (budget - sinks - len(tail)) // size
+    best = sorted(range(len(chunks)), key=lambda i: scores[i])[len(chunks) - room :]
+    chosen = [position for i in sorted(best) for position in chunks[i]]
+    return [*range(sinks), *chosen, *tail]
+
+
+@pytest.mark.parametrize("score", ["last_key", "last_queries"])
+@pytest.mark.parametrize(
+    ("num_tokens", "budget", "sink_tokens", "sinks", "local"),
+    [
+        (100, 64, 8, 8, 16),
+        (101, 64, 8, 8, 16),
+        (107, 63, 8, 8, 100),
+        (167, 90, 9, 16, 64),
+        (65, 64, 8, 8, 0),
+        (200, 17, 8, 8, 64),
+        (90, 50, 0, 0, 8),
+    ],
+)
+def test_chunk_retrieval_keeps_what_its_description_says(
+    score, num_tokens, budget, sink_tokens, sinks, local
+):
+    policy = make_policy(
+        EvictionSettings(chunk_score=score, sink_tokens=sink_tokens, local_tokens=local)
+    )
+    keys, queries = random_prompt(num_tokens, policy.observation_tokens)
+    kept = policy.select(keys, queries, budget)
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            expected = slow_chunk_retrieval(
+                keys[layer, head],
+                None if queries is None else queries[layer, head],
+                budget=budget,
+                sinks=sinks,
+                local=local,
+            )
+            assert kept[layer, head].tolist() == expected
+
+
+@pytest.mark.parametrize("score", ["last_key", "last_queries"])
+def test_chunk_retrieval_keeps_the_first_chunk_however_badly_it_scores(score):
+    policy = make_policy(EvictionSettings(chunk_score=score))
+    keys, queries = random_prompt(400, policy.observation_tokens)
+    keys[..., :8, :] = -100 * keys[..., -1:, :]
+    if queries is not None:
+        queries[:] = keys[..., -1:, :]
+    kept = policy.select(keys, queries, 64)
+    assert torch.equal(kept[..., :8], torch.arange(8).expand(LAYERS, KV_HEADS, -1))
+
+
+@pytest.mark.parametrize("score", ["last_key", "last_queries"])
+def test_chunk_retrieval_keeps_for_each_head_the_chunk_that_it_looks_for(score):
+    policy = make_policy(EvictionSettings(chunk_score=score))
+    keys, queries = random_prompt(400, policy.observation_tokens)
+    wanted = torch.tensor([[5, 17, 30], [8, 9, 40]])
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            start = 8 * int(wanted[layer, head])
+            keys[layer, head, start : start + 8] = 5 * keys[layer, head, -1]
+            if queries is not None:
+                queries[layer, head] = keys[layer, head, -1]
+    kept = policy.select(keys, queries, 32)
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            start = 8 * int(wanted[layer, head])
+            chunk = set(range(start, start + 8))
+            assert chunk <= set(kept[layer, head].tolist())
+
+
+def test_chunk_retrieval_gives_local_tokens_at_most_half_of_what_the_sinks_leave():
+    kept = select(EvictionSettings(local_tokens=1000), 800, budget=8 + 64)[0, 0]
+    assert kept[-32:].tolist() == list(range(768, 800))
+    assert kept[-33] < 760
+
+
+def test_sink_window_keeps_the_sinks_and_the_latest():
+    settings = EvictionSettings(eviction_policy="sink_window", sink_tokens=4)
+    expected = [0, 1, 2, 3, *range(1000 - 46, 1000)]
+    assert select(settings, 1000, budget=50)[1, 2].tolist() == expected
+
+
+def test_a_policy_of_the_user_is_built_with_the_settings():
+    settings = EvictionSettings(eviction_policy=EVERY_SECOND, sink_tokens=3)
+    policy = make_policy(settings)
+    assert isinstance(policy, EverySecond)
+    assert policy.settings == settings
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "no_such_package.policies:Mine",
+        "tests.support.policies:NoSuchClass",
+        "tests.support.policies:",
+        ":EverySecond",
+        ".policies:EverySecond",
+    ],
+)
+def test_a_policy_that_cannot_be_imported_is_refused_by_name(name):
+    with pytest.raises(ConfigurationError) as refusal:
+        make_policy(EvictionSettings(eviction_policy=name))
+    for part in (f"eviction_policy={name!r}", "keep_all", "package.module:Class"):
+        assert part in str(refusal.value)
