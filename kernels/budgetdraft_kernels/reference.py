@@ -34,8 +34,9 @@ def paged_cache_write(
         key_pages, value_pages: [num_pages, P, G, D].
         cells: [B * W] int64, page * P + offset in the page.
     """
-    key_pages.flatten(0, 1).index_copy_(0, cells, keys.flatten(0, 1))
-    value_pages.flatten(0, 1).index_copy_(0, cells, values.flatten(0, 1))
+    shape = (-1, *key_pages.shape[2:])
+    key_pages.view(shape).index_copy_(0, cells, keys.reshape(shape))
+    value_pages.view(shape).index_copy_(0, cells, values.reshape(shape))
 
 
 def paged_sparse_attention(
@@ -60,25 +61,27 @@ def paged_sparse_attention(
     num_requests, width, num_heads, head_dim = queries.shape
     num_kv_heads = key_pages.shape[2]
 
-    def gather(pages: Tensor) -> Tensor:
-        held = pages.index_select(0, page_table.flatten())
-        return held.view(num_requests, -1, num_kv_heads, head_dim).transpose(1, 2)
-
-    # The query heads that share a KV head become rows of one product.
-    rows = (
-        queries.view(num_requests, width, num_kv_heads, -1, head_dim)
-        .permute(0, 2, 3, 1, 4)
-        .flatten(2, 3)
-    )
     num_cells = page_table.shape[1] * key_pages.shape[1]
+    held = page_table.view(-1)
+
+    def gather(pages: Tensor) -> Tensor:
+        shape = (num_requests, num_cells, num_kv_heads, head_dim)
+        return pages.index_select(0, held).view(shape).transpose(1, 2)
+
+    # The query heads that share a KV head become rows of one product: [B, G, rows, D],
+    # a query token's heads side by side.
+    rows = (
+        queries.reshape(num_requests, width, num_kv_heads, -1, head_dim)
+        .transpose(1, 2)
+        .reshape(num_requests, num_kv_heads, -1, head_dim)
+    )
     visible = torch.arange(num_cells, device=lengths.device) < lengths[..., None]
-    groups = (num_requests, num_heads // num_kv_heads, width, num_cells)
-    mask = visible[:, None].expand(groups).flatten(1, 2)[:, None]
+    if width > 1:
+        visible = visible.repeat_interleave(num_heads // num_kv_heads, dim=1)
     out = F.scaled_dot_product_attention(
-        rows, gather(key_pages), gather(value_pages), attn_mask=mask
+        rows, gather(key_pages), gather(value_pages), attn_mask=visible[:, None]
     )
-    return (
-        out.view(num_requests, num_kv_heads, -1, width, head_dim)
-        .permute(0, 3, 1, 2, 4)
-        .reshape(num_requests, width, num_heads, head_dim)
-    )
+    if width > 1:
+        grouped = (num_requests, num_kv_heads, width, -1, head_dim)
+        out = out.view(grouped).transpose(1, 2)
+    return out.reshape(queries.shape)

@@ -30,7 +30,7 @@ def train(inputs: Path, output: Path, *more: str, steps: int) -> None:
         --num_attention_heads 6 --num_key_value_heads 2
         --prefix_tokens 40 --continuation_tokens 24
         --budgets 24 --budget_weights 1
-        --per_device_train_batch_size 8 --learning_rate 0.04 --max_steps {steps}
+        --per_device_train_batch_size 8 --learning_rate 0.02 --max_steps {steps}
         --lr_scheduler_type constant --logging_steps 1 --save_steps 2
         --report_to none --disable_tqdm true --use_cpu --output_dir {output}
     """
@@ -71,7 +71,7 @@ def test_a_trained_folder_loads_here_and_in_transformers_alike(trained, inputs):
 
 def test_a_run_leaves_what_is_needed_to_repeat_it(trained):
     arguments = json.loads((trained / "run.json").read_text())
-    assert arguments["budgets"] == [24] and arguments["learning_rate"] == 0.04
+    assert arguments["budgets"] == [24] and arguments["learning_rate"] == 0.02
     assert "vllm_budgetdraft.training" in (trained / "train_command.txt").read_text()
 
 

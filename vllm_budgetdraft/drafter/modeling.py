@@ -20,6 +20,8 @@ from vllm_budgetdraft.drafter.configuration import head_dim, rotary_frequencies
 #: ``attend(layer, queries [B, T, H, D], keys [B, T, G, D], values [B, T, G, D])``
 #: returns [B, T, H, D], or None where the layer's output has no reader.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+#: cos and sin of every token's position, as ``rotate`` takes them.
+Rotary = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -53,9 +55,9 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, layer: int, attend: Attend
+        self, x: Tensor, rotary: Rotary, layer: int, attend: Attend
     ) -> Tensor | None:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        qkv = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim)
         rotated = self.num_heads + self.num_kv_heads
         qk = qkv[..., :rotated, :]
         heads = (self.num_heads, self.num_kv_heads)
@@ -64,7 +66,9 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], -2)
         q, k = rotate(qk, *rotary).split(heads, -2)
         attended = attend(layer, q, k, qkv[..., rotated:, :])
-        return None if attended is None else self.o_proj(attended.flatten(-2))
+        return (
+            None if attended is None else self.o_proj(attended.view(*x.shape[:2], -1))
+        )
 
 
 class DecoderLayer(nn.Module):
@@ -79,7 +83,7 @@ class DecoderLayer(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, layer: int, attend: Attend
+        self, x: Tensor, rotary: Rotary, layer: int, attend: Attend
     ) -> Tensor | None:
         attended = self.self_attn(self.input_layernorm(x), rotary, layer, attend)
         if attended is None:
@@ -116,16 +120,17 @@ class Drafter(nn.Module):
             "rotary_table", _rotary_table(config, max_positions), persistent=False
         )
 
-    def rotary(self, positions: Tensor) -> Tensor:
-        """cos and sin [2, *positions.shape, 1, D] of ``positions``, for ``rotate``."""
-        return self.rotary_table[:, positions, None]
+    def rotary(self, positions: Tensor) -> Rotary:
+        """cos and sin of ``positions`` [B, T], for ``rotate``: [B, T, 1, D] each."""
+        cos, sin = self.rotary_table[:, positions, None]
+        return cos, sin
 
-    def forward(self, tokens: Tensor, rotary: Tensor, attend: Attend) -> Tensor | None:
+    def forward(self, tokens: Tensor, rotary: Rotary, attend: Attend) -> Tensor | None:
         """Final normed hidden states.
 
         Args:
             tokens: [B, T] int64.
-            rotary: [2, B, T, 1, D], ``self.rotary(positions)``.
+            rotary: [B, T, 1, D] each, ``self.rotary(positions)``.
             attend: see ``Attend``; layers after one that it answers with None do not
                 run.
 

@@ -210,18 +210,24 @@ class DraftProposer:
         indices = positions - cache.num_evicted[slots, None]
         cells = cache.page_table.cells(slots, indices, cache.page_size)
         lengths = indices + 1
-        rotary = self.drafter.rotary(positions)
+        # What each step feeds: FIRST_WIDTH tokens, then one at a time.
+        widths = [FIRST_WIDTH, *[1] * (num_drafts - 1)]
+        cos, sin = (x.split(widths, dim=1) for x in self.drafter.rotary(positions))
+        steps = zip(
+            zip(cos, sin, strict=True),
+            cells.split(widths, dim=1),
+            lengths.split(widths, dim=1),
+            strict=True,
+        )
         attention = PagedAttention(cache.pool, cache.page_table.pages[slots])
 
         drafts = self._drafts[: len(slots)]
-        fed = slice(0, FIRST_WIDTH)
-        for step in range(num_drafts):
-            attend = attention.step(cells[:, fed], lengths[:, fed])
-            hidden = self.drafter(tokens, rotary[:, :, fed], attend)
+        for step, (rotary, step_cells, step_lengths) in enumerate(steps):
+            attend = attention.step(step_cells, step_lengths)
+            hidden = self.drafter(tokens, rotary, attend)
             token = self.drafter.logits(hidden[:, -1]).argmax(-1)
             drafts[:, step] = token
             tokens = token[:, None]
-            fed = slice(fed.stop, fed.stop + 1)
         return drafts
 
     def warm_up(self) -> None:
