@@ -23,3 +23,15 @@ class EverySecond:
 
 
 EVERY_SECOND = f"{__name__}:EverySecond"
+
+
+class FailsOnLongPrompts(EverySecond):
+    """Raises where a prompt has more than 700 tokens."""
+
+    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
+        if keys.shape[-2] > 700:
+            raise RuntimeError("this policy fails on purpose")
+        return super().select(keys, queries, budget)
+
+
+FAILS_ON_LONG_PROMPTS = f"{__name__}:FailsOnLongPrompts"

@@ -6,6 +6,7 @@ import torch
 from tests.support import models
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
+from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.arguments import ViewArguments
 from vllm_budgetdraft.training.losses import IGNORED, agreement, ce_loss, kl_loss
@@ -72,7 +73,9 @@ PREFIX, CONTINUATION = TOKENS[:, :PREFIX_TOKENS], TOKENS[:, PREFIX_TOKENS:]
 
 def multi_view_loss(drafter, target, **changes) -> torch.Tensor:
     views = ViewArguments(**{"budget_weights": [1.0], **changes})
-    return MultiViewLoss(drafter, target, views, seed=0)(PREFIX, CONTINUATION)["loss"]
+    return MultiViewLoss(drafter, target, views, EvictionSettings())(
+        PREFIX, CONTINUATION
+    )["loss"]
 
 
 def view_losses(drafter, target, objective: str, budget: int) -> tuple[float, float]:
@@ -113,7 +116,7 @@ def test_labels_known_beforehand_take_the_place_of_the_targets_own_pass(
     drafter, target
 ):
     views = ViewArguments(budgets=[64], budget_weights=[1.0])
-    module = MultiViewLoss(drafter, target, views, seed=0)
+    module = MultiViewLoss(drafter, target, views, EvictionSettings())
     labels = target(TOKENS).logits[:, PREFIX_TOKENS:].argmax(-1)
     known = module(PREFIX, CONTINUATION, labels)["loss"]
     torch.testing.assert_close(known, module(PREFIX, CONTINUATION)["loss"])
@@ -123,8 +126,13 @@ def test_labels_known_beforehand_take_the_place_of_the_targets_own_pass(
 
 def test_the_target_gets_no_gradients_and_is_no_part_of_what_is_saved(drafter, target):
     views = ViewArguments(budgets=[64], budget_weights=[1.0])
-    module = MultiViewLoss(drafter, target, views, seed=0)
+    module = MultiViewLoss(drafter, target, views, EvictionSettings())
     module(PREFIX, CONTINUATION)["loss"].backward()
     assert all(p.grad is None for p in target.parameters())
     assert {id(p) for p in module.parameters()} == {id(p) for p in drafter.parameters()}
     assert all(p.grad is not None for p in drafter.parameters())
+
+
+def test_a_budget_too_small_for_the_policy_is_refused(drafter, target):
+    with pytest.raises(ConfigurationError, match=r"budgets=\[64, 15\].*16.*raise"):
+        multi_view_loss(drafter, target, budgets=[64, 15], budget_weights=[0.5, 0.5])

@@ -29,7 +29,7 @@ def train(inputs: Path, output: Path, *more: str, steps: int) -> None:
         --hidden_size 48 --intermediate_size 64 --num_hidden_layers 2
         --num_attention_heads 6 --num_key_value_heads 2
         --prefix_tokens 40 --continuation_tokens 24
-        --budgets 24 --budget_weights 1
+        --budgets 24 32 --budget_weights 0.5 0.5 --local_tokens 16
         --per_device_train_batch_size 8 --learning_rate 0.02 --max_steps {steps}
         --lr_scheduler_type constant --logging_steps 1 --save_steps 2
         --report_to none --disable_tqdm true --use_cpu --output_dir {output}
@@ -63,7 +63,8 @@ def test_a_trained_folder_loads_here_and_in_transformers_alike(trained, inputs):
     theirs = models.read_model(trained)(tokens).logits
     assert (drafter.logits(hidden) - theirs).abs().max() < 1e-4
     assert drafter.config.architectures == ["LlamaForCausalLM"]
-    assert drafter.config.budgetdraft["budgets"] == [24]
+    assert drafter.config.budgetdraft["budgets"] == [24, 32]
+    assert drafter.config.budgetdraft["local_tokens"] == 16
     for name in ("tokenizer.json", "tokenizer_config.json"):
         expected = (inputs / "target" / name).read_bytes()
         assert (trained / name).read_bytes() == expected
@@ -71,7 +72,7 @@ def test_a_trained_folder_loads_here_and_in_transformers_alike(trained, inputs):
 
 def test_a_run_leaves_what_is_needed_to_repeat_it(trained):
     arguments = json.loads((trained / "run.json").read_text())
-    assert arguments["budgets"] == [24] and arguments["learning_rate"] == 0.02
+    assert arguments["budgets"] == [24, 32] and arguments["learning_rate"] == 0.02
     assert "vllm_budgetdraft.training" in (trained / "train_command.txt").read_text()
 
 

@@ -44,7 +44,10 @@ def read_drafter_config(folder: str | Path) -> PretrainedConfig:
             f"model={str(folder)!r} is {architectures or 'of no named architecture'}; "
             f"drafters are one of {', '.join(ARCHITECTURES)}"
         )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers validates with several kinds
+        raise UnsupportedDrafterError(f"{path} is not valid: {error}") from error
     check_drafter_config(config, str(folder))
     return config
 

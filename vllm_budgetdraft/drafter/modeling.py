@@ -94,7 +94,11 @@ class DecoderLayer(nn.Module):
 
 
 class Drafter(nn.Module):
-    """A Llama-family decoder over tokens and explicit positions."""
+    """A Llama-family decoder over tokens and explicit positions.
+
+    A sliding window that the config names is not applied: what a token sees is up to
+    ``attend``.
+    """
 
     def __init__(self, config: PretrainedConfig, max_positions: int) -> None:
         """

@@ -17,11 +17,13 @@ from transformers import (
     set_seed,
 )
 
+from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
 from vllm_budgetdraft.drafter.modeling import Drafter, initialise
 from vllm_budgetdraft.training.arguments import (
     DataArguments,
     DrafterArguments,
+    EvictionArguments,
     ViewArguments,
 )
 from vllm_budgetdraft.training.data import TokenWindows, write_run_files
@@ -30,11 +32,18 @@ from vllm_budgetdraft.training.trainer import DrafterTrainer, MultiViewLoss
 
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(
-        (DrafterArguments, DataArguments, ViewArguments, TrainingArguments),
+        (
+            DrafterArguments,
+            DataArguments,
+            ViewArguments,
+            EvictionArguments,
+            TrainingArguments,
+        ),
         description=__doc__,
     )
     parts = parser.parse_args_into_dataclasses(argv)
-    drafter_args, data_args, view_args, training_args = parts
+    drafter_args, data_args, view_args, eviction_args, training_args = parts
+    eviction = EvictionSettings(**dataclasses.asdict(eviction_args))
     # The dataset cuts windows and knows no columns to remove.
     training_args.remove_unused_columns = False
     set_seed(training_args.seed)
@@ -45,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     drafter = make_drafter(drafter_args, target.config)
     drafter.config.budgetdraft = {
         "target": Path(drafter_args.target).name,
-        "eviction_policy": view_args.eviction_policy,
         "budgets": view_args.budgets,
         "position_mode": "absolute",
+        **eviction.model_dump(),
     }
     windows = TokenWindows(
         books=data_args.books,
@@ -61,14 +70,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     output = Path(training_args.output_dir)
     command = shlex.join(["python", "-m", "vllm_budgetdraft.training", *sys.argv[1:]])
-    settings = [dataclasses.asdict(part) for part in parts[:3]]
+    settings = [dataclasses.asdict(part) for part in parts[:-1]]
     settings.append(training_args.to_sanitized_dict())
     write_run_files(
         output, {k: v for part in settings for k, v in part.items()}, command
     )
 
     trainer = DrafterTrainer(
-        model=MultiViewLoss(drafter, target, view_args, training_args.seed),
+        model=MultiViewLoss(drafter, target, view_args, eviction),
         args=training_args,
         train_dataset=windows,
         data_collator=default_collate,

@@ -1,6 +1,8 @@
 """What a training run is told, beside ``transformers.TrainingArguments``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
+
+from vllm_budgetdraft.config import EvictionSettings
 
 
 @dataclass
@@ -56,6 +58,17 @@ class ViewArguments:
         default_factory=lambda: [0.4, 0.3, 0.2, 0.1],
         metadata={"help": "Probabilities of the budgets."},
     )
-    eviction_policy: str = field(
-        default="chunk_retrieval", metadata={"help": "The policy to be served with."}
-    )
+
+
+#: Who chooses the sparse view: serving's own settings, under the same names.
+EvictionArguments = make_dataclass(
+    "EvictionArguments",
+    [
+        (
+            name,
+            info.annotation,
+            field(default=info.default, metadata={"help": info.description}),
+        )
+        for name, info in EvictionSettings.model_fields.items()
+    ],
+)

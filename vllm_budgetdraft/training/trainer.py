@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
 from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.arguments import ViewArguments
 from vllm_budgetdraft.training.losses import agreement, ce_loss, kl_loss
@@ -25,17 +26,27 @@ class MultiViewLoss(nn.Module):
     """The drafter's loss on a full view and a sparse view of the same window."""
 
     def __init__(
-        self, drafter: Drafter, target: PreTrainedModel, views: ViewArguments, seed: int
+        self,
+        drafter: Drafter,
+        target: PreTrainedModel,
+        views: ViewArguments,
+        eviction: EvictionSettings,
     ) -> None:
+        """
+        Raises:
+            ConfigurationError: a budget is too small for the eviction settings.
+        """
         super().__init__()
+        if min(views.budgets) < eviction.min_budget:
+            raise ConfigurationError(
+                f"budgets={views.budgets}: the smallest is below {eviction.min_budget} "
+                "tokens, the sinks plus one chunk; raise it or lower sink_tokens"
+            )
         self.drafter = drafter
         # In a tuple, so that the frozen target is neither trained nor saved.
         self._target = (target.eval().requires_grad_(False),)
         self._views = views
-        self._policy = make_policy(
-            EvictionSettings(eviction_policy=views.eviction_policy)
-        )
-        self._rng = random.Random(seed)
+        self._policy = make_policy(eviction)
         self.metrics: dict[str, float] = {}
 
     def forward(
@@ -73,7 +84,8 @@ class MultiViewLoss(nn.Module):
             return kl_loss(logits, target_logits)
 
         loss = view_loss("full", prefix)
-        budget = self._rng.choices(self._views.budgets, self._views.budget_weights)[0]
+        # From the global generator, whose state checkpoints keep.
+        (budget,) = random.choices(self._views.budgets, self._views.budget_weights)
         if budget < prefix_tokens:
             sparse = prefix.sparse(self._policy, budget)
             loss = loss + self._views.sparse_weight * view_loss("sparse", sparse)
