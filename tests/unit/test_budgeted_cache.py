@@ -42,7 +42,11 @@ class NumberedCache:
             device=CPU,
         )
         self.cache = BudgetedCache(
-            pool, num_slots=num_slots, capacity=self.capacity, protected_tokens=budget
+            pool,
+            num_slots=num_slots,
+            capacity=self.capacity,
+            protected_tokens=budget,
+            max_growth=k + 1,
         )
         self.protected = -(-budget // page_size) * page_size
         self.lengths: dict[int, int] = {}
@@ -65,7 +69,7 @@ class NumberedCache:
         cache, k = self.cache, self.k
         slots_t = torch.tensor(slots)
         ends = torch.tensor([self.lengths[slot] for slot in slots])
-        cache.make_room(slots_t, ends + k - 1, max_growth=k + 1)
+        cache.make_room(slots_t, ends + k - 1)
         positions = ends[:, None] + torch.arange(-2, k - 1)
         indices = positions - cache.num_evicted[slots_t, None]
         assert (indices >= 0).all(), "a token about to be fed was evicted"

@@ -14,7 +14,7 @@ class PagedAttention:
         Args:
             page_table: [B, pages_per_slot] int64, of the requests that draft.
         """
-        self._pool = pool
+        self._layers = pool.layers
         self._page_table = page_table
 
     def step(self, cells: Tensor, lengths: Tensor) -> "PagedAttention":
@@ -31,7 +31,7 @@ class PagedAttention:
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         """Queries [B, W, H, D], keys and values [B, W, G, D] to [B, W, H, D]."""
-        key_pages, value_pages = self._pool.keys[layer], self._pool.values[layer]
+        key_pages, value_pages = self._layers[layer]
         paged_cache_write(keys, values, key_pages, value_pages, self._cells)
         return paged_sparse_attention(
             queries, key_pages, value_pages, self._page_table, self._lengths

@@ -28,10 +28,12 @@ class BudgetedCache:
         num_slots: int,
         capacity: int,
         protected_tokens: int,
+        max_growth: int,
     ) -> None:
         """
         Args:
             protected_tokens: first tokens of a slot that ``make_room`` never evicts.
+            max_growth: most tokens that a slot grows by between two calls of it.
         """
         page_size = pool.page_size
         assert capacity % page_size == 0, (capacity, page_size)
@@ -42,9 +44,12 @@ class BudgetedCache:
         self.pages_per_slot = capacity // page_size
         self.page_table = PageTable(num_slots, self.pages_per_slot, device)
         self.num_evicted = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._protected_pages = min(
-            -(-protected_tokens // page_size), self.pages_per_slot - 1
-        )
+        first = min(-(-protected_tokens // page_size), self.pages_per_slot - 1)
+        num_pages = min(-(-max_growth // page_size), self.pages_per_slot - first)
+        order = torch.arange(self.pages_per_slot, device=device)
+        order[first:] = order[first:].roll(-num_pages)
+        self._recycled_order = order
+        self._recycled_tokens = num_pages * page_size
         self._held: dict[int, list[int]] = {}
 
     @property
@@ -91,7 +96,7 @@ class BudgetedCache:
         self.pool.values.flatten(1, 2).index_copy_(1, cells, values)
         self.num_evicted[slot] = seen - num_kept
 
-    def make_room(self, slots: Tensor, ends: Tensor, max_growth: int) -> None:
+    def make_room(self, slots: Tensor, ends: Tensor) -> None:
         """Evicts whole pages where a slot could not hold its context up to ``ends``.
 
         The oldest unprotected pages go; their page numbers move to the end of the
@@ -100,15 +105,11 @@ class BudgetedCache:
         Args:
             slots: [B] int64.
             ends: [B] int64, positions one past the last that will be written.
-            max_growth: most tokens that a slot can have grown by since the last call.
         """
-        page_size, first = self.page_size, self._protected_pages
-        num_pages = min(-(-max_growth // page_size), self.pages_per_slot - first)
-        order = torch.arange(self.pages_per_slot, device=slots.device)
-        order[first:] = order[first:].roll(-num_pages)
-        due = ends - self.num_evicted[slots] > self.capacity
-        self.page_table.recycle(slots, due, order)
-        self.num_evicted[slots] += due * (num_pages * page_size)
+        evicted = self.num_evicted[slots]
+        due = ends - evicted > self.capacity
+        self.page_table.recycle(slots, due, self._recycled_order)
+        self.num_evicted[slots] = evicted + due * self._recycled_tokens
 
     def check_invariants(self) -> None:
         """Raises AssertionError if a page leaked, is held twice, or left its slot."""

@@ -11,6 +11,8 @@ class PagePool:
     Attributes:
         keys, values: [num_layers, num_pages, page_size, num_kv_heads, head_dim]. A page
             is the same one in every layer.
+        layers: keys and values [num_pages, page_size, num_kv_heads, head_dim] of each
+            layer; the same memory.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class PagePool:
         # on a CPU, where vLLM sizes its own cache by what the process holds.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
         self.num_pages = num_pages
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))

@@ -90,8 +90,10 @@ class DraftProposer:
         self.config = config
         self.num_drafts = config.num_speculative_tokens
         self.device = cache.num_evicted.device
-        num_fed = self.num_drafts + FIRST_WIDTH - 1
-        self._offsets = torch.arange(num_fed, device=self.device) - FIRST_WIDTH
+        # From the end of a context to each token fed; the last draft token is not.
+        last = self.num_drafts - 1
+        self._offsets = torch.arange(-FIRST_WIDTH, last, device=self.device)
+        self._widths = [FIRST_WIDTH, *[1] * last]  # of each step
         self._drafts = torch.zeros(
             (cache.num_evicted.shape[0], self.num_drafts),
             dtype=torch.int64,
@@ -144,6 +146,7 @@ class DraftProposer:
             num_slots=num_slots,
             capacity=capacity,
             protected_tokens=policy.protected_tokens(config.kv_budget),
+            max_growth=config.num_speculative_tokens + 1,
         )
         prompt = PromptAttention(
             max_tokens=max_model_len,
@@ -204,19 +207,18 @@ class DraftProposer:
             [B, num_drafts] int64, valid until the next call.
         """
         cache, num_drafts = self.cache, self.num_drafts
-        # The last draft token is never fed.
-        cache.make_room(slots, ends + num_drafts - 1, max_growth=num_drafts + 1)
+        cache.make_room(slots, ends + (num_drafts - 1))
         positions = ends[:, None] + self._offsets
         indices = positions - cache.num_evicted[slots, None]
         cells = cache.page_table.cells(slots, indices, cache.page_size)
         lengths = indices + 1
-        # What each step feeds: FIRST_WIDTH tokens, then one at a time.
-        widths = [FIRST_WIDTH, *[1] * (num_drafts - 1)]
-        cos, sin = (x.split(widths, dim=1) for x in self.drafter.rotary(positions))
+        cos, sin = (
+            x.split(self._widths, dim=1) for x in self.drafter.rotary(positions)
+        )
         steps = zip(
             zip(cos, sin, strict=True),
-            cells.split(widths, dim=1),
-            lengths.split(widths, dim=1),
+            cells.split(self._widths, dim=1),
+            lengths.split(self._widths, dim=1),
             strict=True,
         )
         attention = PagedAttention(cache.pool, cache.page_table.pages[slots])
