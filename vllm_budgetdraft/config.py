@@ -23,7 +23,7 @@ class EvictionSettings(BaseModel):
         8, ge=0, description="First tokens of the prompt that are always kept."
     )
     local_tokens: int = Field(
-        64,
+        256,
         ge=0,
         description="Last tokens of the prompt that chunk_retrieval always keeps; at "
         "most half of the budget that the sinks leave. 0 is the paper's selection.",
