@@ -14,12 +14,25 @@ from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 
-#: Our fused projection, and the projections of the folder whose rows it stacks.
-FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "down_proj": ("mlp.down_proj",),
+#: Our names, and the names in the folder, whose rows each stacks.
+NAMES = {
+    "embedding": ["model.embed_tokens.weight"],
+    "norm": ["model.norm.weight"],
+    "lm_head": ["lm_head.weight"],
 }
+LAYER_NAMES = {
+    "input_norm": ["input_layernorm.weight"],
+    "q_norm": ["self_attn.q_norm.weight"],
+    "k_norm": ["self_attn.k_norm.weight"],
+    "mlp_norm": ["post_attention_layernorm.weight"],
+}
+for _kind in ("weight", "bias"):
+    LAYER_NAMES |= {
+        f"qkv_{_kind}": [f"self_attn.{part}_proj.{_kind}" for part in "qkv"],
+        f"o_{_kind}": [f"self_attn.o_proj.{_kind}"],
+        f"gate_up_{_kind}": [f"mlp.{part}_proj.{_kind}" for part in ("gate", "up")],
+        f"down_{_kind}": [f"mlp.down_proj.{_kind}"],
+    }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -41,17 +54,14 @@ def load_drafter(
     drafter = Drafter(config, max_positions)
     state = {}
     for name, parameter in drafter.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            name_in_folder = ["model.embed_tokens.weight"]
-        else:
-            name_in_folder = _names_in_folder(name)
-        missing = [part for part in name_in_folder if part not in weights]
+        names = _names_in_folder(name)
+        missing = [part for part in names if part not in weights]
         if missing:
             raise UnsupportedDrafterError(f"{folder} lacks the weights {missing}")
-        value = torch.cat([weights[part] for part in name_in_folder])
+        value = torch.cat([weights[part] for part in names])
         if value.shape != parameter.shape:
             raise UnsupportedDrafterError(
-                f"{folder}: {name_in_folder} have shape {tuple(value.shape)}, "
+                f"{folder}: {names} have shape {tuple(value.shape)}, "
                 f"config.json says {tuple(parameter.shape)}"
             )
         state[name] = value
@@ -95,12 +105,10 @@ def hugging_face_state_dict(drafter: Drafter, dtype: torch.dtype) -> dict[str, T
     )
     state = {}
     for name, value in drafter.state_dict().items():
-        if name == "lm_head.weight" and drafter.config.tie_word_embeddings:
-            continue
         parts: tuple[Tensor, ...] = (value,)
-        if "qkv_proj" in name:
+        if "qkv_" in name:
             parts = value.split((q_rows, kv_rows, kv_rows))
-        elif "gate_up_proj" in name:
+        elif "gate_up_" in name:
             parts = value.chunk(2)
         for part_name, part in zip(_names_in_folder(name), parts, strict=True):
             state[part_name] = part.to("cpu", dtype).contiguous()
@@ -108,12 +116,10 @@ def hugging_face_state_dict(drafter: Drafter, dtype: torch.dtype) -> dict[str, T
 
 
 def _names_in_folder(name: str) -> list[str]:
-    if name.startswith("lm_head."):
-        return [name]
-    for fused, parts in FUSED.items():
-        if f".{fused}." in name:
-            return [f"model.{name.replace(fused, part)}" for part in parts]
-    return [f"model.{name}"]
+    if name in NAMES:
+        return NAMES[name]
+    layers, index, own_name = name.split(".")
+    return [f"model.{layers}.{index}.{part}" for part in LAYER_NAMES[own_name]]
 
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:

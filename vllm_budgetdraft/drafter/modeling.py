@@ -24,73 +24,79 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 Rotary = tuple[Tensor, Tensor]
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    """Fused query, key and value projections; bias and q/k norms where configured."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
-        self.head_dim = head_dim(config)
-        hidden = config.hidden_size
-        bias = getattr(config, "attention_bias", False)
-        # Qwen2 biases its q, k and v by definition, with no key in its config.
-        qkv_bias = bias or config.model_type == "qwen2"
-        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(hidden, rows, bias=qkv_bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
-        self.has_norms = config.model_type == "qwen3"
-        if self.has_norms:
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-
-    def forward(
-        self, x: Tensor, rotary: Rotary, layer: int, attend: Attend
-    ) -> Tensor | None:
-        qkv = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim)
-        rotated = self.num_heads + self.num_kv_heads
-        qk = qkv[..., :rotated, :]
-        heads = (self.num_heads, self.num_kv_heads)
-        if self.has_norms:
-            q, k = qk.split(heads, -2)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], -2)
-        q, k = rotate(qk, *rotary).split(heads, -2)
-        attended = attend(layer, q, k, qkv[..., rotated:, :])
-        return (
-            None if attended is None else self.o_proj(attended.view(*x.shape[:2], -1))
-        )
-
-
 class DecoderLayer(nn.Module):
+    """Attention and gated MLP, with their norms; projections of one input are fused.
+
+    Weights are parameters of the layer itself, for the calls of a module for each would
+    be a measurable part of a small drafter's time on a CPU.
+    """
+
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
+        self.head_dim = head_dim(config)
+        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.eps = config.rms_norm_eps
         hidden, inner = config.hidden_size, config.intermediate_size
-        bias = getattr(config, "mlp_bias", False)
-        self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
-        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        q_rows, kv_rows = (heads * self.head_dim for heads in self.heads)
+        attention_bias = getattr(config, "attention_bias", False)
+        mlp_bias = getattr(config, "mlp_bias", False)
+        # Qwen2 biases its q, k and v by definition, with no key in its config.
+        qkv_bias = attention_bias or config.model_type == "qwen2"
+
+        def matrix(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, columns))
+
+        def bias(size: int, used: bool) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(size)) if used else None
+
+        def norm(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.ones(size))
+
+        self.input_norm = norm(hidden)
+        self.qkv_weight = matrix(q_rows + 2 * kv_rows, hidden)
+        self.qkv_bias = bias(q_rows + 2 * kv_rows, qkv_bias)
+        self.has_qk_norms = config.model_type == "qwen3"
+        if self.has_qk_norms:
+            self.q_norm, self.k_norm = norm(self.head_dim), norm(self.head_dim)
+        self.o_weight = matrix(hidden, q_rows)
+        self.o_bias = bias(hidden, attention_bias)
+        self.mlp_norm = norm(hidden)
+        self.gate_up_weight = matrix(2 * inner, hidden)
+        self.gate_up_bias = bias(2 * inner, mlp_bias)
+        self.down_weight = matrix(hidden, inner)
+        self.down_bias = bias(hidden, mlp_bias)
 
     def forward(
         self, x: Tensor, rotary: Rotary, layer: int, attend: Attend
     ) -> Tensor | None:
-        attended = self.self_attn(self.input_layernorm(x), rotary, layer, attend)
+        num_heads, num_kv_heads = self.heads
+        rotated = num_heads + num_kv_heads
+        tokens = x.shape[:-1]
+
+        h = rms_norm(x, self.input_norm, self.eps)
+        h = F.linear(h, self.qkv_weight, self.qkv_bias)
+        qkv = h.view(*tokens, rotated + num_kv_heads, self.head_dim)
+        qk = qkv[..., :rotated, :]
+        if self.has_qk_norms:
+            q, k = qk.split(self.heads, -2)
+            q, k = (
+                rms_norm(q, self.q_norm, self.eps),
+                rms_norm(k, self.k_norm, self.eps),
+            )
+            qk = torch.cat([q, k], -2)
+        q, k = rotate(qk, *rotary).split(self.heads, -2)
+        attended = attend(layer, q, k, qkv[..., rotated:, :])
         if attended is None:
             return None
-        x = x + attended
-        gate, up = self.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, -1)
-        return x + self.down_proj(F.silu(gate) * up)
+        x = x + F.linear(attended.view(*tokens, -1), self.o_weight, self.o_bias)
+
+        h = rms_norm(x, self.mlp_norm, self.eps)
+        gate, up = F.linear(h, self.gate_up_weight, self.gate_up_bias).chunk(2, -1)
+        return x + F.linear(F.silu(gate) * up, self.down_weight, self.down_bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.rms_norm(x, weight.shape, weight, eps)
 
 
 class Drafter(nn.Module):
@@ -112,14 +118,14 @@ class Drafter(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = head_dim(config)
         self.rotary_table: Tensor
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nn.Parameter(torch.empty(shape))
         self.layers = nn.ModuleList(
             DecoderLayer(config) for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.norm = nn.Parameter(torch.ones(config.hidden_size))
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Parameter(torch.empty(shape))
         self.register_buffer(
             "rotary_table", _rotary_table(config, max_positions), persistent=False
         )
@@ -141,25 +147,24 @@ class Drafter(nn.Module):
         Returns:
             [B, T, hidden_size], or None if ``attend`` ended the pass.
         """
-        x = self.embed_tokens(tokens)
+        x = F.embedding(tokens, self.embedding)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, index, attend)
             if x is None:
                 return None
-        return self.norm(x)
+        return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] to [..., vocab_size]."""
-        return self.lm_head(hidden)
+        head = self.embedding if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head)
 
 
 def initialise(drafter: Drafter) -> None:
-    """Random weights as Llama has them, N(0, initializer_range); zero biases."""
-    for module in drafter.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=drafter.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    """Random matrices as Llama has them, N(0, initializer_range)."""
+    for parameter in drafter.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=drafter.config.initializer_range)
 
 
 def _rotary_table(config: PretrainedConfig, max_positions: int) -> Tensor:
