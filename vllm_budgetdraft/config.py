@@ -82,7 +82,7 @@ class BudgetDraftConfig(EvictionSettings):
     )
     page_size: int = Field(16, ge=1, description="Tokens per page of the draft cache.")
     draft_prefill_chunk: int = Field(
-        512, ge=1, description="Prompt tokens per forward pass of the drafter."
+        4096, ge=1, description="Prompt tokens per forward pass of the drafter."
     )
     draft_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",

@@ -204,6 +204,21 @@ def test_queries_that_score_chunks_are_the_last_of_the_whole_prompt(
     assert not torch.equal(kept, by_key), "both scores agree, so nothing was tested"
 
 
+@pytest.mark.parametrize("chunk", [100, 300, 600, 4096])
+def test_a_prompt_in_chunks_has_the_keys_of_the_prompt_in_one(
+    drafter_folder, hugging_face_drafter, chunk
+):
+    """700 tokens: chunks smaller and larger than a block of masked rows (256)."""
+    proposer = build_proposer(
+        drafter_folder, eviction_policy="keep_all", draft_prefill_chunk=chunk
+    )
+    tokens = models.random_tokens(700)
+    ingested(proposer, tokens)
+    held, _ = held_by(proposer, 0, len(tokens))
+    expected, _ = keys_and_queries(hugging_face_drafter, tokens)
+    torch.testing.assert_close(held.transpose(1, 2), expected, rtol=0, atol=1e-4)
+
+
 def keys_and_queries(model, tokens):
     """Rotated keys [layers, G, T, D] and queries [layers, H, T, D] of a prompt."""
     raw, hooks = [], []

@@ -1,8 +1,13 @@
 """Attention over a whole prompt, chunk by chunk, through one shared scratch buffer."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+#: Query rows per masked attention call.
+MASKED_ROWS = 256
 
 
 class PromptAttention:
@@ -63,17 +68,25 @@ class PromptAttention:
             self._observe(layer, queries)
         if layer == len(self._queries) - 1:
             return None
-        mask = None
-        if start:
-            mask = torch.ones(chunk, end, dtype=torch.bool, device=keys.device)
-            mask = mask.tril(start)
+        if start == 0:
+            return self._attend(layer, queries, end, is_causal=True)
+        # Later chunks need a mask of their own shape: in blocks of rows it stays small.
+        blocks, last = [], start
+        for block in queries.split(MASKED_ROWS, dim=1):
+            first, last = last, last + block.shape[1]
+            shape = (last - first, last)
+            mask = torch.ones(shape, dtype=torch.bool, device=keys.device).tril(first)
+            blocks.append(self._attend(layer, block, last, attn_mask=mask))
+        return torch.cat(blocks, dim=1)
+
+    def _attend(self, layer: int, queries: Tensor, end: int, **mask: Any) -> Tensor:
+        """Attention of [1, T, H, D] over the first ``end`` tokens of the prompt."""
         attended = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
             self.keys[layer, None, :end].transpose(1, 2),
             self.values[layer, None, :end].transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
             enable_gqa=True,
+            **mask,
         )
         return attended.transpose(1, 2)
 

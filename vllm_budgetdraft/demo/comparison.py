@@ -52,7 +52,8 @@ def run(args: Namespace) -> None:
                 {**engine_args, "speculative_config": config}, logs / f"{method}.log"
             )
             engines[method] = stack.enter_context(engine)
-            engine.generate(passages[0][1], 16)  # Warms up.
+            for _, passage in passages[:: args.repeats]:  # Warms up, at each length.
+                engine.generate(passage, 16)
             progress.update()
         for context_tokens, passage in passages:
             for method, engine in engines.items():
