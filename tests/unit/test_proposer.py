@@ -210,7 +210,10 @@ def test_a_prompt_in_chunks_has_the_keys_of_the_prompt_in_one(
 ):
     """700 tokens: chunks smaller and larger than a block of masked rows (256)."""
     proposer = build_proposer(
-        drafter_folder, eviction_policy="keep_all", draft_prefill_chunk=chunk
+        drafter_folder,
+        eviction_policy="keep_all",
+        draft_prefill_chunk=chunk,
+        max_model_len=1000,
     )
     tokens = models.random_tokens(700)
     ingested(proposer, tokens)

@@ -30,7 +30,6 @@ def run(args: Namespace) -> None:
 
     _prepare_environment()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    passages = _passages(tokenizer, args.context_tokens, args.repeats)
     methods = _speculative_configs(args)
     engine_args = {
         "model": args.target,
@@ -42,7 +41,7 @@ def run(args: Namespace) -> None:
         "enforce_eager": True,
     }
     runs: dict[tuple[str, int], list[Any]] = {}
-    num_turns = len(methods) * (len(passages) + 1)
+    num_turns = len(methods) * (1 + len(args.context_tokens) * (1 + args.repeats))
     with ExitStack() as stack, tqdm(total=num_turns, unit="run") as progress:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines = {}
@@ -52,25 +51,28 @@ def run(args: Namespace) -> None:
                 {**engine_args, "speculative_config": config}, logs / f"{method}.log"
             )
             engines[method] = stack.enter_context(engine)
-            for _, passage in passages[:: args.repeats]:  # Warms up, at each length.
-                engine.generate(passage, 16)
             progress.update()
-        for context_tokens, passage in passages:
-            for method, engine in engines.items():
-                progress.set_description(f"{method}, {context_tokens} tokens")
-                time.sleep(PAUSE_SECONDS)
-                generation = engine.generate(passage, args.new_tokens)
-                runs.setdefault((method, context_tokens), []).append(generation)
+        for context_tokens, passages in _passages(tokenizer, args).items():
+            progress.set_description(f"{context_tokens} tokens")
+            for engine in engines.values():
+                engine.generate(passages[0], 16)  # Warms up.
                 progress.update()
+            order = list(engines)
+            for passage in passages:
+                for method in order:
+                    time.sleep(PAUSE_SECONDS)
+                    generation = engines[method].generate(passage, args.new_tokens)
+                    runs.setdefault((method, context_tokens), []).append(generation)
+                    progress.update()
+                order.append(order.pop(0))
 
     results = [
-        _summary(method, context_tokens, generations, runs["vllm", context_tokens])
+        _summary(method, length, runs[method, length], runs["vllm", length])
         | _draft_kv_bytes(
-            methods[method], context_tokens + args.new_tokens, engine_args, args.drafter
+            methods[method], length + args.new_tokens, engine_args, args.drafter
         )
-        for (method, context_tokens), generations in sorted(
-            runs.items(), key=lambda item: item[0][1]
-        )
+        for length in sorted(args.context_tokens)
+        for method in methods
     ]
     document = {
         "results": results,
@@ -134,23 +136,21 @@ def _prepare_environment() -> None:
         os.environ["LD_PRELOAD"] = f"{openmp}:{preloaded}" if preloaded else str(openmp)
 
 
-def _passages(
-    tokenizer: Any, context_tokens: list[int], repeats: int
-) -> list[tuple[int, list[int]]]:
-    """``repeats`` passages of each length, in different places of the excerpt."""
+def _passages(tokenizer: Any, args: Namespace) -> dict[int, list[list[int]]]:
+    """By length, ``args.repeats`` passages in different places of the excerpt."""
     text = EXCERPT.read_text(encoding="utf-8")
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    longest = max(context_tokens)
+    longest = max(args.context_tokens)
     if longest > len(tokens):
         raise SystemExit(
             f"--context-tokens {longest} exceeds the excerpt's {len(tokens)} tokens"
         )
-    stride = (len(tokens) - longest) // max(1, repeats - 1)
-    return [
-        (length, tokens[start + longest - length : start + longest])
-        for length in sorted(context_tokens)
-        for start in (repeat * stride for repeat in range(repeats))
-    ]
+    stride = (len(tokens) - longest) // max(1, args.repeats - 1)
+    ends = [longest + repeat * stride for repeat in range(args.repeats)]
+    return {
+        length: [tokens[end - length : end] for end in ends]
+        for length in sorted(args.context_tokens)
+    }
 
 
 def _speculative_configs(args: Namespace) -> dict[str, dict[str, Any] | None]:
