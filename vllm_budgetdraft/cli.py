@@ -1,5 +1,6 @@
 """``budgetdraft``: the command line."""
 
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 from vllm_budgetdraft import __version__
 from vllm_budgetdraft.errors import BudgetDraftError
 
-#: The pair that comes with the repository.
-MODELS = Path(__file__).resolve().parents[1] / "models"
+#: Where the pair that comes with the repository lies, as seen from here.
+MODELS = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "models"))
 
 
 def main(argv: list[str] | None = None) -> None:
