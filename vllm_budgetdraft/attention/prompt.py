@@ -44,10 +44,6 @@ class PromptAttention:
         self._observation_tokens = observation_tokens
         self._queries: list[Tensor | None] = [None] * num_layers
 
-    @property
-    def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
     def restart(self) -> None:
         self.num_tokens = 0
         self._queries = [None] * len(self._queries)

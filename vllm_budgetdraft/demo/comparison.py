@@ -129,7 +129,7 @@ def _prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    # Intel's OpenMP runtime wakes its threads faster; vLLM recommends it on CPUs.
+    # vLLM recommends Intel's OpenMP runtime on CPUs.
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.is_file() and "libiomp" not in os.environ.get("LD_PRELOAD", ""):
         preloaded = os.environ.get("LD_PRELOAD")

@@ -88,7 +88,7 @@ class DecoderLayer(nn.Module):
         attended = attend(layer, q, k, qkv[..., rotated:, :])
         if attended is None:
             return None
-        x = x + F.linear(attended.view(*tokens, -1), self.o_weight, self.o_bias)
+        x = x + F.linear(attended.flatten(-2), self.o_weight, self.o_bias)
 
         h = rms_norm(x, self.mlp_norm, self.eps)
         gate, up = F.linear(h, self.gate_up_weight, self.gate_up_bias).chunk(2, -1)
