@@ -45,3 +45,8 @@ def all_positions(keys: Tensor) -> Tensor:
     """Every position of ``keys`` [..., num_tokens, head_dim]: [..., num_tokens]."""
     positions = torch.arange(keys.shape[-2], device=keys.device)
     return positions.expand(keys.shape[:-1])
+
+
+def take_positions(states: Tensor, kept: Tensor) -> Tensor:
+    """Rows ``kept`` [..., num_kept] of keys or values [..., num_tokens, head_dim]."""
+    return states.gather(-2, kept[..., None].expand(*kept.shape, states.shape[-1]))

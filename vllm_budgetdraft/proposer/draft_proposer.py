@@ -14,7 +14,7 @@ from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.drafter.configuration import head_dim
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.eviction.base import EvictionPolicy
+from vllm_budgetdraft.eviction.base import EvictionPolicy, take_positions
 from vllm_budgetdraft.eviction.catalogue import make_policy
 
 #: Tokens fed in the first step of a draft. After a full acceptance the cache lacks the
@@ -184,11 +184,10 @@ class DraftProposer:
         keys = prompt.keys[:, : len(tokens)].transpose(1, 2)
         values = prompt.values[:, : len(tokens)].transpose(1, 2)
         kept = self.policy.select(keys, prompt.last_queries(), self.config.kv_budget)
-        index = kept[..., None].expand(*kept.shape, keys.shape[-1])
         self.cache.load_prompt(
             slot,
-            keys.gather(2, index).transpose(1, 2),
-            values.gather(2, index).transpose(1, 2),
+            take_positions(keys, kept).transpose(1, 2),
+            take_positions(values, kept).transpose(1, 2),
             seen=len(tokens),
         )
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.eviction.base import EvictionPolicy
+from vllm_budgetdraft.eviction.base import EvictionPolicy, take_positions
 
 
 @dataclass
@@ -37,9 +37,8 @@ class PrefixCache:
         for layer, keys in enumerate(self.keys):
             queries = self.queries[layer] if self.queries else None
             kept = policy.select(keys, queries, budget)
-            index = kept[..., None].expand(*kept.shape, keys.shape[-1])
-            view.keys.append(keys.gather(2, index))
-            view.values.append(self.values[layer].gather(2, index))
+            view.keys.append(take_positions(keys, kept))
+            view.values.append(take_positions(self.values[layer], kept))
         return view
 
 
