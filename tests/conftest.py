@@ -1,8 +1,15 @@
 """Fixtures shared by every test."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton decides when it is first imported, which nothing before this line does.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import PreTrainedModel
 
 from tests.support import models

@@ -1,12 +1,25 @@
 """The operations in plain PyTorch.
 
-Letters in shapes: B requests, W query tokens of each, H query heads, G KV heads,
-D head size, N pages per request, P tokens per page.
+Letters in shapes: B requests, T query tokens of all of them, H query heads, G KV heads,
+D head size, N pages per request, P tokens per page, L layers, V vocabulary.
 """
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from budgetdraft_kernels.checks import (
+    check_attention,
+    check_cache_write,
+    check_chunk_scores,
+    check_compaction,
+    check_logits,
+)
+
+#: Largest finite number of float8_e4m3fn.
+FP8_MAX = 448.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -21,22 +34,70 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         [..., num_heads, D].
     """
     half = x.shape[-1] // 2
-    return x * cos + x.roll(half, -1) * sin
+    return (x * cos + x.roll(half, -1) * sin).to(x.dtype)
+
+
+def split_rotated(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries and keys, and values, of fused projections.
+
+    Args:
+        qkv: [..., H + 2 * G, D], the query, key and value heads of each token.
+        cos, sin: [..., D], of each token's position, as ``rotate`` takes them.
+
+    Returns:
+        [..., H, D], [..., G, D] and [..., G, D].
+    """
+    rotated = qkv.shape[-2] - num_kv_heads
+    qk = rotate(qkv[..., :rotated, :], cos[..., None, :], sin[..., None, :])
+    num_heads = rotated - num_kv_heads
+    return qk[..., :num_heads, :], qk[..., num_heads:, :], qkv[..., rotated:, :]
 
 
 def paged_cache_write(
-    keys: Tensor, values: Tensor, key_pages: Tensor, value_pages: Tensor, cells: Tensor
-) -> None:
-    """Stores keys and values in their cells of one layer's pages, in place.
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    cells: Tensor,
+    *,
+    rotate_keys: bool = True,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    validate: bool = True,
+) -> Tensor:
+    """Rotates queries and keys, and stores keys and values in one layer's pages.
 
     Args:
-        keys, values: [B, W, G, D].
-        key_pages, value_pages: [num_pages, P, G, D].
-        cells: [B * W] int64, page * P + offset in the page.
+        qkv: [T, H + 2 * G, D], the query, key and value heads of each token.
+        cos, sin: [T, D], of each token's position, as ``rotate`` takes them.
+        key_pages, value_pages: [num_pages, P, G, D], written in place.
+        cells: [T] int64, page * P + offset in the page; distinct.
+        rotate_keys: False leaves keys as they are, for ``key_rotary`` at reading.
+        key_scale, value_scale: [G] float32, what one unit of float8 pages stands for.
+        validate: whether to check the arguments; reads indices back, which waits for
+            the device.
+
+    Returns:
+        [T, H, D], the rotated queries.
+
+    Raises:
+        ValueError: sizes, strides or devices that do not fit; a cell outside the pages.
+        TypeError: a tensor of another type.
     """
-    shape = (-1, *key_pages.shape[2:])
-    key_pages.view(shape).index_copy_(0, cells, keys.reshape(shape))
-    value_pages.view(shape).index_copy_(0, cells, values.reshape(shape))
+    if validate:
+        check_cache_write(
+            qkv, cos, sin, key_pages, value_pages, cells, key_scale, value_scale
+        )
+    num_kv_heads = key_pages.shape[2]
+    queries, keys, values = split_rotated(qkv, cos, sin, num_kv_heads)
+    if not rotate_keys:
+        keys = qkv[:, -2 * num_kv_heads : -num_kv_heads]
+    _write_rows(key_pages, cells, _stored(keys, key_scale, key_pages.dtype))
+    _write_rows(value_pages, cells, _stored(values, value_scale, value_pages.dtype))
+    return queries
 
 
 def paged_sparse_attention(
@@ -45,43 +106,309 @@ def paged_sparse_attention(
     value_pages: Tensor,
     page_table: Tensor,
     lengths: Tensor,
+    query_starts: Tensor,
+    *,
+    max_query_tokens: int,
+    scale: float | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    key_rotary: tuple[Tensor, Tensor] | None = None,
+    page_mass: Tensor | None = None,
+    validate: bool = True,
 ) -> Tensor:
-    """Attention of each request's queries over the pages that it holds.
+    """Attention of each request's last tokens over the pages that it holds.
+
+    A request's query tokens are the last ones of its ``length`` tokens; each sees the
+    tokens up to and with itself. A request without tokens attends to nothing: zeros.
 
     Args:
-        queries: [B, W, H, D]; H is a multiple of G.
-        key_pages, value_pages: [num_pages, P, G, D].
-        page_table: [B, N] int64.
-        lengths: [B, W] int64, how many tokens, in the order of the page table, each
-            query may look at.
+        queries: [T, H, D], request after request; H is a multiple of G.
+        key_pages, value_pages: [num_pages, P, G, D], finite; float8_e4m3fn, or the type
+            of ``queries``.
+        page_table: [B, N] or, one list for each KV head, [B, G, N]; int32 or int64.
+            What lies beyond a request's length is not read.
+        lengths: [B] int32 or int64, tokens of each request, in the order of its pages.
+        query_starts: [B + 1] int32 or int64, where each request's query tokens start in
+            ``queries``; the first is 0 and the last T.
+        max_query_tokens: most query tokens of one request.
+        scale: of the logits; D ** -0.5 if None.
+        key_scale, value_scale: [G] float32, what one unit of float8 pages stands for.
+        key_rotary: cos and sin, [N * P, D] or longer, as ``rotate`` takes them: keys
+            are rotated by their index in the request's pages when they are read.
+        page_mass: [T, H, N] float32, receives the share of each query head's attention
+            that goes to each page.
+        validate: whether to check the arguments; reads indices back, which waits for
+            the device. Without, a page outside the pool is never read, but what comes
+            out is undefined.
 
     Returns:
-        [B, W, H, D].
+        [T, H, D].
+
+    Raises:
+        ValueError: sizes, strides or devices that do not fit; an index out of range.
+        TypeError: a tensor of another type.
     """
-    num_requests, width, num_heads, head_dim = queries.shape
+    if validate:
+        check_attention(
+            queries,
+            key_pages,
+            value_pages,
+            page_table,
+            lengths,
+            query_starts,
+            max_query_tokens,
+            key_scale,
+            value_scale,
+            key_rotary,
+            page_mass,
+        )
     num_kv_heads = key_pages.shape[2]
+    # Entries that nobody reads may hold anything.
+    page_table = page_table.clamp(0, key_pages.shape[0] - 1)
+    keys = _dequantised(_gathered(key_pages, page_table), key_scale, queries.dtype)
+    values = _dequantised(
+        _gathered(value_pages, page_table), value_scale, queries.dtype
+    )
+    num_cells = keys.shape[2]
+    if key_rotary is not None:
+        keys = rotate(keys, *(x[:num_cells] for x in key_rotary))
 
-    num_cells = page_table.shape[1] * key_pages.shape[1]
-    held = page_table.view(-1)
-
-    def gather(pages: Tensor) -> Tensor:
-        shape = (num_requests, num_cells, num_kv_heads, head_dim)
-        return pages.index_select(0, held).view(shape).transpose(1, 2)
+    # Each request's query tokens, padded to as many as the longest has: [B, W, H, D].
+    width, counts = max_query_tokens, None
+    ragged = queries.shape[0] != len(lengths) * width
+    if ragged:
+        token = torch.arange(queries.shape[0], device=queries.device)
+        row = torch.searchsorted(query_starts[1:].contiguous(), token, right=True)
+        column = token - query_starts[row]
+        counts = query_starts.diff()
+        padded = queries.new_zeros(len(lengths), width, *queries.shape[1:])
+        padded[row, column] = queries
+    else:
+        padded = queries.view(len(lengths), width, *queries.shape[1:])
 
     # The query heads that share a KV head become rows of one product: [B, G, rows, D],
     # a query token's heads side by side.
-    rows = (
-        queries.reshape(num_requests, width, num_kv_heads, -1, head_dim)
-        .transpose(1, 2)
-        .reshape(num_requests, num_kv_heads, -1, head_dim)
+    grouped = padded.unflatten(2, (num_kv_heads, -1)).transpose(1, 2)
+    rows = grouped.flatten(2, 3)
+    cell = torch.arange(num_cells, device=lengths.device)
+    if width == 1:
+        visible = cell < lengths[:, None, None]
+    else:
+        first = lengths - (width if counts is None else counts) + 1
+        seen = first[:, None] + torch.arange(width, device=lengths.device)
+        visible = cell < seen.repeat_interleave(grouped.shape[3], dim=1)[..., None]
+    visible = visible[:, None]  # [B, 1, rows, num_cells]
+
+    def unpadded(x: Tensor) -> Tensor:
+        """[B, G, rows, ...] to [T, H, ...]."""
+        x = x.unflatten(2, (width, -1)).transpose(1, 2).flatten(2, 3)
+        return x[row, column] if ragged else x.flatten(0, 1)
+
+    if page_mass is not None:
+        logits = rows.float() @ keys.float().mT
+        logits = logits * (queries.shape[-1] ** -0.5 if scale is None else scale)
+        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
+        by_page = weights.unflatten(-1, (-1, key_pages.shape[1])).sum(-1)
+        page_mass.copy_(unpadded(by_page))
+    attended = F.scaled_dot_product_attention(
+        rows, keys, values, attn_mask=visible, scale=scale
     )
-    visible = torch.arange(num_cells, device=lengths.device) < lengths[..., None]
-    if width > 1:
-        visible = visible.repeat_interleave(num_heads // num_kv_heads, dim=1)
-    out = F.scaled_dot_product_attention(
-        rows, gather(key_pages), gather(value_pages), attn_mask=visible[:, None]
+    return unpadded(attended)
+
+
+def chunk_scores(
+    keys: Tensor,
+    queries: Tensor,
+    chunk_size: int,
+    score: Literal["mean_key", "attention"],
+) -> Tensor:
+    """How much each chunk of a prompt matters to some queries.
+
+    Args:
+        keys: [L, G, num_tokens, D].
+        queries: [L, G, num_queries, D].
+        chunk_size: tokens per chunk; the last chunk holds what is left.
+        score: "mean_key", a query against the mean of the chunk's keys (BudgetDraft's
+            and TriForce's retrieval, https://arxiv.org/abs/2404.11912); or "attention",
+            the share of a query's attention over all of ``keys`` that goes to the
+            chunk. Each is averaged over the queries.
+
+    Returns:
+        [L, G, num_chunks] float32.
+
+    Raises:
+        ValueError: sizes, strides or devices that do not fit.
+        TypeError: a tensor of another type.
+    """
+    check_chunk_scores(keys, queries, chunk_size)
+    logits = queries.float() @ keys.float().mT
+    num_tokens = keys.shape[2]
+    remainder = -num_tokens % chunk_size
+    if score == "attention":
+        logits = (logits * keys.shape[-1] ** -0.5).softmax(-1)
+    sums = (
+        F.pad(logits.mean(-2), (0, remainder)).unflatten(-1, (-1, chunk_size)).sum(-1)
     )
-    if width > 1:
-        grouped = (num_requests, num_kv_heads, width, -1, head_dim)
-        out = out.view(grouped).transpose(1, 2)
-    return out.reshape(queries.shape)
+    if score == "attention":
+        return sums
+    starts = torch.arange(0, num_tokens, chunk_size, device=keys.device)
+    return sums / (num_tokens - starts).clamp(max=chunk_size)
+
+
+def page_compaction(
+    keys: Tensor,
+    values: Tensor,
+    kept: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    cells: Tensor,
+    *,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    validate: bool = True,
+) -> None:
+    """Copies the kept keys and values of a prompt into pages, for all layers at once.
+
+    Args:
+        keys, values: [L, num_tokens, G, D].
+        kept: [L, G, num_kept] int64, positions in the prompt.
+        key_pages, value_pages: [L, num_pages, P, G, D], written in place.
+        cells: [num_kept] int64, page * P + offset in the page; distinct.
+        key_scale, value_scale: [L, G] float32, what one unit of float8 pages stands
+            for.
+        validate: whether to check the arguments; reads indices back, which waits for
+            the device.
+
+    Raises:
+        ValueError: sizes, strides or devices that do not fit; a position outside the
+            prompt, or a cell outside the pages.
+        TypeError: a tensor of another type.
+    """
+    if validate:
+        check_compaction(
+            keys, values, kept, key_pages, value_pages, cells, key_scale, value_scale
+        )
+
+    def rows(states: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        index = kept.transpose(1, 2)[..., None].expand(-1, -1, -1, states.shape[-1])
+        scale = None if scale is None else scale[:, None]
+        return _stored(states.gather(1, index), scale, dtype)
+
+    _write_rows(key_pages, cells, rows(keys, key_scale, key_pages.dtype), dim=1)
+    _write_rows(value_pages, cells, rows(values, value_scale, value_pages.dtype), dim=1)
+
+
+def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tensor]:
+    """The likeliest token, and how sure the model is of it.
+
+    Args:
+        logits: [B, V].
+        validate: whether to check the arguments.
+
+    Returns:
+        [B] int64, the first of the largest logits; and its probability, [B] float32.
+
+    Raises:
+        ValueError, TypeError: logits of another shape, layout or type.
+    """
+    if validate:
+        check_logits(logits)
+    top, tokens = logits.max(-1)
+    return tokens, (logits - top[:, None]).float().exp().sum(-1).reciprocal()
+
+
+def gumbel_pick(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, *, validate: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A token drawn from the softmax, with what rejection sampling needs to undo it.
+
+    Gumbel-max: the largest of logit / temperature + noise is a draw from the softmax.
+    The noise of an entry depends on its row's seed and its column alone (Philox-4x32,
+    Salmon et al., 2011), so that a draw does not depend on the batch or the backend.
+
+    Args:
+        logits: [B, V].
+        temperatures: [B] float32. At 0 the likeliest token is picked, and has all the
+            probability.
+        seeds: [B] int64, a new one for every draw.
+        validate: whether to check the arguments; reads temperatures back, which waits
+            for the device.
+
+    Returns:
+        [B] int64 tokens; the probability of each, [B] float32; and the distribution
+        that it was drawn from, [B, V] float32.
+
+    Raises:
+        ValueError: sizes or devices that do not fit, or a temperature below 0.
+        TypeError: a tensor of another type.
+    """
+    if validate:
+        check_logits(logits, temperatures, seeds)
+    greedy = temperatures[:, None] == 0
+    scaled = logits.float() / temperatures[:, None].masked_fill(greedy, 1.0)
+    uniform = _philox_uniform(seeds, logits.shape[1])
+    noise = -(-uniform.log()).log()
+    tokens = torch.where(greedy, scaled, scaled + noise).argmax(-1, keepdim=True)
+    one_hot = torch.zeros_like(scaled).scatter(1, tokens, 1.0)
+    probabilities = torch.where(greedy, one_hot, scaled.softmax(-1))
+    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0], probabilities
+
+
+def _gathered(pages: Tensor, page_table: Tensor) -> Tensor:
+    """Rows of the pages that each request holds: [B, G, N * P, D]."""
+    if page_table.ndim == 3:
+        heads = torch.arange(pages.shape[2], device=pages.device)[:, None]
+        return _bits(pages)[page_table, :, heads].view(pages.dtype).flatten(2, 3)
+    shape = (page_table.shape[0], -1, *pages.shape[2:])
+    rows = _bits(pages).index_select(0, page_table.flatten()).view(pages.dtype)
+    return rows.view(shape).transpose(1, 2)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory, as a type that indexing supports on every device."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def _stored(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[..., G, D] in the type of the pages; ``scale`` is [..., G]."""
+    if dtype != torch.float8_e4m3fn:
+        return x.to(dtype)
+    if scale is not None:
+        x = x.float() / scale[..., None]
+    return x.clamp(-FP8_MAX, FP8_MAX).to(dtype)
+
+
+def _dequantised(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, G, num_cells, D] in the type of the queries; ``scale`` is [G]."""
+    x = x.to(dtype)
+    return x if scale is None else (x.float() * scale[:, None, None]).to(dtype)
+
+
+def _write_rows(pages: Tensor, cells: Tensor, rows: Tensor, dim: int = 0) -> None:
+    """Rows [..., num_cells, G, D] to their cells of pages [..., num_pages, P, G, D]."""
+    _bits(pages).flatten(dim, dim + 1).index_copy_(dim, cells, _bits(rows))
+
+
+def _philox_uniform(seeds: Tensor, count: int) -> Tensor:
+    """[B, count] float32 in [0, 1): Philox-4x32-10 of (seed, column), first word."""
+    mask = 0xFFFFFFFF
+    multipliers, weyl = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+
+    def product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+        """High and low words of a product of two words, within int64."""
+        low, high = (a & 0xFFFF) * b, (a >> 16) * b
+        total = (low >> 16) + high  # below 2 ** 49
+        return total >> 16, ((total << 16) | (low & 0xFFFF)) & mask
+
+    column = torch.arange(count, device=seeds.device).expand(len(seeds), -1)
+    words = [column, *[torch.zeros_like(column)] * 3]
+    keys = [seeds[:, None] & mask, (seeds[:, None] >> 32) & mask]
+    for _ in range(10):
+        (high_a, low_a), (high_b, low_b) = (
+            product(words[i], m) for i, m in zip((0, 2), multipliers, strict=True)
+        )
+        words = [high_b ^ words[1] ^ keys[0], low_b, high_a ^ words[3] ^ keys[1], low_a]
+        keys = [(key + w) & mask for key, w in zip(keys, weyl, strict=True)]
+    signed = words[0].to(torch.int32)
+    # As triton.language.rand: the scale is the largest that stays below one.
+    return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10

@@ -1,0 +1,327 @@
+"""What the operations refuse, with the value and the limit in the message.
+
+Checks of indices read them back, which waits for the device.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
+FP8 = torch.float8_e4m3fn
+
+Shape = tuple[int | str, ...]
+
+
+def check_attention(
+    queries: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    max_query_tokens: int,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+    key_rotary: tuple[Tensor, Tensor] | None,
+    page_mass: Tensor | None,
+) -> None:
+    """Arguments of ``paged_sparse_attention``."""
+    cos, sin = key_rotary or (None, None)
+    by_head = page_table.ndim == 3
+    tensors = {
+        "queries": (queries, ("T", "H", "D")),
+        "key_pages": (key_pages, ("num_pages", "P", "G", "D")),
+        "value_pages": (value_pages, ("num_pages", "P", "G", "D")),
+        "lengths": (lengths, ("B",)),
+        "page_table": (page_table, ("B", "G", "N") if by_head else ("B", "N")),
+        "query_starts": (query_starts, (len(lengths) + 1,)),
+        "key_scale": (key_scale, ("G",)),
+        "value_scale": (value_scale, ("G",)),
+        "page_mass": (page_mass, ("T", "H", "N")),
+        "cos": (cos, ("num_angles", "D")),
+        "sin": (sin, ("num_angles", "D")),
+    }
+    _check_tensors(tensors)
+    num_heads, num_kv_heads = queries.shape[1], key_pages.shape[2]
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"queries have {num_heads} heads, not a multiple of the {num_kv_heads} KV "
+            "heads"
+        )
+    held, page_size = page_table.shape[-1], key_pages.shape[1]
+    if cos is not None:
+        _check_rotary(queries, cos)
+        if cos.shape[0] < held * page_size:
+            raise ValueError(
+                f"key_rotary has {cos.shape[0]} angles; it needs {held * page_size}, "
+                f"one for each token of {held} pages of {page_size}"
+            )
+    _check_types(FLOATS, queries=queries, cos=cos, sin=sin)
+    _check_types((queries.dtype, FP8), key_pages=key_pages, value_pages=value_pages)
+    _check_types(
+        (torch.float32,),
+        key_scale=key_scale,
+        value_scale=value_scale,
+        page_mass=page_mass,
+    )
+    _check_types(
+        INTEGERS, page_table=page_table, lengths=lengths, query_starts=query_starts
+    )
+    _check_last_contiguous(
+        queries=queries, key_pages=key_pages, page_table=page_table, cos=cos
+    )
+    _check_contiguous(
+        lengths=lengths,
+        query_starts=query_starts,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        page_mass=page_mass,
+    )
+    _check_same_strides(key_pages=key_pages, value_pages=value_pages)
+    _check_same_strides(cos=cos, sin=sin)
+    _check_page_table(
+        page_table, lengths, query_starts, len(queries), key_pages, max_query_tokens
+    )
+
+
+def check_cache_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    cells: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+) -> None:
+    """Arguments of ``paged_cache_write``."""
+    tensors = {
+        "qkv": (qkv, ("T", "heads", "D")),
+        "cos": (cos, ("T", "D")),
+        "sin": (sin, ("T", "D")),
+        "key_pages": (key_pages, ("num_pages", "P", "G", "D")),
+        "value_pages": (value_pages, ("num_pages", "P", "G", "D")),
+        "cells": (cells, ("T",)),
+        "key_scale": (key_scale, ("G",)),
+        "value_scale": (value_scale, ("G",)),
+    }
+    _check_tensors(tensors)
+    _check_rotary(qkv, cos)
+    if qkv.shape[1] <= 2 * key_pages.shape[2]:
+        raise ValueError(
+            f"qkv has {qkv.shape[1]} heads; it needs one query head and a key and "
+            f"a value head for each of {key_pages.shape[2]} KV heads"
+        )
+    _check_types(FLOATS, qkv=qkv, cos=cos, sin=sin)
+    _check_types((qkv.dtype, FP8), key_pages=key_pages, value_pages=value_pages)
+    _check_types((torch.float32,), key_scale=key_scale, value_scale=value_scale)
+    _check_types((torch.int64,), cells=cells)
+    _check_last_contiguous(qkv=qkv, cos=cos)
+    _check_same_strides(cos=cos, sin=sin)
+    _check_contiguous(
+        key_pages=key_pages,
+        value_pages=value_pages,
+        cells=cells,
+        key_scale=key_scale,
+        value_scale=value_scale,
+    )
+    _check_cells(cells, key_pages)
+
+
+def check_compaction(
+    keys: Tensor,
+    values: Tensor,
+    kept: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    cells: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+) -> None:
+    """Arguments of ``page_compaction``."""
+    tensors = {
+        "keys": (keys, ("L", "num_tokens", "G", "D")),
+        "values": (values, ("L", "num_tokens", "G", "D")),
+        "kept": (kept, ("L", "G", "num_kept")),
+        "key_pages": (key_pages, ("L", "num_pages", "P", "G", "D")),
+        "value_pages": (value_pages, ("L", "num_pages", "P", "G", "D")),
+        "cells": (cells, ("num_kept",)),
+        "key_scale": (key_scale, ("L", "G")),
+        "value_scale": (value_scale, ("L", "G")),
+    }
+    _check_tensors(tensors)
+    _check_types(FLOATS, keys=keys, values=values)
+    _check_types((keys.dtype, FP8), key_pages=key_pages, value_pages=value_pages)
+    _check_types((torch.float32,), key_scale=key_scale, value_scale=value_scale)
+    _check_types((torch.int64,), kept=kept, cells=cells)
+    _check_last_contiguous(keys=keys)
+    _check_same_strides(keys=keys, values=values)
+    _check_contiguous(
+        key_pages=key_pages,
+        value_pages=value_pages,
+        kept=kept,
+        cells=cells,
+        key_scale=key_scale,
+        value_scale=value_scale,
+    )
+    _check_range("kept", kept, keys.shape[1], f"a prompt of {keys.shape[1]} tokens")
+    _check_cells(cells, key_pages[0])
+
+
+def check_chunk_scores(keys: Tensor, queries: Tensor, chunk_size: int) -> None:
+    """Arguments of ``chunk_scores``."""
+    tensors = {
+        "keys": (keys, ("L", "G", "num_tokens", "D")),
+        "queries": (queries, ("L", "G", "num_queries", "D")),
+    }
+    _check_tensors(tensors)
+    _check_types((*FLOATS, torch.float64), keys=keys, queries=queries)
+    _check_types((keys.dtype,), queries=queries)
+    _check_last_contiguous(keys=keys, queries=queries)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}; it must be 1 or more")
+
+
+def check_logits(
+    logits: Tensor, temperatures: Tensor | None = None, seeds: Tensor | None = None
+) -> None:
+    """Arguments of ``greedy_pick`` and ``gumbel_pick``."""
+    tensors = {
+        "logits": (logits, ("B", "V")),
+        "temperatures": (temperatures, ("B",)),
+        "seeds": (seeds, ("B",)),
+    }
+    _check_tensors(tensors)
+    _check_types(FLOATS, logits=logits)
+    _check_types((torch.float32,), temperatures=temperatures)
+    _check_types((torch.int64,), seeds=seeds)
+    _check_last_contiguous(logits=logits)
+    _check_contiguous(temperatures=temperatures, seeds=seeds)
+    if temperatures is not None and bool((temperatures < 0).any()):
+        raise ValueError(
+            f"temperatures go down to {temperatures.min()}; 0 is the least"
+        )
+
+
+def _check_tensors(tensors: Mapping[str, tuple[Tensor | None, Shape]]) -> None:
+    """Sizes against each other, and that all are on one device.
+
+    A letter in a shape stands for one number wherever it appears.
+    """
+    sizes: dict[int | str, int] = {}
+    devices = {}
+    for name, (tensor, shape) in tensors.items():
+        if tensor is None:
+            continue
+        devices[name] = tensor.device
+        found = tuple(tensor.shape)
+        if len(found) == len(shape):
+            for size, number in zip(shape, found, strict=True):
+                if isinstance(size, str):
+                    sizes.setdefault(size, number)
+        wanted = tuple(sizes[size] if size in sizes else size for size in shape)
+        if found != wanted:
+            named = ", ".join(
+                f"{size}={sizes[size]}" if size in sizes else str(size)
+                for size in shape
+            )
+            raise ValueError(f"{name} has shape {list(found)}, not [{named}]")
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"tensors are on several devices, move them to one: {devices}")
+
+
+def _check_types(allowed: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in allowed:
+            names = " or ".join(map(str, dict.fromkeys(allowed)))
+            raise TypeError(f"{name} is {tensor.dtype}, not {names}; convert it first")
+
+
+def _check_last_contiguous(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has strides {tensor.stride()}, its last dimension is not "
+                "contiguous; call .contiguous() on it"
+            )
+
+
+def _check_contiguous(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} of shape {list(tensor.shape)} has strides {tensor.stride()}, "
+                "it is not contiguous; call .contiguous() on it"
+            )
+
+
+def _check_same_strides(**pair: Tensor | None) -> None:
+    strides = {name: x.stride() for name, x in pair.items() if x is not None}
+    if len(set(strides.values())) > 1:
+        raise ValueError(f"strides differ, lay the two out alike: {strides}")
+
+
+def _check_rotary(x: Tensor, cos: Tensor) -> None:
+    if x.shape[-1] % 2:
+        raise ValueError(f"D={x.shape[-1]} is odd; rotary embedding turns pairs")
+
+
+def _check_cells(cells: Tensor, pages: Tensor) -> None:
+    num_pages, page_size = pages.shape[:2]
+    _check_range(
+        "cells", cells, num_pages * page_size, f"{num_pages} pages of {page_size} cells"
+    )
+
+
+def _check_page_table(
+    page_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    num_tokens: int,
+    pages: Tensor,
+    max_query_tokens: int,
+) -> None:
+    num_pages, page_size = pages.shape[:2]
+    held = page_table.shape[-1]
+    counts = query_starts.diff()
+    _check_range(
+        "lengths", lengths, held * page_size + 1, f"{held} pages of {page_size} tokens"
+    )
+    _check_range(
+        "query tokens of request ",
+        counts,
+        max_query_tokens + 1,
+        f"max_query_tokens={max_query_tokens}",
+    )
+    if (ends := (int(query_starts[0]), int(query_starts[-1]))) != (0, num_tokens):
+        raise ValueError(
+            f"query_starts go from {ends[0]} to {ends[1]}, not from 0 to the "
+            f"{num_tokens} query tokens"
+        )
+    if bool((excess := (counts > lengths) & (lengths > 0)).any()):
+        request = int(excess.nonzero()[0])
+        raise ValueError(
+            f"request {request} has {int(counts[request])} query tokens and "
+            f"length {int(lengths[request])}; the length counts its query tokens too"
+        )
+    read = torch.arange(held, device=lengths.device) < -(-lengths[:, None] // page_size)
+    read = read[:, None] if page_table.ndim == 3 else read
+    _check_range(
+        "page_table",
+        page_table.masked_fill(~read, 0),
+        num_pages,
+        f"a pool of {num_pages} pages",
+    )
+
+
+def _check_range(name: str, index: Tensor, limit: int, of_what: str) -> None:
+    outside = (index < 0) | (index >= limit)
+    if bool(outside.any()):
+        place = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}{place} is {int(index[tuple(place)])}, not from 0 to {limit - 1}: "
+            f"{of_what}"
+        )

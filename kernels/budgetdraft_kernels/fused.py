@@ -1,0 +1,16 @@
+"""The operations of ``reference`` as Triton kernels, with the same signatures."""
+
+from budgetdraft_kernels.chunk_scores import chunk_scores
+from budgetdraft_kernels.page_compaction import page_compaction
+from budgetdraft_kernels.paged_cache_write import paged_cache_write
+from budgetdraft_kernels.paged_sparse_attention import paged_sparse_attention
+from budgetdraft_kernels.token_picks import greedy_pick, gumbel_pick
+
+__all__ = [
+    "chunk_scores",
+    "greedy_pick",
+    "gumbel_pick",
+    "page_compaction",
+    "paged_cache_write",
+    "paged_sparse_attention",
+]

@@ -1,0 +1,61 @@
+"""Block sizes by device. Chosen by measurement, never by trying on the serving path."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+#: Most programs that share one KV head of one request; bounds the merge's tile.
+MAX_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """How the kernels cut their work on one kind of device.
+
+    Attributes:
+        attention_tile_bytes: keys, and as many values, that a program holds at a time.
+        attention_stages: tiles in flight.
+        programs_per_multiprocessor: splits are added until there are so many.
+        vocabulary_tile: logits per program.
+    """
+
+    attention_tile_bytes: int = 16384
+    attention_stages: int = 3
+    programs_per_multiprocessor: int = 2
+    vocabulary_tile: int = 4096
+
+
+#: By compute capability; none of these has been measured yet.
+SETTINGS = {(9, 0): LaunchSettings()}
+DEFAULT = LaunchSettings(attention_tile_bytes=8192, attention_stages=2)
+
+
+@cache
+def settings_of(device: torch.device) -> LaunchSettings:
+    if device.type != "cuda":
+        return DEFAULT
+    return SETTINGS.get(torch.cuda.get_device_capability(device), DEFAULT)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def warps(dim_block: int, element_bytes: int) -> int:
+    """Warps per program that holds rows of so many numbers: more where they spill."""
+    return 8 if dim_block * element_bytes >= 512 else 4
+
+
+def attention_splits(programs: int, tiles: int, device: torch.device) -> int:
+    """In how many parts to read each KV head, given programs if read in one.
+
+    Args:
+        programs: of the launch without splits.
+        tiles: that one KV head of one request may hold at most.
+    """
+    wanted = settings_of(device).programs_per_multiprocessor * multiprocessors(device)
+    return max(1, min(-(-wanted // programs), tiles, MAX_SPLITS))

@@ -1,0 +1,187 @@
+"""The next token and its probability, in one pass over the vocabulary.
+
+Each program sees a part of a row; a second, small kernel joins the parts.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from budgetdraft_kernels import launch_settings
+from budgetdraft_kernels.checks import check_logits
+
+
+@triton.jit
+def scaled_logits(logits, temperature, row, column, row_stride, vocab_size):
+    """A tile of a row over its temperature; a temperature of 0 leaves it as it is."""
+    x = tl.load(
+        logits + row * row_stride + column,
+        mask=column < vocab_size,
+        other=float("-inf"),
+    ).to(tl.float32)
+    return x / tl.where(temperature == 0.0, 1.0, temperature)
+
+
+@triton.jit
+def pick_part_kernel(
+    part_stats,  # [4, B, parts]: the winner's key and logit, the maximum, the sum
+    part_tokens,  # [B, parts]
+    logits,
+    temperatures,  # [B], or None: greedy
+    seeds,
+    row_stride,
+    vocab_size,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = row * tl.num_programs(1) + tl.program_id(1)
+    plane = tl.num_programs(0) * tl.num_programs(1)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    temperature = 0.0 if temperatures is None else tl.load(temperatures + row)
+    x = scaled_logits(logits, temperature, row, column, row_stride, vocab_size)
+    keys = x
+    if temperatures is not None:
+        noise = -tl.log(-tl.log(tl.rand(tl.load(seeds + row), column)))
+        keys = tl.where(temperature == 0.0, x, x + noise)
+    key, winner = tl.max(keys, 0, return_indices=True)
+    token = tl.program_id(1) * TILE + winner
+    highest = tl.max(x, 0)
+    reference = tl.where(highest == float("-inf"), 0.0, highest)
+    tl.store(part_stats + part, key)
+    tl.store(part_stats + plane + part, tl.sum(tl.where(column == token, x, 0.0), 0))
+    tl.store(part_stats + 2 * plane + part, reference)
+    tl.store(part_stats + 3 * plane + part, tl.sum(tl.exp(x - reference), 0))
+    tl.store(part_tokens + part, token)
+
+
+@triton.jit
+def pick_join_kernel(
+    tokens,  # [B]
+    confidences,  # [B]
+    lse,  # [B], or None
+    part_stats,
+    part_tokens,
+    num_parts,
+    vocab_size,
+    PARTS_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    plane = tl.num_programs(0).to(tl.int64) * num_parts
+    index = tl.arange(0, PARTS_BLOCK)
+    exists = index < num_parts
+    part = row * num_parts + index
+    lowest = float("-inf")
+    keys = tl.load(part_stats + part, mask=exists, other=lowest)
+    part_logits = tl.load(part_stats + plane + part, mask=exists, other=0.0)
+    part_max = tl.load(part_stats + 2 * plane + part, mask=exists, other=lowest)
+    part_sum = tl.load(part_stats + 3 * plane + part, mask=exists, other=0.0)
+    part_token = tl.load(part_tokens + part, mask=exists, other=0)
+
+    winner = index == tl.argmax(keys, 0)
+    highest = tl.max(part_max, 0)
+    total = highest + tl.log(tl.sum(part_sum * tl.exp(part_max - highest), 0))
+    logit = tl.sum(tl.where(winner, part_logits, 0.0), 0)
+    token = tl.sum(tl.where(winner, part_token, 0), 0)
+    # A row of NaN has no winner, but still a token of the vocabulary.
+    tl.store(tokens + row, tl.minimum(token, vocab_size - 1).to(tl.int64))
+    tl.store(confidences + row, tl.exp(logit - total))
+    if lse is not None:
+        tl.store(lse + row, total)
+
+
+@triton.jit
+def probabilities_kernel(
+    probabilities,  # [B, V]
+    logits,
+    temperatures,
+    tokens,
+    lse,
+    row_stride,
+    vocab_size,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    temperature = tl.load(temperatures + row)
+    x = scaled_logits(logits, temperature, row, column, row_stride, vocab_size)
+    one_hot = (column == tl.load(tokens + row)).to(tl.float32)
+    softmax = tl.exp(x - tl.load(lse + row))
+    tl.store(
+        probabilities + row * vocab_size + column,
+        tl.where(temperature == 0.0, one_hot, softmax),
+        mask=column < vocab_size,
+    )
+
+
+def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tensor]:
+    """See ``reference.greedy_pick``."""
+    if validate:
+        check_logits(logits)
+    tokens, confidences, _ = _pick(logits, None, None)
+    return tokens, confidences
+
+
+def gumbel_pick(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, *, validate: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.gumbel_pick``."""
+    if validate:
+        check_logits(logits, temperatures, seeds)
+    tokens, confidences, lse = _pick(logits, temperatures, seeds)
+    probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    batch, vocab_size = logits.shape
+    tile = launch_settings.settings_of(logits.device).vocabulary_tile
+    if batch:
+        probabilities_kernel[(batch, triton.cdiv(vocab_size, tile))](
+            probabilities,
+            logits,
+            temperatures,
+            tokens,
+            lse,
+            logits.stride(0),
+            vocab_size,
+            TILE=tile,
+        )
+    confidences = torch.where(
+        temperatures == 0, torch.ones_like(confidences), confidences
+    )
+    return tokens, confidences, probabilities
+
+
+def _pick(
+    logits: Tensor, temperatures: Tensor | None, seeds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    batch, vocab_size = logits.shape
+    tile = launch_settings.settings_of(logits.device).vocabulary_tile
+    parts = triton.cdiv(vocab_size, tile)
+    new: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
+    stats = torch.empty(4, batch, parts, **new)
+    part_tokens = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    confidences = torch.empty(batch, **new)
+    lse = None if temperatures is None else torch.empty(batch, **new)
+    if batch:
+        pick_part_kernel[(batch, parts)](
+            stats,
+            part_tokens,
+            logits,
+            temperatures,
+            seeds,
+            logits.stride(0),
+            vocab_size,
+            TILE=tile,
+        )
+        pick_join_kernel[(batch,)](
+            tokens,
+            confidences,
+            lse,
+            stats,
+            part_tokens,
+            parts,
+            vocab_size,
+            PARTS_BLOCK=triton.next_power_of_2(parts),
+        )
+    return tokens, confidences, lse
