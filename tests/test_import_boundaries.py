@@ -43,7 +43,7 @@ MAY_IMPORT_OTHERS = {
     "environment": {"pydantic"},
     "cache": {"torch"},
     "eviction": {"torch"},
-    "attention": {"torch"},
+    "attention": {"torch", "xformers"},
     "drafter": {"torch", "transformers", "safetensors"},
 }
 MAY_IMPORT_VLLM = {"vllm_integration", "cli", "demo"}

@@ -84,6 +84,11 @@ class BudgetDraftConfig(EvictionSettings):
     draft_prefill_chunk: int = Field(
         4096, ge=1, description="Prompt tokens per forward pass of the drafter."
     )
+    attention_backend: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="What the drafter's attention and cache operations run on; auto is "
+        "Triton on a GPU and PyTorch on a CPU.",
+    )
     draft_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
         description="Precision of the drafter's weights and cache; auto is the "

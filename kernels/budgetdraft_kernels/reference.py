@@ -162,58 +162,54 @@ def paged_sparse_attention(
             key_rotary,
             page_mass,
         )
-    num_kv_heads = key_pages.shape[2]
+    num_kv_heads, head_dim = key_pages.shape[2:]
+    num_requests, width = len(lengths), max_query_tokens
     # Entries that nobody reads may hold anything.
     page_table = page_table.clamp(0, key_pages.shape[0] - 1)
-    keys = _dequantised(_gathered(key_pages, page_table), key_scale, queries.dtype)
-    values = _dequantised(
-        _gathered(value_pages, page_table), value_scale, queries.dtype
-    )
+    keys = _gathered(key_pages, page_table, key_scale, queries.dtype)
+    values = _gathered(value_pages, page_table, value_scale, queries.dtype)
     num_cells = keys.shape[2]
     if key_rotary is not None:
         keys = rotate(keys, *(x[:num_cells] for x in key_rotary))
 
-    # Each request's query tokens, padded to as many as the longest has: [B, W, H, D].
-    width, counts = max_query_tokens, None
-    ragged = queries.shape[0] != len(lengths) * width
-    if ragged:
-        token = torch.arange(queries.shape[0], device=queries.device)
-        row = torch.searchsorted(query_starts[1:].contiguous(), token, right=True)
-        column = token - query_starts[row]
+    first_seen, places = lengths - width + 1, None
+    if len(queries) != num_requests * width:
+        # Fewer query tokens in some requests: padded to as many as the longest has.
         counts = query_starts.diff()
-        padded = queries.new_zeros(len(lengths), width, *queries.shape[1:])
-        padded[row, column] = queries
-    else:
-        padded = queries.view(len(lengths), width, *queries.shape[1:])
+        places = torch.arange(width, device=queries.device) < counts[:, None]
+        first_seen = lengths - counts + 1
+        padded = queries.new_zeros(num_requests, width, *queries.shape[1:])
+        padded[places] = queries
+        queries = padded
 
     # The query heads that share a KV head become rows of one product: [B, G, rows, D],
     # a query token's heads side by side.
-    grouped = padded.unflatten(2, (num_kv_heads, -1)).transpose(1, 2)
-    rows = grouped.flatten(2, 3)
+    grouped = queries.view(num_requests, width, num_kv_heads, -1, head_dim)
+    rows = grouped.transpose(1, 2).reshape(num_requests, num_kv_heads, -1, head_dim)
+    seen = lengths[:, None]
+    if width > 1:
+        group = grouped.shape[3]
+        row = torch.arange(width * group, device=lengths.device)
+        seen = first_seen[:, None] + row // group
     cell = torch.arange(num_cells, device=lengths.device)
-    if width == 1:
-        visible = cell < lengths[:, None, None]
-    else:
-        first = lengths - (width if counts is None else counts) + 1
-        seen = first[:, None] + torch.arange(width, device=lengths.device)
-        visible = cell < seen.repeat_interleave(grouped.shape[3], dim=1)[..., None]
-    visible = visible[:, None]  # [B, 1, rows, num_cells]
+    visible = (cell < seen[..., None])[:, None]  # [B, 1, rows, num_cells]
 
-    def unpadded(x: Tensor) -> Tensor:
+    def by_token(x: Tensor) -> Tensor:
         """[B, G, rows, ...] to [T, H, ...]."""
-        x = x.unflatten(2, (width, -1)).transpose(1, 2).flatten(2, 3)
-        return x[row, column] if ragged else x.flatten(0, 1)
+        x = x.view(num_requests, num_kv_heads, width, -1, x.shape[-1]).transpose(1, 2)
+        x = x.reshape(num_requests * width, -1, x.shape[-1])
+        return x if places is None else x[places.flatten()]
 
     if page_mass is not None:
         logits = rows.float() @ keys.float().mT
-        logits = logits * (queries.shape[-1] ** -0.5 if scale is None else scale)
+        logits = logits * (head_dim**-0.5 if scale is None else scale)
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
         by_page = weights.unflatten(-1, (-1, key_pages.shape[1])).sum(-1)
-        page_mass.copy_(unpadded(by_page))
+        page_mass.copy_(by_token(by_page))
     attended = F.scaled_dot_product_attention(
         rows, keys, values, attn_mask=visible, scale=scale
     )
-    return unpadded(attended)
+    return by_token(attended)
 
 
 def chunk_scores(
@@ -313,8 +309,7 @@ def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tenso
     """
     if validate:
         check_logits(logits)
-    top, tokens = logits.max(-1)
-    return tokens, (logits - top[:, None]).float().exp().sum(-1).reciprocal()
+    return logits.max(-1).indices, logits.float().softmax(-1).amax(-1)
 
 
 def gumbel_pick(
@@ -354,14 +349,19 @@ def gumbel_pick(
     return tokens[:, 0], probabilities.gather(1, tokens)[:, 0], probabilities
 
 
-def _gathered(pages: Tensor, page_table: Tensor) -> Tensor:
+def _gathered(
+    pages: Tensor, page_table: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Rows of the pages that each request holds: [B, G, N * P, D]."""
+    bits = _bits(pages)
     if page_table.ndim == 3:
         heads = torch.arange(pages.shape[2], device=pages.device)[:, None]
-        return _bits(pages)[page_table, :, heads].view(pages.dtype).flatten(2, 3)
-    shape = (page_table.shape[0], -1, *pages.shape[2:])
-    rows = _bits(pages).index_select(0, page_table.flatten()).view(pages.dtype)
-    return rows.view(shape).transpose(1, 2)
+        rows = bits[page_table, :, heads].flatten(2, 3)
+    else:
+        rows = bits.index_select(0, page_table.view(-1))
+        rows = rows.view(len(page_table), -1, *pages.shape[2:]).transpose(1, 2)
+    rows = rows.view(pages.dtype).to(dtype)
+    return rows if scale is None else (rows.float() * scale[:, None, None]).to(dtype)
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -376,12 +376,6 @@ def _stored(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is not None:
         x = x.float() / scale[..., None]
     return x.clamp(-FP8_MAX, FP8_MAX).to(dtype)
-
-
-def _dequantised(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[B, G, num_cells, D] in the type of the queries; ``scale`` is [G]."""
-    x = x.to(dtype)
-    return x if scale is None else (x.float() * scale[:, None, None]).to(dtype)
 
 
 def _write_rows(pages: Tensor, cells: Tensor, rows: Tensor, dim: int = 0) -> None:

@@ -108,6 +108,17 @@ def test_a_mistake_is_an_error_that_names_key_value_limit_and_remedy(
         assert word in str(caught.value)
 
 
+def test_triton_by_name_is_refused_where_it_has_no_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "device_type", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ConfigurationError, match="attention_backend='triton' needs"):
+        engine_config({**SETTINGS, "attention_backend": "triton"})
+
+
 def changed_drafter(folder: Path, **changes: object) -> dict:
     config = json.loads((Path(DRAFTER) / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))

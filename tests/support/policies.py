@@ -1,5 +1,7 @@
 """Policies that a user might bring."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,8 @@ class EverySecond:
 
     observation_tokens = 0
 
-    def __init__(self, settings: EvictionSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
+        self.settings, self.operations = settings, operations
 
     def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
         even = torch.arange(0, keys.shape[-2], 2)[-budget:]

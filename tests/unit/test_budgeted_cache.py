@@ -55,8 +55,10 @@ class NumberedCache:
     def start(self, slot: int, kept: int, seen: int) -> None:
         """Loads a prompt of ``seen`` tokens; two more make the context."""
         self.cache.start_request(slot)
-        numbers = torch.arange(kept).float().view(1, kept, 1, 1).expand(2, -1, -1, -1)
-        self.cache.load_prompt(slot, numbers, -numbers, seen)
+        numbers = torch.full((2, seen, 1, 1), torch.nan)
+        last = torch.arange(seen - kept, seen)
+        numbers[:, last, 0, 0] = torch.arange(kept).float()
+        self.cache.load_prompt(slot, numbers, -numbers, last.expand(2, 1, -1))
         self.lengths[slot] = seen + 2
         self.dropped_by_policy[slot] = seen - kept
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from budgetdraft_kernels import reference
 from tests.support.policies import EVERY_SECOND, EverySecond
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.errors import ConfigurationError
@@ -200,6 +201,7 @@ def test_a_policy_of_the_user_is_built_with_the_settings():
     policy = make_policy(settings)
     assert isinstance(policy, EverySecond)
     assert policy.settings == settings
+    assert policy.operations is reference
 
 
 @pytest.mark.parametrize(

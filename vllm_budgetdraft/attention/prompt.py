@@ -1,13 +1,11 @@
 """Attention over a whole prompt, chunk by chunk, through one shared scratch buffer."""
 
-from typing import Any
+from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-#: Query rows per masked attention call.
-MASKED_ROWS = 256
+from vllm_budgetdraft.attention.packed import select_packed_attention
 
 
 class PromptAttention:
@@ -19,14 +17,16 @@ class PromptAttention:
 
     Attributes:
         keys, values: [num_layers, max_tokens, num_kv_heads, head_dim].
-        num_tokens: prompt tokens read so far.
+        num_tokens: prompt tokens read so far, the current chunk's among them.
     """
 
     def __init__(
         self,
+        operations: ModuleType,
         *,
         num_layers: int,
         max_tokens: int,
+        num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         observation_tokens: int,
@@ -35,8 +35,13 @@ class PromptAttention:
     ) -> None:
         """
         Args:
+            operations: see ``select_operations``.
             observation_tokens: last tokens of the prompt whose queries are kept.
         """
+        self._operations = operations
+        self._attend = select_packed_attention(
+            num_heads, num_kv_heads, head_dim, dtype, device
+        )
         shape = (num_layers, max_tokens, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -48,43 +53,31 @@ class PromptAttention:
         self.num_tokens = 0
         self._queries = [None] * len(self._queries)
 
-    def advance(self, num_tokens: int) -> None:
-        """Counts a chunk as read, after every layer has seen it."""
-        self.num_tokens += num_tokens
+    def chunk(self, cos: Tensor, sin: Tensor) -> "PromptAttention":
+        """The next chunk of the prompt, whose positions' cos and sin are [T, D]."""
+        start = self.num_tokens
+        self.num_tokens = start + len(cos)
+        self._rotary = cos, sin
+        self._cells = torch.arange(start, self.num_tokens, device=cos.device)
+        return self
 
-    def __call__(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor | None:
-        """A chunk in one layer: queries [1, T, H, D], keys and values [1, T, G, D]."""
-        start, chunk = self.num_tokens, keys.shape[1]
-        end = start + chunk
-        self.keys[layer, start:end] = keys[0]
-        self.values[layer, start:end] = values[0]
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor | None:
+        """A chunk in one layer, [T, H + 2 * G, D] to [T, H, D]."""
+        keys, values = self.keys[layer], self.values[layer]
+        queries = self._operations.paged_cache_write(
+            qkv,
+            *self._rotary,
+            keys[None],  # one page, as long as the longest prompt
+            values[None],
+            self._cells,
+            validate=False,
+        )
         if self._observation_tokens:
             self._observe(layer, queries)
         if layer == len(self._queries) - 1:
             return None
-        if start == 0:
-            return self._attend(layer, queries, end, is_causal=True)
-        # Later chunks need a mask of their own shape: in blocks of rows it stays small.
-        blocks, last = [], start
-        for block in queries.split(MASKED_ROWS, dim=1):
-            first, last = last, last + block.shape[1]
-            shape = (last - first, last)
-            mask = torch.ones(shape, dtype=torch.bool, device=keys.device).tril(first)
-            blocks.append(self._attend(layer, block, last, attn_mask=mask))
-        return torch.cat(blocks, dim=1)
-
-    def _attend(self, layer: int, queries: Tensor, end: int, **mask: Any) -> Tensor:
-        """Attention of [1, T, H, D] over the first ``end`` tokens of the prompt."""
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            self.keys[layer, None, :end].transpose(1, 2),
-            self.values[layer, None, :end].transpose(1, 2),
-            enable_gqa=True,
-            **mask,
-        )
-        return attended.transpose(1, 2)
+        read = self.num_tokens
+        return self._attend(queries, keys[:read], values[:read], [len(queries)], [read])
 
     def last_queries(self) -> Tensor | None:
         """[num_layers, G, H / G * observation_tokens, D], or None if none are kept."""
@@ -96,6 +89,8 @@ class PromptAttention:
         return grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def _observe(self, layer: int, queries: Tensor) -> None:
+        last = queries[-self._observation_tokens :]
         previous = self._queries[layer]
-        seen = queries[0] if previous is None else torch.cat([previous, queries[0]])
-        self._queries[layer] = seen[-self._observation_tokens :]
+        if previous is not None:
+            last = torch.cat([previous, last])[-self._observation_tokens :]
+        self._queries[layer] = last.clone()  # a view would keep the whole chunk

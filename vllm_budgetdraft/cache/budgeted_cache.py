@@ -1,8 +1,11 @@
 """The draft cache: a fixed number of tokens per slot, however long the context."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from budgetdraft_kernels import reference
 from vllm_budgetdraft.cache.page_pool import PagePool
 from vllm_budgetdraft.cache.page_table import PageTable
 
@@ -29,16 +32,19 @@ class BudgetedCache:
         capacity: int,
         protected_tokens: int,
         max_growth: int,
+        operations: ModuleType = reference,
     ) -> None:
         """
         Args:
             protected_tokens: first tokens of a slot that ``make_room`` never evicts.
             max_growth: most tokens that a slot grows by between two calls of it.
+            operations: ``budgetdraft_kernels.reference`` or ``fused``.
         """
         page_size = pool.page_size
         assert capacity % page_size == 0, (capacity, page_size)
         device = pool.keys.device
         self.pool = pool
+        self._operations = operations
         self.page_size = page_size
         self.capacity = capacity
         self.pages_per_slot = capacity // page_size
@@ -80,20 +86,30 @@ class BudgetedCache:
         for slot in list(self._held):
             self.release_request(slot)
 
-    def load_prompt(self, slot: int, keys: Tensor, values: Tensor, seen: int) -> None:
-        """Fills an empty slot with what the policy kept of its first ``seen`` tokens.
+    def load_prompt(
+        self, slot: int, keys: Tensor, values: Tensor, kept: Tensor
+    ) -> None:
+        """Fills an empty slot with what the policy kept of a prompt.
 
         Args:
-            keys, values: [num_layers, num_kept, num_kv_heads, head_dim].
+            keys, values: [num_layers, num_tokens, num_kv_heads, head_dim].
+            kept: [num_layers, num_kv_heads, num_kept] int64, positions.
         """
-        num_kept = keys.shape[1]
+        seen, num_kept = keys.shape[1], kept.shape[2]
         assert num_kept <= min(seen, self.capacity), (num_kept, seen, self.capacity)
         device = self.num_evicted.device
         indices = torch.arange(num_kept, device=device)[None]
         slots = torch.tensor([slot], device=device)
         cells = self.page_table.cells(slots, indices, self.page_size)[0]
-        self.pool.keys.flatten(1, 2).index_copy_(1, cells, keys)
-        self.pool.values.flatten(1, 2).index_copy_(1, cells, values)
+        self._operations.page_compaction(
+            keys,
+            values,
+            kept.contiguous(),
+            self.pool.keys,
+            self.pool.values,
+            cells,
+            validate=False,
+        )
         self.num_evicted[slot] = seen - num_kept
 
     def make_room(self, slots: Tensor, ends: Tensor) -> None:

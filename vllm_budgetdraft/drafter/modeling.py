@@ -1,8 +1,9 @@
 """The drafter: one Llama-family decoder for training and for serving.
 
-Where keys and values live is not its business. Each layer hands its rotated queries,
-keys and values to ``attend``, which stores what it wants and returns the attention:
-over pages when drafting, over the prompt when ingesting, over views when training.
+Where tokens stand and where keys and values live is not its business. Each layer hands
+its queries, keys and values to ``attend``, which rotates them, stores what it wants and
+returns the attention: over pages when drafting, over the prompt when ingesting, over
+views when training.
 
 Letters in shapes: B sequences, T tokens, H query heads, G KV heads, D head size.
 """
@@ -14,14 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from budgetdraft_kernels.reference import rotate
 from vllm_budgetdraft.drafter.configuration import head_dim, rotary_frequencies
 
-#: ``attend(layer, queries [B, T, H, D], keys [B, T, G, D], values [B, T, G, D])``
-#: returns [B, T, H, D], or None where the layer's output has no reader.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
-#: cos and sin of every token's position, as ``rotate`` takes them.
-Rotary = tuple[Tensor, Tensor]
+#: ``attend(layer, qkv [B, T, H + 2 * G, D])``, the query, key and value heads of each
+#: token, returns [B, T, H, D], or None where the layer's output has no reader.
+Attend = Callable[[int, Tensor], Tensor | None]
 
 
 class DecoderLayer(nn.Module):
@@ -66,26 +64,17 @@ class DecoderLayer(nn.Module):
         self.down_weight = matrix(hidden, inner)
         self.down_bias = bias(hidden, mlp_bias)
 
-    def forward(
-        self, x: Tensor, rotary: Rotary, layer: int, attend: Attend
-    ) -> Tensor | None:
-        num_heads, num_kv_heads = self.heads
-        rotated = num_heads + num_kv_heads
-        tokens = x.shape[:-1]
-
+    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor | None:
         h = rms_norm(x, self.input_norm, self.eps)
         h = F.linear(h, self.qkv_weight, self.qkv_bias)
-        qkv = h.view(*tokens, rotated + num_kv_heads, self.head_dim)
-        qk = qkv[..., :rotated, :]
+        qkv = h.unflatten(-1, (-1, self.head_dim))
         if self.has_qk_norms:
-            q, k = qk.split(self.heads, -2)
-            q, k = (
-                rms_norm(q, self.q_norm, self.eps),
-                rms_norm(k, self.k_norm, self.eps),
-            )
-            qk = torch.cat([q, k], -2)
-        q, k = rotate(qk, *rotary).split(self.heads, -2)
-        attended = attend(layer, q, k, qkv[..., rotated:, :])
+            num_heads, num_kv_heads = self.heads
+            q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), -2)
+            q = rms_norm(q, self.q_norm, self.eps)
+            k = rms_norm(k, self.k_norm, self.eps)
+            qkv = torch.cat([q, k, v], -2)
+        attended = attend(layer, qkv)
         if attended is None:
             return None
         x = x + F.linear(attended.flatten(-2), self.o_weight, self.o_bias)
@@ -130,17 +119,16 @@ class Drafter(nn.Module):
             "rotary_table", _rotary_table(config, max_positions), persistent=False
         )
 
-    def rotary(self, positions: Tensor) -> Rotary:
-        """cos and sin of ``positions`` [B, T], for ``rotate``: [B, T, 1, D] each."""
-        cos, sin = self.rotary_table[:, positions, None]
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of ``positions`` [...], as ``rotate`` takes them: [..., D]."""
+        cos, sin = self.rotary_table[:, positions]
         return cos, sin
 
-    def forward(self, tokens: Tensor, rotary: Rotary, attend: Attend) -> Tensor | None:
+    def forward(self, tokens: Tensor, attend: Attend) -> Tensor | None:
         """Final normed hidden states.
 
         Args:
             tokens: [B, T] int64.
-            rotary: [B, T, 1, D] each, ``self.rotary(positions)``.
             attend: see ``Attend``; layers after one that it answers with None do not
                 run.
 
@@ -149,7 +137,7 @@ class Drafter(nn.Module):
         """
         x = F.embedding(tokens, self.embedding)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, index, attend)
+            x = layer(x, index, attend)
             if x is None:
                 return None
         return rms_norm(x, self.norm, self.config.rms_norm_eps)

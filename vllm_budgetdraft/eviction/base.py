@@ -1,5 +1,6 @@
 """What an eviction policy is: a choice of positions, blind to pages and models."""
 
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -19,7 +20,12 @@ class EvictionPolicy(Protocol):
     #: Queries per KV-head group that ``select`` reads: the last ones of the prompt.
     observation_tokens: int
 
-    def __init__(self, settings: EvictionSettings) -> None: ...
+    def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
+        """
+        Args:
+            operations: ``budgetdraft_kernels.reference``, or ``fused`` on a GPU.
+        """
+        ...
 
     def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
         """Positions to keep, ascending and without repeats.

@@ -1,7 +1,9 @@
 """Policies by name."""
 
 import importlib
+from types import ModuleType
 
+from budgetdraft_kernels import reference
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.base import EvictionPolicy
@@ -16,15 +18,21 @@ POLICIES: dict[str, type[EvictionPolicy]] = {
 }
 
 
-def make_policy(settings: EvictionSettings) -> EvictionPolicy:
+def make_policy(
+    settings: EvictionSettings, operations: ModuleType = reference
+) -> EvictionPolicy:
     """Builds the policy that ``settings.eviction_policy`` names.
+
+    Args:
+        operations: what it computes with, ``budgetdraft_kernels.reference`` or
+            ``fused``.
 
     Raises:
         ConfigurationError: a 'package.module:Class' that cannot be imported.
     """
     name = settings.eviction_policy
     if name in POLICIES:
-        return POLICIES[name](settings)
+        return POLICIES[name](settings, operations)
     module_name, _, class_name = name.partition(":")
     try:
         policy_class = getattr(importlib.import_module(module_name), class_name)
@@ -34,4 +42,4 @@ def make_policy(settings: EvictionSettings) -> EvictionPolicy:
             f"eviction_policy={name!r} cannot be imported ({error}); use one of "
             f"{', '.join(POLICIES)}, or a 'package.module:Class' on the Python path"
         ) from error
-    return policy_class(settings)
+    return policy_class(settings, operations)

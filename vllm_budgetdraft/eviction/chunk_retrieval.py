@@ -1,5 +1,7 @@
 """The chunks of the prompt that score best: BudgetDraft's policy."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ class ChunkRetrieval:
     nothing recent by rule; here the last ``local_tokens`` and that remainder stay.
     """
 
-    def __init__(self, settings: EvictionSettings) -> None:
+    def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
+        self._chunk_scores = operations.chunk_scores
         self.chunk_size = settings.chunk_size
         self.local_tokens = settings.local_tokens
         self.sink_chunks = -(-settings.sink_tokens // settings.chunk_size)
@@ -38,13 +41,11 @@ class ChunkRetrieval:
         end = sinks + num_chunks * size
         num_kept = (budget - sinks - (num_tokens - end)) // size
 
-        if queries is None:
-            means = keys[..., sinks:end, :].unflatten(-2, (num_chunks, size)).mean(-2)
-            scores = (means @ keys[..., -1, :, None]).squeeze(-1)
-        else:
-            logits = queries @ keys.transpose(-1, -2) * keys.shape[-1] ** -0.5
-            weights = logits.float().softmax(-1).mean(-2)[..., sinks:end]
-            scores = weights.unflatten(-1, (num_chunks, size)).sum(-1)
+        by = "mean_key" if queries is None else "attention"
+        queries = keys[..., -1:, :] if queries is None else queries
+        scores = self._chunk_scores(_four(keys), _four(queries), size, by)
+        scores = scores[..., self.sink_chunks : self.sink_chunks + num_chunks]
+        scores = scores.view(*keys.shape[:-2], num_chunks)
         best = scores.topk(num_kept, dim=-1, sorted=False).indices.sort(-1).values
 
         within = torch.arange(size, device=keys.device)
@@ -56,3 +57,8 @@ class ChunkRetrieval:
 
     def protected_tokens(self, budget: int) -> int:
         return budget
+
+
+def _four(states: Tensor) -> Tensor:
+    """[..., num_tokens, head_dim] in four dimensions; serving's have them already."""
+    return states if states.ndim == 4 else states.reshape(1, -1, *states.shape[-2:])

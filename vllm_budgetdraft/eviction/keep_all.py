@@ -1,5 +1,7 @@
 """No eviction: the full-KV baseline."""
 
+from types import ModuleType
+
 from torch import Tensor
 
 from vllm_budgetdraft.config import EvictionSettings
@@ -11,7 +13,7 @@ class KeepAll:
 
     observation_tokens = 0
 
-    def __init__(self, settings: EvictionSettings) -> None:
+    def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
         pass
 
     def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:

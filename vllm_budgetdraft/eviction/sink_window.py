@@ -1,5 +1,7 @@
 """Attention sinks and a recent window."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class SinkWindow:
 
     observation_tokens = 0
 
-    def __init__(self, settings: EvictionSettings) -> None:
+    def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
         self.sink_tokens = settings.sink_tokens
 
     def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:

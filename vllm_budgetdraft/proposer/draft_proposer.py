@@ -1,11 +1,13 @@
 """Drafting with no engine in sight: fixed slots, tensors in, tensors out."""
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.attention.paged import PagedAttention
 from vllm_budgetdraft.attention.prompt import PromptAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
@@ -14,7 +16,7 @@ from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.drafter.configuration import head_dim
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.eviction.base import EvictionPolicy, take_positions
+from vllm_budgetdraft.eviction.base import EvictionPolicy
 from vllm_budgetdraft.eviction.catalogue import make_policy
 
 #: Tokens fed in the first step of a draft. After a full acceptance the cache lacks the
@@ -82,8 +84,10 @@ class DraftProposer:
         cache: BudgetedCache,
         prompt: PromptAttention,
         config: BudgetDraftConfig,
+        operations: ModuleType,
     ) -> None:
         self.drafter = drafter
+        self.operations = operations
         self.policy = policy
         self.cache = cache
         self.prompt = prompt
@@ -93,7 +97,8 @@ class DraftProposer:
         # From the end of a context to each token fed; the last draft token is not.
         last = self.num_drafts - 1
         self._offsets = torch.arange(-FIRST_WIDTH, last, device=self.device)
-        self._widths = [FIRST_WIDTH, *[1] * last]  # of each step
+        starts = torch.arange(cache.num_evicted.shape[0] + 1, device=self.device)
+        self._query_starts = {width: starts * width for width in (FIRST_WIDTH, 1)}
         self._drafts = torch.zeros(
             (cache.num_evicted.shape[0], self.num_drafts),
             dtype=torch.int64,
@@ -117,17 +122,18 @@ class DraftProposer:
             max_model_len: longest context, prompt and output together.
 
         Raises:
-            UnsupportedDrafterError, ConfigurationError: see ``load_drafter`` and
-                ``make_policy``.
+            UnsupportedDrafterError, ConfigurationError: see ``load_drafter``,
+                ``make_policy`` and ``select_operations``.
         """
         device = torch.device(device)
+        operations = select_operations(config.attention_backend, device)
         drafter = load_drafter(
             config.model,
             max_positions=max_model_len + config.num_speculative_tokens,
             dtype=dtype,
             device=device,
         )
-        policy = make_policy(config)
+        policy = make_policy(config, operations)
         shape = {
             "num_layers": drafter.num_layers,
             "num_kv_heads": drafter.num_kv_heads,
@@ -147,13 +153,16 @@ class DraftProposer:
             capacity=capacity,
             protected_tokens=policy.protected_tokens(config.kv_budget),
             max_growth=config.num_speculative_tokens + 1,
+            operations=operations,
         )
         prompt = PromptAttention(
+            operations,
             max_tokens=max_model_len,
+            num_heads=drafter.num_heads,
             observation_tokens=policy.observation_tokens,
             **shape,
         )
-        return cls(drafter, policy, cache, prompt, config)
+        return cls(drafter, policy, cache, prompt, config, operations)
 
     def start_request(self, slot: int) -> None:
         self.cache.start_request(slot)
@@ -179,20 +188,18 @@ class DraftProposer:
         for chunk in tokens.split(self.config.draft_prefill_chunk):
             start = prompt.num_tokens
             positions = torch.arange(start, start + len(chunk), device=self.device)
-            self.drafter(chunk[None], self.drafter.rotary(positions[None]), prompt)
-            prompt.advance(len(chunk))
-        keys = prompt.keys[:, : len(tokens)].transpose(1, 2)
-        values = prompt.values[:, : len(tokens)].transpose(1, 2)
-        kept = self.policy.select(keys, prompt.last_queries(), self.config.kv_budget)
-        self.cache.load_prompt(
-            slot,
-            take_positions(keys, kept).transpose(1, 2),
-            take_positions(values, kept).transpose(1, 2),
-            seen=len(tokens),
+            self.drafter(chunk, prompt.chunk(*self.drafter.rotary(positions)))
+        keys = prompt.keys[:, : len(tokens)]
+        values = prompt.values[:, : len(tokens)]
+        kept = self.policy.select(
+            keys.transpose(1, 2), prompt.last_queries(), self.config.kv_budget
         )
+        self.cache.load_prompt(slot, keys, values, kept)
 
     @torch.inference_mode()
-    def draft(self, slots: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+    def draft(
+        self, slots: Tensor, tokens: Tensor, ends: Tensor, *, validate: bool = False
+    ) -> Tensor:
         """Drafts greedily, for every request at once.
 
         Args:
@@ -201,6 +208,8 @@ class DraftProposer:
             ends: [B] int64, context lengths, prompt and verified output together, at
                 least ``FIRST_WIDTH``. A slot's cache must hold, or have evicted, all
                 but the last ``FIRST_WIDTH`` of them.
+            validate: whether the operations check what they are given, which waits for
+                the device.
 
         Returns:
             [B, num_drafts] int64, valid until the next call.
@@ -210,25 +219,29 @@ class DraftProposer:
         positions = ends[:, None] + self._offsets
         indices = positions - cache.num_evicted[slots, None]
         cells = cache.page_table.cells(slots, indices, cache.page_size)
-        lengths = indices + 1
-        cos, sin = (
-            x.split(self._widths, dim=1) for x in self.drafter.rotary(positions)
-        )
+        cos, sin = self.drafter.rotary(positions)
         steps = zip(
-            zip(cos, sin, strict=True),
-            cells.split(self._widths, dim=1),
-            lengths.split(self._widths, dim=1),
+            zip(_by_step(cos), _by_step(sin), strict=True),
+            _by_step(cells),
+            (indices[:, FIRST_WIDTH - 1 :] + 1).T.contiguous(),
             strict=True,
         )
-        attention = PagedAttention(cache.pool, cache.page_table.pages[slots])
+        table = cache.page_table.pages[slots]
+        attention = PagedAttention(
+            self.operations, cache.pool, table, validate=validate
+        )
 
         drafts = self._drafts[: len(slots)]
-        for step, (rotary, step_cells, step_lengths) in enumerate(steps):
-            attend = attention.step(step_cells, step_lengths)
-            hidden = self.drafter(tokens, rotary, attend)
-            token = self.drafter.logits(hidden[:, -1]).argmax(-1)
-            drafts[:, step] = token
-            tokens = token[:, None]
+        fed, width = tokens.flatten(), FIRST_WIDTH
+        for step, (rotary, step_cells, lengths) in enumerate(steps):
+            starts = self._query_starts[width][: len(slots) + 1]
+            attend = attention.step(rotary, step_cells, lengths, starts, width)
+            hidden = self.drafter(fed, attend)
+            # The last token fed of each request.
+            logits = self.drafter.logits(hidden[width - 1 :: width])
+            fed, _ = self.operations.greedy_pick(logits, validate=validate)
+            drafts[:, step] = fed
+            width = 1
         return drafts
 
     def warm_up(self) -> None:
@@ -239,5 +252,11 @@ class DraftProposer:
         slots = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.start_request(0)
         self.ingest(0, tokens[:-FIRST_WIDTH])
-        self.draft(slots, slots.expand(1, FIRST_WIDTH), slots + length)
+        self.draft(slots, slots.expand(1, FIRST_WIDTH), slots + length, validate=True)
         self.release_request(0)
+
+
+def _by_step(x: Tensor) -> list[Tensor]:
+    """[B, T, ...] of all tokens fed, by step: [B * FIRST_WIDTH, ...], then [B, ...]."""
+    later = x[:, FIRST_WIDTH:].transpose(0, 1).contiguous()
+    return [x[:, :FIRST_WIDTH].flatten(0, 1), *later]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budgetdraft_kernels.reference import split_rotated
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import EvictionPolicy, take_positions
 
@@ -51,10 +52,12 @@ def read_prefix(
     if not tokens.shape[1]:
         return cache
 
-    def attend(
-        layer: int, queries: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor | None:
-        queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    rotary = drafter.rotary(positions)
+
+    def attend(layer: int, qkv: Tensor) -> Tensor | None:
+        states = split_rotated(qkv, *rotary, drafter.num_kv_heads)
+        queries, keys, values = (x.transpose(1, 2) for x in states)
         cache.keys.append(keys)
         cache.values.append(values)
         if observation_tokens:
@@ -67,8 +70,7 @@ def read_prefix(
         )
         return attended.transpose(1, 2)
 
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    drafter(tokens, drafter.rotary(positions), attend)
+    drafter(tokens, attend)
     return cache
 
 
@@ -91,8 +93,12 @@ def continuation_hidden(
         mask = torch.ones(length, kept + length, dtype=torch.bool, device=tokens.device)
         mask = mask.tril(kept)
 
-    def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    positions = first_position + torch.arange(length, device=tokens.device)
+    rotary = drafter.rotary(positions)
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        states = split_rotated(qkv, *rotary, drafter.num_kv_heads)
+        queries, keys, values = (x.transpose(1, 2) for x in states)
         if kept:
             keys = torch.cat([prefix.keys[layer].to(keys.dtype), keys], dim=2)
             values = torch.cat([prefix.values[layer].to(values.dtype), values], dim=2)
@@ -106,5 +112,4 @@ def continuation_hidden(
         )
         return attended.transpose(1, 2)
 
-    positions = first_position + torch.arange(length, device=tokens.device)[None]
-    return drafter(tokens, drafter.rotary(positions), attend)
+    return drafter(tokens, attend)

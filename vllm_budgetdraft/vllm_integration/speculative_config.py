@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
 import vllm
 from pydantic import Field
 from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
+from vllm.platforms import current_platform
 
+from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.config import BudgetDraftConfig, parse_speculative_config
 from vllm_budgetdraft.drafter.configuration import (
     check_vocabulary,
@@ -60,6 +63,9 @@ def make_config(
             "method; use pipeline_parallel_size=1, with tensor parallelism instead"
         )
     make_policy(ours)
+    select_operations(
+        ours.attention_backend, torch.device(current_platform.device_type)
+    )
     check_vocabulary(
         read_drafter_config(ours.model), target_model_config.get_vocab_size()
     )
