@@ -12,7 +12,7 @@ from budgetdraft_kernels.storage import to_storage
 MAX_HEADS = 16
 
 
-@triton.jit(do_not_specialize=["num_cells"])
+@triton.jit(do_not_specialize=["num_cells"], do_not_specialize_on_alignment=["cells"])
 def cache_write_kernel(
     queries,  # [T, H, D]
     key_cells,  # [num_cells, G, D]

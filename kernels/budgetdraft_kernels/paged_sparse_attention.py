@@ -21,7 +21,11 @@ LOG2_E = 1.4426950408889634
 MIN_ROWS, MAX_ROWS = 16, 64
 
 
-@triton.jit(do_not_specialize=["num_pages", "num_held", "split_pages"])
+# What changes from call to call must not ask for another compilation.
+@triton.jit(
+    do_not_specialize=["num_pages", "num_held", "num_splits", "split_pages"],
+    do_not_specialize_on_alignment=["lengths", "query_starts"],
+)
 def attention_kernel(
     out,  # [T, H, num_splits, D]
     lse,  # [T, H, num_splits], base 2
@@ -39,14 +43,8 @@ def attention_kernel(
     logit_scale,
     num_pages,
     num_held,
+    num_splits,
     split_pages,
-    out_stride_token,
-    out_stride_head,
-    out_stride_split,
-    lse_stride_token,
-    lse_stride_head,
-    mass_stride_token,
-    mass_stride_head,
     query_stride_token,
     query_stride_head,
     page_stride,
@@ -80,6 +78,7 @@ def attention_kernel(
     row_exists = row < num_queries * GROUP
     token = query_start + row // GROUP
     head = kv_head * GROUP + row % GROUP
+    token_head = token * (tl.num_programs(1) * GROUP) + head
     seen = length - num_queries + row // GROUP + 1  # tokens that a row may look at
     query_rows = queries + token * query_stride_token + head * query_stride_head
     dim = tl.arange(0, DIM_BLOCK)
@@ -169,9 +168,8 @@ def attention_kernel(
             by_page = tl.reshape(weights, (ROW_BLOCK, TILE_PAGES, PAGE_BLOCK))
             page_total = tl.log2(tl.sum(by_page, 2)) + reference[:, None]
             pages = tile + tl.arange(0, TILE_PAGES)
-            mass_rows = token * mass_stride_token + head * mass_stride_head
             tl.store(
-                page_lse + mass_rows[:, None] + pages[None, :],
+                page_lse + (token_head * num_held)[:, None] + pages[None, :],
                 page_total,
                 mask=row_exists[:, None] & (pages < last)[None, :],
             )
@@ -179,15 +177,13 @@ def attention_kernel(
     attended = attended / tl.where(total == 0.0, 1.0, total)[:, None]
     if value_scale is not None:
         attended *= tl.load(value_scale + kv_head)
-    out_rows = token * out_stride_token + head * out_stride_head
-    out_rows += split * out_stride_split
+    part = token_head * num_splits + split
     tl.store(
-        out + out_rows[:, None] + dim[None, :],
+        out + (part * HEAD_DIM)[:, None] + dim[None, :],
         attended.to(out.dtype.element_ty),
         mask=row_mask,
     )
-    lse_rows = token * lse_stride_token + head * lse_stride_head + split
-    tl.store(lse + lse_rows, highest + tl.log2(total), mask=row_exists)
+    tl.store(lse + part, highest + tl.log2(total), mask=row_exists)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -283,7 +279,7 @@ def paged_sparse_attention(
     lse = torch.empty(num_tokens, num_heads, **new)
     if page_mass is not None:
         page_mass.fill_(-torch.inf)  # logarithms first, shares in the end
-    parts, parts_lse = out[:, :, None], lse[..., None]
+    parts, parts_lse = out, lse
     if splits > 1:
         parts = torch.empty(num_tokens, num_heads, splits, head_dim, **new)
         parts_lse = torch.empty(num_tokens, num_heads, splits, **new)
@@ -305,11 +301,8 @@ def paged_sparse_attention(
             (head_dim**-0.5 if scale is None else scale) * LOG2_E,
             num_pages,
             num_held,
+            splits,
             split_pages,
-            *parts.stride()[:3],
-            *parts_lse.stride()[:2],
-            num_heads * num_held,
-            num_held,
             *queries.stride()[:2],
             *key_pages.stride()[:3],
             page_table.stride(0),
