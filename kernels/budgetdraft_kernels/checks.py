@@ -37,7 +37,7 @@ def check_attention(
         "value_pages": (value_pages, ("num_pages", "P", "G", "D")),
         "lengths": (lengths, ("B",)),
         "page_table": (page_table, ("B", "G", "N") if by_head else ("B", "N")),
-        "query_starts": (query_starts, (len(lengths) + 1,)),
+        "query_starts": (query_starts, ("num_starts",)),
         "key_scale": (key_scale, ("G",)),
         "value_scale": (value_scale, ("G",)),
         "page_mass": (page_mass, ("T", "H", "N")),
@@ -45,6 +45,11 @@ def check_attention(
         "sin": (sin, ("num_angles", "D")),
     }
     _check_tensors(tensors)
+    if len(query_starts) != len(lengths) + 1:
+        raise ValueError(
+            f"query_starts has {len(query_starts)} entries; {len(lengths)} requests "
+            f"need {len(lengths) + 1}"
+        )
     num_heads, num_kv_heads = queries.shape[1], key_pages.shape[2]
     if num_heads % num_kv_heads:
         raise ValueError(
@@ -52,6 +57,10 @@ def check_attention(
             "heads"
         )
     held, page_size = page_table.shape[-1], key_pages.shape[1]
+    if min(held, page_size) < 1:
+        raise ValueError(
+            f"requests have room for {held} pages of {page_size} tokens; give them one"
+        )
     if cos is not None:
         _check_rotary(queries, cos)
         if cos.shape[0] < held * page_size:
@@ -171,7 +180,9 @@ def check_compaction(
     _check_cells(cells, key_pages[0])
 
 
-def check_chunk_scores(keys: Tensor, queries: Tensor, chunk_size: int) -> None:
+def check_chunk_scores(
+    keys: Tensor, queries: Tensor, chunk_size: int, score: str
+) -> None:
     """Arguments of ``chunk_scores``."""
     tensors = {
         "keys": (keys, ("L", "G", "num_tokens", "D")),
@@ -183,6 +194,8 @@ def check_chunk_scores(keys: Tensor, queries: Tensor, chunk_size: int) -> None:
     _check_last_contiguous(keys=keys, queries=queries)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}; it must be 1 or more")
+    if score not in ("mean_key", "attention"):
+        raise ValueError(f"score={score!r}; it is 'mean_key' or 'attention'")
 
 
 def check_logits(
@@ -200,10 +213,16 @@ def check_logits(
     _check_types((torch.int64,), seeds=seeds)
     _check_last_contiguous(logits=logits)
     _check_contiguous(temperatures=temperatures, seeds=seeds)
-    if temperatures is not None and bool((temperatures < 0).any()):
-        raise ValueError(
-            f"temperatures go down to {temperatures.min()}; 0 is the least"
-        )
+    if not logits.shape[1]:
+        raise ValueError("logits has no vocabulary, V=0")
+    if temperatures is not None:
+        wrong = ~((temperatures >= 0) & temperatures.isfinite())
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"temperatures[{row}] is {float(temperatures[row])}; it must be finite "
+                "and not below 0"
+            )
 
 
 def _check_tensors(tensors: Mapping[str, tuple[Tensor | None, Shape]]) -> None:

@@ -90,7 +90,7 @@ def chunk_scores(
     score: Literal["mean_key", "attention"],
 ) -> Tensor:
     """See ``reference.chunk_scores``."""
-    check_chunk_scores(keys, queries, chunk_size)
+    check_chunk_scores(keys, queries, chunk_size, score)
     num_layers, num_kv_heads, num_tokens, head_dim = keys.shape
     num_queries, num_chunks = queries.shape[2], triton.cdiv(num_tokens, chunk_size)
     chunk_block = triton.next_power_of_2(chunk_size)

@@ -17,8 +17,9 @@ from budgetdraft_kernels.checks import check_attention
 from budgetdraft_kernels.launch_settings import MAX_SPLITS
 
 LOG2_E = 1.4426950408889634
-#: Rows per program: tensor cores take 16 at least, registers hold 64 accumulators.
-MIN_ROWS, MAX_ROWS = 16, 64
+#: Rows and tokens per program: tensor cores take 16 at least, registers hold no more
+#: than so many rows and addresses of tokens.
+MIN_ROWS, MAX_ROW_BYTES, MAX_TOKENS = 16, 128, 128
 
 
 # What changes from call to call must not ask for another compilation.
@@ -254,6 +255,8 @@ def paged_sparse_attention(
             key_rotary,
             page_mass,
         )
+    if not len(queries):
+        return torch.empty_like(queries)
     cos, sin = key_rotary or (None, None)
     num_tokens, num_heads, head_dim = queries.shape
     num_pages, page_size, num_kv_heads, _ = key_pages.shape
@@ -262,10 +265,12 @@ def paged_sparse_attention(
     settings = launch_settings.settings_of(queries.device)
     dim_block = max(32, triton.next_power_of_2(head_dim))
     page_block = triton.next_power_of_2(page_size)
-    tile_tokens = settings.attention_tile_bytes // (dim_block * queries.element_size())
-    tile_pages = max(1, max(tile_tokens, MIN_ROWS) // page_block)
+    element_bytes = queries.element_size()
+    tile_tokens = settings.attention_tile_bytes // (dim_block * element_bytes)
+    tile_pages = max(1, min(max(tile_tokens, MIN_ROWS), MAX_TOKENS) // page_block)
     rows = max_query_tokens * group
-    row_block = min(max(triton.next_power_of_2(rows), MIN_ROWS), MAX_ROWS)
+    max_rows = MAX_ROW_BYTES // element_bytes
+    row_block = min(max(triton.next_power_of_2(rows), MIN_ROWS), max_rows)
     row_blocks = triton.cdiv(rows, row_block)
 
     tiles = triton.cdiv(num_held, tile_pages)
@@ -283,44 +288,43 @@ def paged_sparse_attention(
     if splits > 1:
         parts = torch.empty(num_tokens, num_heads, splits, head_dim, **new)
         parts_lse = torch.empty(num_tokens, num_heads, splits, **new)
-    if num_tokens:
-        attention_kernel[(num_requests * row_blocks, num_kv_heads, splits)](
-            parts,
-            parts_lse,
-            page_mass,
-            queries,
-            key_pages,
-            value_pages,
-            page_table,
-            lengths,
-            query_starts,
-            key_scale,
-            value_scale,
-            cos,
-            sin,
-            (head_dim**-0.5 if scale is None else scale) * LOG2_E,
-            num_pages,
-            num_held,
-            splits,
-            split_pages,
-            *queries.stride()[:2],
-            *key_pages.stride()[:3],
-            page_table.stride(0),
-            page_table.stride(1) if page_table.ndim == 3 else 0,
-            cos.stride(0) if cos is not None else 0,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            DIM_BLOCK=dim_block,
-            PAGE_SIZE=page_size,
-            PAGE_BLOCK=page_block,
-            TILE_PAGES=tile_pages,
-            ROW_BLOCK=row_block,
-            ROW_BLOCKS=row_blocks,
-            # Angles take the room of one more stage.
-            STAGES=settings.attention_stages if cos is None else 2,
-            num_warps=launch_settings.warps(dim_block, queries.element_size()),
-        )
-    if splits > 1 and num_tokens:
+    attention_kernel[(num_requests * row_blocks, num_kv_heads, splits)](
+        parts,
+        parts_lse,
+        page_mass,
+        queries,
+        key_pages,
+        value_pages,
+        page_table,
+        lengths,
+        query_starts,
+        key_scale,
+        value_scale,
+        cos,
+        sin,
+        (head_dim**-0.5 if scale is None else scale) * LOG2_E,
+        num_pages,
+        num_held,
+        splits,
+        split_pages,
+        *queries.stride()[:2],
+        *key_pages.stride()[:3],
+        page_table.stride(0),
+        page_table.stride(1) if page_table.ndim == 3 else 0,
+        cos.stride(0) if cos is not None else 0,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        DIM_BLOCK=dim_block,
+        PAGE_SIZE=page_size,
+        PAGE_BLOCK=page_block,
+        TILE_PAGES=tile_pages,
+        ROW_BLOCK=row_block,
+        ROW_BLOCKS=row_blocks,
+        # Angles take the room of one more stage.
+        STAGES=settings.attention_stages if cos is None else 2,
+        num_warps=launch_settings.warps(dim_block, element_bytes),
+    )
+    if splits > 1:
         merge_kernel[(num_tokens, num_heads)](
             out,
             lse,

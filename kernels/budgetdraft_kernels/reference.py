@@ -162,6 +162,8 @@ def paged_sparse_attention(
             key_rotary,
             page_mass,
         )
+    if not len(queries):
+        return torch.empty_like(queries)
     num_kv_heads, head_dim = key_pages.shape[2:]
     num_requests, width = len(lengths), max_query_tokens
     # Entries that nobody reads may hold anything.
@@ -236,7 +238,7 @@ def chunk_scores(
         ValueError: sizes, strides or devices that do not fit.
         TypeError: a tensor of another type.
     """
-    check_chunk_scores(keys, queries, chunk_size)
+    check_chunk_scores(keys, queries, chunk_size, score)
     logits = queries.float() @ keys.float().mT
     num_tokens = keys.shape[2]
     remainder = -num_tokens % chunk_size

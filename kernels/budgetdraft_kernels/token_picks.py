@@ -52,7 +52,7 @@ def pick_part_kernel(
     reference = tl.where(highest == float("-inf"), 0.0, highest)
     tl.store(part_stats + part, key)
     tl.store(part_stats + plane + part, tl.sum(tl.where(column == token, x, 0.0), 0))
-    tl.store(part_stats + 2 * plane + part, reference)
+    tl.store(part_stats + 2 * plane + part, highest)
     tl.store(part_stats + 3 * plane + part, tl.sum(tl.exp(x - reference), 0))
     tl.store(part_tokens + part, token)
 
@@ -82,6 +82,7 @@ def pick_join_kernel(
 
     winner = index == tl.argmax(keys, 0)
     highest = tl.max(part_max, 0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
     total = highest + tl.log(tl.sum(part_sum * tl.exp(part_max - highest), 0))
     logit = tl.sum(tl.where(winner, part_logits, 0.0), 0)
     token = tl.sum(tl.where(winner, part_token, 0), 0)

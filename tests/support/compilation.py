@@ -2,8 +2,9 @@
 
     python -m tests.support.compilation 90
 
-Prints one JSON object by case: for each kernel that it launched, what the GPU's
-assembler says of it. Runs by itself, for a process that interprets cannot compile.
+Prints one JSON object by case: for each kernel that it needed, what the GPU's assembler
+says of it. Arguments have no memory, so that nothing can be read back on the way. Runs
+by itself, for a process that interprets cannot compile.
 """
 
 import json
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial, wraps
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,104 +23,129 @@ import torch
 
 from budgetdraft_kernels import launch_settings
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
+#: Tokens that a request may hold.
+CAPACITY = 2048
 
 
-def attention(
-    head_dim: int,
-    dtype: str = "bfloat16",
-    *,
-    fp8: bool = False,
-    group: int = 4,
-    width: int = 1,
-    rotary: bool = False,
-    mass: bool = False,
-    page_size: int = 16,
-    batch: int = 2,
-) -> None:
-    from budgetdraft_kernels.fused import paged_sparse_attention
+@dataclass(frozen=True)
+class Attention:
+    """One call of ``paged_sparse_attention``."""
 
-    kind, kv_heads, held = DTYPES[dtype], 2, -(-2048 // page_size)
-    stored = torch.float8_e4m3fn if fp8 else kind
-    pages = torch.zeros(held, page_size, kv_heads, head_dim).to(stored)
-    table = torch.arange(held).expand(batch, -1).contiguous()
-    scale = torch.ones(kv_heads) if fp8 else None
-    angles = torch.zeros(held * page_size, head_dim)
-    paged_sparse_attention(
-        torch.zeros(batch * width, kv_heads * group, head_dim, dtype=kind),
-        pages,
-        pages.clone(),
-        table,
-        torch.full([batch], 2048),
-        torch.arange(batch + 1) * width,
-        max_query_tokens=width,
-        key_scale=scale,
-        value_scale=scale,
-        key_rotary=(angles, angles) if rotary else None,
-        page_mass=torch.zeros(batch * width, kv_heads * group, held) if mass else None,
-    )
+    head_dim: int = 128
+    dtype: torch.dtype = BF16
+    fp8: bool = False
+    group: int = 4
+    width: int = 1
+    rotary: bool = False
+    mass: bool = False
+    page_size: int = 16
+    batch: int = 2
+
+    def __call__(self) -> None:
+        from budgetdraft_kernels.fused import paged_sparse_attention
+
+        kv_heads, held = 2, -(-CAPACITY // self.page_size)
+        heads, tokens = kv_heads * self.group, self.batch * self.width
+        pages = torch.zeros(held, self.page_size, kv_heads, self.head_dim)
+        pages = pages.to(FP8 if self.fp8 else self.dtype)
+        scale = torch.ones(kv_heads) if self.fp8 else None
+        angles = torch.zeros(held * self.page_size, self.head_dim)
+        paged_sparse_attention(
+            torch.zeros(tokens, heads, self.head_dim, dtype=self.dtype),
+            pages,
+            pages,
+            torch.arange(held).repeat(self.batch, 1),
+            torch.full([self.batch], CAPACITY),
+            torch.arange(self.batch + 1) * self.width,
+            max_query_tokens=self.width,
+            key_scale=scale,
+            value_scale=scale,
+            key_rotary=(angles, angles) if self.rotary else None,
+            page_mass=torch.zeros(tokens, heads, held) if self.mass else None,
+            validate=False,
+        )
 
 
-def companions(head_dim: int, dtype: str = "bfloat16", fp8: bool = False) -> None:
-    from budgetdraft_kernels import fused
+@dataclass(frozen=True)
+class Companions:
+    """One call of each other operation."""
 
-    kind, layers, heads, kv_heads = DTYPES[dtype], 2, 8, 2
-    pages = torch.zeros(layers, 8, 16, kv_heads, head_dim, dtype=kind)
-    pages = pages.to(torch.float8_e4m3fn) if fp8 else pages
-    scales = torch.ones(layers, kv_heads)
-    angles = torch.zeros(3, head_dim)
-    fused.paged_cache_write(
-        torch.zeros(3, heads + 2 * kv_heads, head_dim, dtype=kind),
-        angles,
-        angles,
-        pages[0],
-        pages[1],
-        torch.arange(3),
-        key_scale=scales[0],
-        value_scale=scales[1],
-    )
-    prompt = torch.zeros(layers, 100, kv_heads, head_dim, dtype=kind)
-    kept = torch.arange(64).expand(layers, kv_heads, -1).contiguous()
-    fused.page_compaction(
-        prompt,
-        prompt,
-        kept,
-        pages,
-        pages,
-        torch.arange(64),
-        key_scale=scales,
-        value_scale=scales,
-    )
-    keys = prompt.transpose(1, 2)
-    fused.chunk_scores(keys, keys[:, :, -1:], 8, "mean_key")
-    fused.chunk_scores(keys, keys[:, :, -16:], 8, "attention")
-    logits = torch.zeros(2, 32_000, dtype=kind)
-    fused.greedy_pick(logits)
-    fused.gumbel_pick(logits, torch.ones(2), torch.arange(2))
+    head_dim: int = 128
+    dtype: torch.dtype = BF16
+    fp8: bool = False
+
+    def __call__(self) -> None:
+        from budgetdraft_kernels import fused
+
+        layers, heads, kv_heads, tokens = 2, 8, 2, 3
+        pages = torch.zeros(layers, 8, 16, kv_heads, self.head_dim)
+        pages = pages.to(FP8 if self.fp8 else self.dtype)
+        scales = torch.ones(layers, kv_heads)
+        angles = torch.zeros(tokens, self.head_dim)
+        fused.paged_cache_write(
+            torch.zeros(tokens, heads + 2 * kv_heads, self.head_dim, dtype=self.dtype),
+            angles,
+            angles,
+            pages[0],
+            pages[1],
+            torch.arange(tokens),
+            key_scale=scales[0],
+            value_scale=scales[1],
+            validate=False,
+        )
+        prompt = torch.zeros(layers, 100, kv_heads, self.head_dim, dtype=self.dtype)
+        fused.page_compaction(
+            prompt,
+            prompt,
+            torch.arange(64).repeat(layers, kv_heads, 1),
+            pages,
+            pages,
+            torch.arange(64),
+            key_scale=scales,
+            value_scale=scales,
+            validate=False,
+        )
+        keys = prompt.transpose(1, 2)
+        fused.chunk_scores(keys, keys[:, :, -1:], 8, "mean_key")
+        fused.chunk_scores(keys, keys[:, :, -16:], 8, "attention")
+        logits = torch.zeros(2, 32_000, dtype=self.dtype)
+        fused.greedy_pick(logits, validate=False)
+        fused.gumbel_pick(logits, torch.ones(2), torch.arange(2), validate=False)
+
+
+def batches_of_any_size() -> None:
+    """What a server asks for as requests come and go."""
+    for batch in (1, 2, 3, 7, 16, 33, 200):
+        for width in (2, 1):
+            Attention(batch=batch, width=width)()
 
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+DECODING: dict[str, Attention] = {
+    **{f"attention-{dim}": Attention(dim) for dim in HEAD_DIMS},
+    "attention-float32": Attention(dtype=torch.float32),
+    "attention-float16": Attention(dtype=torch.float16),
+    "attention-fp8": Attention(fp8=True),
+    "attention-mha": Attention(group=1),
+    "attention-rotary": Attention(rotary=True),
+    "attention-rotary-80": Attention(80, rotary=True),
+    "attention-mass": Attention(mass=True),
+    "attention-pages-of-64": Attention(page_size=64),
+    "attention-pages-of-24": Attention(page_size=24),
+    "attention-one-split": Attention(batch=256),
+}
+ATTENTION: dict[str, Attention] = {
+    **DECODING,
+    "attention-wide": Attention(width=32, group=16),
+    "attention-wide-256": Attention(256, width=32, group=16),
+}
 CASES: dict[str, Callable[[], None]] = {
-    **{f"attention-{dim}": partial(attention, dim) for dim in HEAD_DIMS},
-    **{f"companions-{dim}": partial(companions, dim) for dim in HEAD_DIMS},
-    "attention-float32": partial(attention, 128, "float32"),
-    "attention-float16": partial(attention, 128, "float16"),
-    "attention-fp8": partial(attention, 128, fp8=True),
-    "companions-float32": partial(companions, 128, "float32"),
-    "companions-fp8": partial(companions, 128, fp8=True),
-    "attention-wide": partial(attention, 128, width=32, group=16),
-    "attention-wide-256": partial(attention, 256, width=32, group=16),
-    "attention-mha": partial(attention, 128, group=1),
-    "attention-rotary": partial(attention, 128, rotary=True),
-    "attention-rotary-80": partial(attention, 80, rotary=True),
-    "attention-mass": partial(attention, 128, mass=True),
-    "attention-pages-of-64": partial(attention, 128, page_size=64),
-    "attention-pages-of-24": partial(attention, 128, page_size=24),
-    "attention-one-split": partial(attention, 128, batch=256),
+    **ATTENTION,
+    **{f"companions-{dim}": Companions(dim) for dim in HEAD_DIMS},
+    "batches": batches_of_any_size,
+    "companions-float32": Companions(dtype=torch.float32),
+    "companions-fp8": Companions(fp8=True),
 }
 
 
@@ -138,6 +165,34 @@ class AbsentGPU:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def resources(kernel: Any) -> dict[str, Any]:
+    """What one compiled kernel takes of a multiprocessor, and how it reads memory."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    copies = r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)"
+    return {
+        "kernel": kernel.metadata.name,
+        "threads": 32 * kernel.metadata.num_warps,
+        "registers": found["REG"],
+        "stack_bytes": found["STACK"] + found["LOCAL"],
+        "shared_bytes": kernel.metadata.shared,
+        "async_copy_bytes": sorted(
+            {int(n, 16) for n in re.findall(copies, kernel.asm["ptx"])}
+        ),
+    }
 
 
 def main() -> None:
@@ -164,49 +219,11 @@ def main() -> None:
     JITFunction.run = compile_only
     report = {}
     for name, case in CASES.items():
-        if len(sys.argv) > 2 and name not in sys.argv[2:]:
-            continue
         launched.clear()
-        case()
-        report[name] = [resources(kernel) for kernel in launched]
+        with torch.device("meta"):
+            case()
+        report[name] = [resources(kernel) for kernel in dict.fromkeys(launched)]
     print(json.dumps(report))
-
-
-def resources(kernel: Any) -> dict[str, Any]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {
-        "kernel": kernel.metadata.name,
-        "registers": found["REG"],
-        "stack_bytes": found["STACK"] + found["LOCAL"],
-        "shared_bytes": kernel.metadata.shared,
-        "widest_load": max(
-            (
-                int(n)
-                for n in re.findall(r"ld\.global\S*\.v(\d)\.b32", kernel.asm["ptx"])
-            ),
-            default=1,
-        ),
-        "async_copies": sorted(
-            set(
-                re.findall(
-                    r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)",
-                    kernel.asm["ptx"],
-                )
-            )
-        ),
-    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Triton's interpreter, mended where it computes something else than a GPU does.
 
-It cuts numbers off where it converts them to bfloat16 and float8, and multiplies the
-bits of bfloat16 matrices as if they were integers.
+It cuts numbers off where it converts them to bfloat16 and float8, multiplies the bits
+of bfloat16 matrices as if they were integers, and fails at the largest of only NaN.
 """
 
 import numpy as np
@@ -34,12 +34,22 @@ def convert(
     return converted.numpy().view(bits)
 
 
+def argmax(data: np.ndarray, axis: int, keepdims: bool) -> np.ndarray:
+    """Where only NaN is above -inf the last, for no comparison keeps a GPU from it."""
+    if not np.isnan(data).any() or (data > -np.inf).any():
+        return np.nanargmax(data, axis=axis, keepdims=keepdims)
+    first = np.argmax(data, axis=axis, keepdims=keepdims)
+    return np.full_like(first, data.shape[axis] - 1)
+
+
 def mend() -> None:
     """Idempotent."""
-    builder = interpreter.InterpreterBuilder
-    original = builder.create_dot
-    if original.__name__ == "create_dot_of_numbers":
+    if interpreter._convert_float is convert:
         return
+    interpreter._convert_float = convert
+
+    builder, reduction = interpreter.InterpreterBuilder, interpreter.ReduceOps
+    create_dot, min_max = builder.create_dot, reduction.min_max
 
     def create_dot_of_numbers(self, a, b, *rest):
         a, b = (
@@ -50,7 +60,12 @@ def mend() -> None:
             else x
             for x in (a, b)
         )
-        return original(self, a, b, *rest)
+        return create_dot(self, a, b, *rest)
+
+    def min_max_of_any(self, input, val_reduce_op, idx_reduce_op=None):
+        if idx_reduce_op is np.nanargmax:
+            idx_reduce_op = argmax
+        return min_max(self, input, val_reduce_op, idx_reduce_op)
 
     builder.create_dot = create_dot_of_numbers
-    interpreter._convert_float = convert
+    reduction.min_max = min_max_of_any
