@@ -49,10 +49,11 @@ def split_rotated(
     Returns:
         [..., H, D], [..., G, D] and [..., G, D].
     """
-    rotated = qkv.shape[-2] - num_kv_heads
-    qk = rotate(qkv[..., :rotated, :], cos[..., None, :], sin[..., None, :])
-    num_heads = rotated - num_kv_heads
-    return qk[..., :num_heads, :], qk[..., num_heads:, :], qkv[..., rotated:, :]
+    num_heads = qkv.shape[-2] - 2 * num_kv_heads
+    qk, values = qkv.split((num_heads + num_kv_heads, num_kv_heads), -2)
+    qk = rotate(qk, cos.unsqueeze(-2), sin.unsqueeze(-2))
+    queries, keys = qk.split((num_heads, num_kv_heads), -2)
+    return queries, keys, values
 
 
 def paged_cache_write(
@@ -174,12 +175,11 @@ def paged_sparse_attention(
     if key_rotary is not None:
         keys = rotate(keys, *(x[:num_cells] for x in key_rotary))
 
-    first_seen, places = lengths - width + 1, None
+    counts, places = None, None
     if len(queries) != num_requests * width:
         # Fewer query tokens in some requests: padded to as many as the longest has.
         counts = query_starts.diff()
         places = torch.arange(width, device=queries.device) < counts[:, None]
-        first_seen = lengths - counts + 1
         padded = queries.new_zeros(num_requests, width, *queries.shape[1:])
         padded[places] = queries
         queries = padded
@@ -188,17 +188,19 @@ def paged_sparse_attention(
     # a query token's heads side by side.
     grouped = queries.view(num_requests, width, num_kv_heads, -1, head_dim)
     rows = grouped.transpose(1, 2).reshape(num_requests, num_kv_heads, -1, head_dim)
-    seen = lengths[:, None]
+    seen = lengths  # tokens that each row sees
     if width > 1:
         group = grouped.shape[3]
         row = torch.arange(width * group, device=lengths.device)
-        seen = first_seen[:, None] + row // group
+        first = lengths + 1 - (width if counts is None else counts)
+        seen = first[:, None] + row // group
     cell = torch.arange(num_cells, device=lengths.device)
-    visible = (cell < seen[..., None])[:, None]  # [B, 1, rows, num_cells]
+    visible = cell < seen.view(num_requests, 1, -1, 1)  # [B, 1, rows, num_cells]
 
     def by_token(x: Tensor) -> Tensor:
         """[B, G, rows, ...] to [T, H, ...]."""
-        x = x.view(num_requests, num_kv_heads, width, -1, x.shape[-1]).transpose(1, 2)
+        if width > 1:
+            x = x.unflatten(2, (width, -1)).transpose(1, 2)
         x = x.reshape(num_requests * width, -1, x.shape[-1])
         return x if places is None else x[places.flatten()]
 
@@ -362,7 +364,8 @@ def _gathered(
     else:
         rows = bits.index_select(0, page_table.view(-1))
         rows = rows.view(len(page_table), -1, *pages.shape[2:]).transpose(1, 2)
-    rows = rows.view(pages.dtype).to(dtype)
+    if bits is not pages:
+        rows = rows.view(pages.dtype).to(dtype)
     return rows if scale is None else (rows.float() * scale[:, None, None]).to(dtype)
 
 
