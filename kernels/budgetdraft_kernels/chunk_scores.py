@@ -10,8 +10,6 @@ from torch import Tensor
 from budgetdraft_kernels import launch_settings
 from budgetdraft_kernels.checks import check_chunk_scores
 
-#: Tokens per program, or one chunk if that is longer.
-TILE_TOKENS = 64
 #: Queries per program: as many as tensor cores take at least.
 QUERY_BLOCK = 16
 
@@ -94,7 +92,8 @@ def chunk_scores(
     num_layers, num_kv_heads, num_tokens, head_dim = keys.shape
     num_queries, num_chunks = queries.shape[2], triton.cdiv(num_tokens, chunk_size)
     chunk_block = triton.next_power_of_2(chunk_size)
-    tile_chunks = max(1, TILE_TOKENS // chunk_block)
+    settings = launch_settings.settings_of(keys.device)
+    tile_chunks = max(1, settings.chunk_scores_tokens // chunk_block)
     scores = torch.empty(
         (num_layers, num_kv_heads, num_queries, num_chunks),
         dtype=torch.float32,

@@ -17,12 +17,18 @@ class LaunchSettings:
         attention_tile_bytes: keys, and as many values, that a program holds at a time.
         attention_stages: tiles in flight.
         programs_per_multiprocessor: splits are added until there are so many.
+        cache_write_heads: heads of one token per program, at most.
+        compaction_rows: kept positions per program.
+        chunk_scores_tokens: tokens per program, or one chunk if that is longer.
         vocabulary_tile: logits per program.
     """
 
     attention_tile_bytes: int = 16384
     attention_stages: int = 3
     programs_per_multiprocessor: int = 2
+    cache_write_heads: int = 16
+    compaction_rows: int = 32
+    chunk_scores_tokens: int = 64
     vocabulary_tile: int = 4096
 
 

@@ -4,11 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from budgetdraft_kernels import launch_settings
 from budgetdraft_kernels.checks import check_compaction
 from budgetdraft_kernels.storage import to_storage
-
-#: Kept positions per program.
-KEPT_BLOCK = 32
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_kept", "num_cells"])
@@ -78,7 +76,8 @@ def page_compaction(
     _, num_pages, page_size, _, head_dim = key_pages.shape
     if not num_kept:
         return
-    compaction_kernel[(triton.cdiv(num_kept, KEPT_BLOCK), num_kv_heads, num_layers)](
+    block = launch_settings.settings_of(keys.device).compaction_rows
+    compaction_kernel[(triton.cdiv(num_kept, block), num_kv_heads, num_layers)](
         key_pages,
         value_pages,
         keys,
@@ -94,5 +93,5 @@ def page_compaction(
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         DIM_BLOCK=triton.next_power_of_2(head_dim),
-        KEPT_BLOCK=KEPT_BLOCK,
+        KEPT_BLOCK=block,
     )

@@ -5,11 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from budgetdraft_kernels import launch_settings
 from budgetdraft_kernels.checks import check_cache_write
 from budgetdraft_kernels.storage import to_storage
-
-#: Heads of one token per program, at most.
-MAX_HEADS = 16
 
 
 @triton.jit(do_not_specialize=["num_cells"], do_not_specialize_on_alignment=["cells"])
@@ -65,7 +63,7 @@ def cache_write_kernel(
     tl.store(queries + query_lanes, low, mask=query_mask)
     tl.store(queries + query_lanes + HALF, high, mask=query_mask)
 
-    cell = tl.load(cells + token)
+    cell = tl.load(cells + token + tl.zeros([HEADS_BLOCK], tl.int64))
     inside = (cell >= 0) & (cell < num_cells)
     kv_head = tl.where(is_key, head - NUM_HEADS, head - NUM_HEADS - NUM_KV_HEADS)
     cell_lanes = (cell * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + half[None, :]
@@ -105,7 +103,8 @@ def paged_cache_write(
     queries = torch.empty(
         (num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device
     )
-    heads_block = min(triton.next_power_of_2(all_heads), MAX_HEADS)
+    settings = launch_settings.settings_of(qkv.device)
+    heads_block = min(triton.next_power_of_2(all_heads), settings.cache_write_heads)
     if num_tokens:
         cache_write_kernel[(num_tokens, triton.cdiv(all_heads, heads_block))](
             queries,
