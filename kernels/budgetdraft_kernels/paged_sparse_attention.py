@@ -22,6 +22,23 @@ LOG2_E = 1.4426950408889634
 MIN_ROWS, MAX_ROW_BYTES, MAX_TOKENS = 16, 128, 128
 
 
+@triton.jit
+def rotated_logits(q_low, q_high, keys, cos, sin, mask, HALF: tl.constexpr):
+    """Logits of query halves [rows, dims] and keys that are rotated when read.
+
+    ``keys``, ``cos`` and ``sin`` point to the low halves, [tokens, dims].
+    """
+    k_low = tl.load(keys, mask=mask, other=0.0).to(tl.float32)
+    k_high = tl.load(keys + HALF, mask=mask, other=0.0).to(tl.float32)
+    # Both halves have the same angles; the second one's sine is not negated.
+    c = tl.load(cos, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(sin + HALF, mask=mask, other=0.0).to(tl.float32)
+    low = (k_low * c - k_high * s).to(q_low.dtype)
+    high = (k_high * c + k_low * s).to(q_low.dtype)
+    logits = tl.dot(q_low, tl.trans(low), input_precision="ieee")
+    return tl.dot(q_high, tl.trans(high), logits, input_precision="ieee")
+
+
 # What changes from call to call must not ask for another compilation.
 @triton.jit(
     do_not_specialize=["num_pages", "num_held", "num_splits", "split_pages"],
@@ -134,18 +151,15 @@ def attention_kernel(
             ).to(compute_type)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         else:
-            key_mask = present[:, None] & in_half[None, :]
-            key_rows = key_pages + cell[:, None] + half[None, :]
-            k_low = tl.load(key_rows, mask=key_mask, other=0.0).to(tl.float32)
-            k_high = tl.load(key_rows + HALF, mask=key_mask, other=0.0).to(tl.float32)
-            # Both halves have the same angles; the second one's sine is not negated.
-            angle = index[:, None] * rotary_stride + half[None, :]
-            c = tl.load(cos + angle, mask=key_mask, other=0.0).to(tl.float32)
-            s = tl.load(sin + angle + HALF, mask=key_mask, other=0.0).to(tl.float32)
-            low = (k_low * c - k_high * s).to(compute_type)
-            high = (k_high * c + k_low * s).to(compute_type)
-            logits = tl.dot(q_low, tl.trans(low), input_precision="ieee")
-            logits = tl.dot(q_high, tl.trans(high), logits, input_precision="ieee")
+            logits = rotated_logits(
+                q_low,
+                q_high,
+                key_pages + cell[:, None] + half[None, :],
+                cos + index[:, None] * rotary_stride + half[None, :],
+                sin + index[:, None] * rotary_stride + half[None, :],
+                present[:, None] & in_half[None, :],
+                HALF,
+            )
 
         visible = present[None, :] & (index[None, :] < seen[:, None])
         logits = tl.where(visible, logits * logit_scale, float("-inf"))
