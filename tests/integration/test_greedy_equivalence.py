@@ -8,7 +8,6 @@ ignore_eos, requests that end at max_model_len beside others that go on, every p
 import pytest
 
 from tests.support.engines import DRAFTER, TARGET, Answer, Job, book_tokens, run_jobs
-from tests.support.policies import FAILS_ON_LONG_PROMPTS
 
 pytestmark = pytest.mark.vllm
 
@@ -82,21 +81,6 @@ def test_output_is_plain_vllms_token_for_token(
     # A round drafts 5 tokens and yields at most 6: drafting never paused.
     generated = sum(map(len, drafted["mixed lengths"].token_ids))
     assert drafted["mixed lengths"].num_draft_tokens > 0.7 * generated
-
-
-def test_a_policy_that_fails_costs_drafts_and_no_token() -> None:
-    prompts = [book_tokens(n, start=n) for n in (50, 600, 900, 80)]
-    jobs = {
-        # One by one, so that what follows the failure is seen to draft again.
-        str(len(prompt)): Job([prompt], {"max_tokens": 40, "ignore_eos": True})
-        for prompt in prompts
-    }
-    settings = draft(eviction_policy=FAILS_ON_LONG_PROMPTS, draft_prefill_chunk=512)
-    drafted = run_jobs({"max_model_len": 1024, "speculative_config": settings}, jobs)
-    plain = run_jobs({"max_model_len": 1024}, jobs)
-    for name, answer in drafted.items():
-        assert answer.token_ids == plain[name].token_ids
-        assert (answer.num_draft_tokens == 0) == (name == "900"), name
 
 
 def test_a_target_that_drafts_for_itself_accepts_its_drafts() -> None:

@@ -74,7 +74,7 @@ class Requests:
 
     def draft(self, slots: list[int]) -> dict[int, list[int]]:
         contexts = [self.contexts[slot] for slot in slots]
-        drafts = self.proposer.draft(
+        drafts, _ = self.proposer.draft(
             torch.tensor(slots),
             torch.tensor([context[-FIRST_WIDTH:] for context in contexts]),
             torch.tensor([len(context) for context in contexts]),

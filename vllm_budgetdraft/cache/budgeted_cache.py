@@ -82,6 +82,15 @@ class BudgetedCache:
         """Takes a slot's pages back."""
         self.pool.give_back(self._held.pop(slot))
 
+    def scrub(self, slot: int) -> None:
+        """Zeroes a slot's pages: what is not finite must not reach their next holder.
+
+        Plain attention multiplies the values that it masks by zero.
+        """
+        pages = self._held[slot]
+        self.pool.keys[:, pages] = 0
+        self.pool.values[:, pages] = 0
+
     def release_all(self) -> None:
         for slot in list(self._held):
             self.release_request(slot)
@@ -132,7 +141,13 @@ class BudgetedCache:
         held = [page for pages in self._held.values() for page in pages]
         everything = sorted(held + self.pool.free_pages())
         assert everything == list(range(self.pool.num_pages)), "a page leaked or split"
-        for slot, pages in self._held.items():
-            row = self.page_table.pages[slot].tolist()
-            assert sorted(row) == sorted(pages), f"slot {slot} lists pages of others"
-        assert bool((self.num_evicted >= 0).all()), "a slot evicted below zero"
+        for slot in self._held:
+            self.check_slot(slot)
+
+    def check_slot(self, slot: int) -> None:
+        """Raises AssertionError if a slot's bookkeeping is not that of its pages."""
+        row = self.page_table.pages[slot].tolist()
+        assert sorted(row) == sorted(self._held[slot]), (
+            f"slot {slot} lists pages {row}, and holds {self._held[slot]}"
+        )
+        assert self.num_evicted[slot] >= 0, f"slot {slot} evicted below zero"

@@ -99,11 +99,9 @@ class DraftProposer:
         self._offsets = torch.arange(-FIRST_WIDTH, last, device=self.device)
         starts = torch.arange(cache.num_evicted.shape[0] + 1, device=self.device)
         self._query_starts = {width: starts * width for width in (FIRST_WIDTH, 1)}
-        self._drafts = torch.zeros(
-            (cache.num_evicted.shape[0], self.num_drafts),
-            dtype=torch.int64,
-            device=self.device,
-        )
+        shape = (cache.num_evicted.shape[0], self.num_drafts)
+        self._drafts = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._confidences = torch.zeros(shape, device=self.device)
 
     @classmethod
     def build(
@@ -199,7 +197,7 @@ class DraftProposer:
     @torch.inference_mode()
     def draft(
         self, slots: Tensor, tokens: Tensor, ends: Tensor, *, validate: bool = False
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Drafts greedily, for every request at once.
 
         Args:
@@ -212,7 +210,8 @@ class DraftProposer:
                 the device.
 
         Returns:
-            [B, num_drafts] int64, valid until the next call.
+            [B, num_drafts] int64 drafts, and the drafter's probability of each, float32
+            and not finite where its logits were not; valid until the next call.
         """
         cache, num_drafts = self.cache, self.num_drafts
         cache.make_room(slots, ends + (num_drafts - 1))
@@ -231,7 +230,10 @@ class DraftProposer:
             self.operations, cache.pool, table, validate=validate
         )
 
-        drafts = self._drafts[: len(slots)]
+        drafts, confidences = (
+            self._drafts[: len(slots)],
+            self._confidences[: len(slots)],
+        )
         fed, width = tokens.flatten(), FIRST_WIDTH
         for step, (rotary, step_cells, lengths) in enumerate(steps):
             starts = self._query_starts[width][: len(slots) + 1]
@@ -239,10 +241,10 @@ class DraftProposer:
             hidden = self.drafter(fed, attend)
             # The last token fed of each request.
             logits = self.drafter.logits(hidden[width - 1 :: width])
-            fed, _ = self.operations.greedy_pick(logits, validate=validate)
-            drafts[:, step] = fed
+            fed, confidence = self.operations.greedy_pick(logits, validate=validate)
+            drafts[:, step], confidences[:, step] = fed, confidence
             width = 1
-        return drafts
+        return drafts, confidences
 
     def warm_up(self) -> None:
         """Runs every operation once, on slot 0, which must be idle."""

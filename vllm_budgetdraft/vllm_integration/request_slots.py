@@ -39,6 +39,7 @@ class RequestSlots:
     def __init__(self, num_slots: int) -> None:
         self._free = list(range(num_slots - 1, -1, -1))
         self._held: dict[str, Holding] = {}
+        self._given_up: dict[str, Any] = {}
 
     def get(self, request_id: str, state: Any) -> Holding | None:
         holding = self._held.get(request_id)
@@ -54,6 +55,21 @@ class RequestSlots:
         slot = self._held.pop(request_id).slot
         self._free.append(slot)
         return slot
+
+    def give_up(self, request_id: str, state: Any) -> None:
+        """Remembers a request that drafts no more."""
+        self._given_up[request_id] = state
+
+    def has_given_up(self, request_id: str, state: Any) -> bool:
+        return self._given_up.get(request_id) is state
+
+    def forget_ended(self, live: Mapping[str, Any]) -> None:
+        """Forgets requests that drafted no more and are over by now."""
+        self._given_up = {
+            request_id: state
+            for request_id, state in self._given_up.items()
+            if live.get(request_id) is state
+        }
 
     def ended(self, live: Mapping[str, Any]) -> list[str]:
         """Ids whose request is over, or is another one by now."""

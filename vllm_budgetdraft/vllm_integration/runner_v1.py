@@ -1,6 +1,6 @@
 """The proposer of model runner V1: lists and request ids to slots and tensors."""
 
-import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,17 +8,20 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from vllm_budgetdraft import environment
+from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_proposer import (
     FIRST_WIDTH,
     DraftProposer,
     MemoryPlan,
     resolve_dtype,
 )
+from vllm_budgetdraft.vllm_integration.faults import FaultLog, logger
 from vllm_budgetdraft.vllm_integration.patches import runner_v1
 from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
 
-# Under vLLM's own logger, the only one that it configures.
-logger = logging.getLogger("vllm.budgetdraft")
+#: In the place of a draft token whose logits were not finite.
+NOT_FINITE = -1
 
 
 class BudgetDraftProposer:
@@ -35,7 +38,7 @@ class BudgetDraftProposer:
         self._slots = RequestSlots(self._num_slots)
         self._core: DraftProposer
         self._runner: Any
-        self._num_failures = 0
+        self._faults = FaultLog()
         runner_v1.apply(type(self))
 
     def load_model(self, target: nn.Module) -> None:
@@ -74,84 +77,119 @@ class BudgetDraftProposer:
             token_ids_cpu: [max_num_reqs, max_model_len], the contexts.
 
         Returns:
-            0 to k tokens by row. None for any row if drafting fails: the target goes
+            0 to k tokens by row; none for a row whose drafting fails: the target goes
             on alone.
         """
-        rows = [
-            row
-            for row, sampled in enumerate(sampled_token_ids)
-            # The target samples one more token after the last draft that it accepts.
-            if sampled and num_tokens_no_spec[row] < self._max_model_len - 1
-        ]
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        # The target samples one more token after the last draft that it accepts.
+        room = self._max_model_len - 1 - num_tokens_no_spec
         try:
-            contexts = [token_ids_cpu[row, : num_tokens_no_spec[row]] for row in rows]
-            for row, tokens in zip(rows, self._draft(rows, contexts), strict=True):
-                room = self._max_model_len - 1 - int(num_tokens_no_spec[row])
-                drafts[row] = tokens[:room]
-        except Exception:
-            self._give_up()
+            rows = [
+                row
+                for row, ids in enumerate(sampled_token_ids)
+                if ids and room[row] > 0
+            ]
+            contexts = {r: token_ids_cpu[r, : num_tokens_no_spec[r]] for r in rows}
+            for row, drafted in self._draft(contexts).items():
+                drafts[row] = drafted[: room[row]]
+        except Exception as error:
+            # Of no request in particular, so that no cache is known to be good.
+            self._faults.report("every request", error)
+            self._core.release_all()
+            self._slots = RequestSlots(self._num_slots)
             return [[] for _ in sampled_token_ids]
         return drafts
 
-    def _draft(self, rows: list[int], contexts: list[np.ndarray]) -> list[list[int]]:
-        request_ids = self._runner.input_batch.req_ids
-        requests = self._runner.requests
-        for request_id in self._slots.ended(requests):
+    def _draft(self, contexts: dict[int, np.ndarray]) -> dict[int, list[int]]:
+        """Drafts by row, of the rows whose drafting does not fail."""
+        live = self._runner.requests
+        for request_id in self._slots.ended(live):
             self._release(request_id)
-        if not rows:
-            return []
+        self._slots.forget_ended(live)
 
-        holdings = self._caught_up(
-            [(request_ids[row], requests[request_ids[row]]) for row in rows], contexts
-        )
-        device = self._core.device
-        tokens = torch.from_numpy(np.stack([c[-FIRST_WIDTH:] for c in contexts]))
-        drafts = self._core.draft(
-            torch.tensor([holding.slot for holding in holdings], device=device),
-            tokens.to(device, torch.int64),
-            torch.tensor([len(context) for context in contexts], device=device),
-        ).tolist()
-        for holding, context, drafted in zip(holdings, contexts, drafts, strict=True):
-            holding.num_tokens, holding.drafts = len(context), drafted
-        return drafts
-
-    def _caught_up(
-        self, requests: list[tuple[str, Any]], contexts: list[np.ndarray]
-    ) -> list[Holding]:
-        """Slots whose caches hold all of each context but its last two tokens."""
-        holdings = [self._slots.get(*request) for request in requests]
-        new = sum(holding is None for holding in holdings)
-        batch = {request_id for request_id, _ in requests}
+        ids = self._runner.input_batch.req_ids
+        requests = [
+            _Request(row, ids[row], live[ids[row]], context)
+            for row, context in contexts.items()
+            if not self._slots.has_given_up(ids[row], live[ids[row]])
+        ]
+        new = sum(self._slots.get(r.request_id, r.state) is None for r in requests)
+        batch = {request.request_id for request in requests}
         for idle in self._slots.idle(batch, wanted=new):
             self._release(idle)
-        caught_up = []
-        for (request_id, state), holding, context in zip(
-            requests, holdings, contexts, strict=True
-        ):
-            if holding is None or not holding.continues(context):
-                if holding is not None:
-                    self._release(request_id)
-                holding = self._slots.take(request_id, state)
-                self._core.start_request(holding.slot)
-                past = torch.from_numpy(context[:-FIRST_WIDTH].astype(np.int64))
-                self._core.ingest(holding.slot, past.to(self._core.device))
-            caught_up.append(holding)
-        return caught_up
+        ready = []
+        for request in requests:
+            try:
+                ready.append((request, self._caught_up(request)))
+            except Exception as error:
+                self._drop(request, error)
+        return self._draft_ready(ready)
+
+    def _caught_up(self, request: "_Request") -> Holding:
+        """A slot whose cache holds all of the context but its last two tokens."""
+        holding = self._slots.get(request.request_id, request.state)
+        if holding is not None and holding.continues(request.context):
+            if environment.check_invariants():
+                self._core.cache.check_slot(holding.slot)
+            return holding
+        if holding is not None:
+            self._release(request.request_id)
+        holding = self._slots.take(request.request_id, request.state)
+        try:
+            self._core.start_request(holding.slot)
+        except PagePoolExhaustedError:
+            self._slots.release(request.request_id)
+            raise
+        past = torch.from_numpy(request.context[:-FIRST_WIDTH].astype(np.int64))
+        self._core.ingest(holding.slot, past.to(self._core.device))
+        return holding
+
+    def _draft_ready(
+        self, ready: list[tuple["_Request", Holding]]
+    ) -> dict[int, list[int]]:
+        if not ready:
+            return {}
+        try:
+            drafts = self._core_drafts(ready)
+        except Exception as error:
+            if len(ready) == 1:
+                self._drop(ready[0][0], error)
+                return {}
+            # One of them may be at fault: each by itself.
+            alone = [self._draft_ready([each]) for each in ready]
+            return {row: drafted for each in alone for row, drafted in each.items()}
+        sound = {}
+        for (request, holding), drafted in zip(ready, drafts, strict=True):
+            if NOT_FINITE in drafted:
+                self._drop(request, FloatingPointError("logits are not finite"))
+                continue
+            holding.num_tokens, holding.drafts = len(request.context), drafted
+            sound[request.row] = drafted
+        return sound
+
+    def _core_drafts(self, ready: list[tuple["_Request", Holding]]) -> list[list[int]]:
+        """k tokens of each, ``NOT_FINITE`` where the logits were not."""
+        contexts = [request.context for request, _ in ready]
+        device = self._core.device
+        tokens = torch.from_numpy(np.stack([c[-FIRST_WIDTH:] for c in contexts]))
+        drafts, confidences = self._core.draft(
+            torch.tensor([holding.slot for _, holding in ready], device=device),
+            tokens.to(device, torch.int64),
+            torch.tensor([len(context) for context in contexts], device=device),
+        )
+        return drafts.masked_fill(~confidences.isfinite(), NOT_FINITE).tolist()
+
+    def _drop(self, request: "_Request", error: Exception) -> None:
+        """Ends the drafting of a request; for now only, if it waits for pages."""
+        if holding := self._slots.get(request.request_id, request.state):
+            self._core.cache.scrub(holding.slot)
+            self._release(request.request_id)
+        if not isinstance(error, PagePoolExhaustedError):
+            self._slots.give_up(request.request_id, request.state)
+        self._faults.report(f"request {request.request_id}", error)
 
     def _release(self, request_id: str) -> None:
         self._core.release_request(self._slots.release(request_id))
-
-    def _give_up(self) -> None:
-        """Drops every cache, since none is known to be good, and says so sparingly."""
-        self._num_failures += 1
-        if self._num_failures & (self._num_failures - 1) == 0:
-            logger.exception(
-                "drafting failed (%d times so far); generation goes on without drafts",
-                self._num_failures,
-            )
-        self._core.release_all()
-        self._slots = RequestSlots(self._num_slots)
 
     def _log_memory(self, dtype: torch.dtype) -> None:
         core, mib = self._core, 2**20
@@ -175,3 +213,18 @@ class BudgetDraftProposer:
             plan.full_cache_per_request / 1024,
             plan.prompt_scratch / mib,
         )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A row of the batch that is to be drafted for.
+
+    Attributes:
+        state: vLLM's object for the request.
+        context: token ids, prompt and output.
+    """
+
+    row: int
+    request_id: str
+    state: Any
+    context: np.ndarray

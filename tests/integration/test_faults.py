@@ -1,0 +1,264 @@
+"""What goes wrong in drafting for one request costs that request's drafts alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.support.drafting import build_proposer
+from tests.support.engines import DRAFTER, Job, book_tokens, run_jobs
+from tests.support.policies import (
+    CORRUPTS_THE_TABLE,
+    EXHAUSTS_THE_POOL,
+    FAILS_ON_LONG_PROMPTS,
+    POISONS_LONG_PROMPTS,
+)
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+
+pytestmark = pytest.mark.vllm
+
+PROMPT_TOKENS = {"short": 40, "long": 800, "other": 90}
+MAX_MODEL_LEN = 1024
+
+
+class Request:
+    """vLLM's object for a request; only its identity matters."""
+
+
+class Engine:
+    """An engine's part around the adapter of model runner V1."""
+
+    def __init__(self, folder: Path, policy: str) -> None:
+        from vllm_budgetdraft.vllm_integration.faults import FaultLog
+        from vllm_budgetdraft.vllm_integration.request_slots import RequestSlots
+        from vllm_budgetdraft.vllm_integration.runner_v1 import BudgetDraftProposer
+
+        self.core = build_proposer(
+            folder,
+            num_slots=3,
+            max_model_len=MAX_MODEL_LEN,
+            eviction_policy=policy,
+            kv_budget=40,
+        )
+        # Made without vLLM's config, which takes an engine to have.
+        self.proposer = BudgetDraftProposer.__new__(BudgetDraftProposer)
+        self.proposer._core, self.proposer._num_slots = self.core, 3
+        self.proposer._max_model_len = MAX_MODEL_LEN
+        self.proposer._slots, self.proposer._faults = RequestSlots(3), FaultLog()
+        self.requests: dict[str, Request] = {}
+        self.tokens: dict[str, list[int]] = {}
+
+    def start(self, name: str) -> None:
+        self.requests[name] = Request()
+        self.tokens[name] = [i * 7 % 97 for i in range(PROMPT_TOKENS[name])]
+
+    def finish(self, name: str) -> None:
+        del self.requests[name], self.tokens[name]
+
+    def step(self) -> dict[str, list[int]]:
+        """Drafts for every request; then the target's next token follows."""
+        names = list(self.requests)
+        token_ids = np.zeros((len(names), MAX_MODEL_LEN), dtype=np.int32)
+        lengths = np.array([len(self.tokens[name]) for name in names])
+        for row, name in enumerate(names):
+            token_ids[row, : lengths[row]] = self.tokens[name]
+        self.proposer.bind(
+            SimpleNamespace(
+                requests=self.requests, input_batch=SimpleNamespace(req_ids=names)
+            )
+        )
+        drafts = self.proposer.propose([[1]] * len(names), lengths, token_ids)
+        for name in names:
+            self.tokens[name].append(len(self.tokens[name]) % 97)
+        return dict(zip(names, drafts, strict=True))
+
+
+def started(folder: Path, policy: str) -> Engine:
+    engine = Engine(folder, policy)
+    for name in PROMPT_TOKENS:
+        engine.start(name)
+    return engine
+
+
+@pytest.fixture
+def others_drafts(drafter_folder) -> list[dict[str, list[int]]]:
+    """What the other two draft if the long one is never there."""
+    engine = started(drafter_folder, FAILS_ON_LONG_PROMPTS)
+    engine.finish("long")
+    return [engine.step() for _ in range(5)]
+
+
+def step_failing(monkeypatch, where: str, fails) -> None:
+    original = getattr(DraftProposer, where)
+
+    def wrapped(self, *args, **kwargs):
+        fails(self, *args)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DraftProposer, where, wrapped)
+
+
+@pytest.fixture
+def log(monkeypatch) -> Iterator[list[str]]:
+    from vllm_budgetdraft.vllm_integration import faults
+
+    lines: list[str] = []
+    monkeypatch.setattr(
+        faults.logger, "error", lambda text, *args, **kw: lines.append(text % args)
+    )
+    yield lines
+
+
+@pytest.mark.parametrize("policy", [FAILS_ON_LONG_PROMPTS, POISONS_LONG_PROMPTS])
+def test_others_draft_as_if_the_faulty_one_were_not_there(
+    policy, drafter_folder, others_drafts, log
+):
+    engine = started(drafter_folder, policy)
+    for expected in others_drafts:
+        drafts = engine.step()
+        assert drafts.pop("long") == []
+        assert drafts == expected
+    # It was tried once, and said once.
+    assert engine.proposer._faults.num_faults == len(log) == 1
+    assert "request long" in log[0]
+    for name in list(engine.requests):
+        engine.finish(name)
+    engine.step()
+    engine.core.cache.check_invariants()
+    assert engine.core.cache.pool.num_free == engine.core.cache.pool.num_pages
+
+
+def test_not_a_number_does_not_reach_who_holds_its_pages_next(
+    drafter_folder, others_drafts
+):
+    engine = Engine(drafter_folder, POISONS_LONG_PROMPTS)
+    for _ in range(3):  # every slot's pages are poisoned in turn
+        engine.start("long")
+        assert engine.step() == {"long": []}
+        engine.finish("long")
+    for pages in (engine.core.cache.pool.keys, engine.core.cache.pool.values):
+        assert bool(pages.isfinite().all())
+    engine.start("short")
+    engine.start("other")
+    assert engine.step() == others_drafts[0]
+
+
+def test_an_id_that_failed_drafts_again_for_another_request(drafter_folder):
+    engine = started(drafter_folder, FAILS_ON_LONG_PROMPTS)
+    assert engine.step()["long"] == []
+    engine.finish("long")
+    engine.requests["long"] = Request()
+    engine.tokens["long"] = [3] * 50
+    assert len(engine.step()["long"]) == 4
+
+
+def test_a_step_that_fails_for_one_is_repeated_for_each(
+    drafter_folder, others_drafts, monkeypatch, log
+):
+    engine = started(drafter_folder, "keep_all")
+    engine.step()
+    slot = engine.proposer._slots.get("long", engine.requests["long"]).slot
+
+    def fails(core, slots, *rest):
+        if slot in slots.tolist():
+            raise RuntimeError("this slot fails on purpose")
+
+    step_failing(monkeypatch, "draft", fails)
+    drafts = engine.step()
+    assert drafts["long"] == []
+    assert len(drafts["short"]) == len(drafts["other"]) == 4
+    assert log == [log[0]]
+    assert "request long" in log[0]
+    assert "this slot fails on purpose" in log[0]
+
+
+def test_a_full_pool_costs_drafts_until_there_is_room(drafter_folder, log):
+    engine = Engine(drafter_folder, "keep_all")
+    pool = engine.core.cache.pool
+    taken = pool.take(pool.num_pages)
+    engine.start("short")
+    assert engine.step() == {"short": []}
+    assert "pages asked for" in log[0]
+    pool.give_back(taken)
+    assert len(engine.step()["short"]) == 4
+    engine.core.cache.check_invariants()
+
+
+def test_a_corrupted_table_ends_the_drafting_of_its_request(
+    drafter_folder, others_drafts, monkeypatch, log
+):
+    monkeypatch.setenv("BUDGETDRAFT_CHECK_INVARIANTS", "1")
+    engine = started(drafter_folder, "sink_window")
+    engine.step()
+    slot = engine.proposer._slots.get("long", engine.requests["long"]).slot
+    engine.core.cache.page_table.pages[slot, 0] += 1
+    drafts = engine.step()
+    assert drafts["long"] == []
+    assert len(drafts["short"]) == len(drafts["other"]) == 4
+    assert "request long" in log[0]
+    assert f"slot {slot} lists pages" in log[0]
+    engine.core.cache.check_invariants()
+
+
+def test_failures_are_logged_ever_more_rarely(log):
+    from vllm_budgetdraft.vllm_integration.faults import FaultLog
+
+    faults = FaultLog()
+    for _ in range(100):
+        faults.report("request 1", ValueError("why"))
+    assert [line.split("(")[1].split(" ")[0] for line in log] == [
+        "1", "2", "4", "8", "16", "32", "64",
+    ]  # fmt: skip
+
+
+#: One by one, so that it is seen which drafted.
+JOBS = {
+    str(n): Job([book_tokens(n, start=n)], {"max_tokens": 40, "ignore_eos": True})
+    for n in (50, 900, 80)
+}
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, list[list[int]]]:
+    answers = run_jobs({"max_model_len": MAX_MODEL_LEN}, JOBS)
+    return {name: answer.token_ids for name, answer in answers.items()}
+
+
+@pytest.mark.parametrize(
+    ("policy", "drafts_of_900", "drafts_of_80"),
+    [
+        pytest.param(FAILS_ON_LONG_PROMPTS, False, True, id="raises"),
+        pytest.param(POISONS_LONG_PROMPTS, False, True, id="poisons"),
+        # Found before its second draft.
+        pytest.param(CORRUPTS_THE_TABLE, True, True, id="corrupts"),
+        # It has its own pages by then.
+        pytest.param(EXHAUSTS_THE_POOL, True, False, id="exhausts"),
+    ],
+)
+def test_in_a_real_engine_faults_cost_no_token(
+    policy, drafts_of_900, drafts_of_80, plain, monkeypatch
+):
+    monkeypatch.setenv("BUDGETDRAFT_CHECK_INVARIANTS", "1")
+    settings = {
+        "method": "budgetdraft",
+        "model": DRAFTER,
+        "num_speculative_tokens": 5,
+        "kv_budget": 128,
+        "draft_prefill_chunk": 512,  # as long as the prompt that warms up
+        "eviction_policy": policy,
+    }
+    engine_args = {
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 1,
+        "speculative_config": settings,
+    }
+    answers = run_jobs(engine_args, JOBS)
+    assert {name: a.token_ids for name, a in answers.items()} == plain
+    drafted = {name: a.num_draft_tokens for name, a in answers.items()}
+    assert drafted["50"] > 10
+    assert bool(drafted["900"]) == drafts_of_900, drafted
+    assert bool(drafted["80"]) == drafts_of_80, drafted
+    if policy == CORRUPTS_THE_TABLE:
+        assert drafted["900"] == 5
