@@ -2,11 +2,23 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from vllm_budgetdraft.errors import ConfigurationError
 
-BUILT_IN_POLICIES = ("chunk_retrieval", "sink_window", "keep_all")
+BUILT_IN_POLICIES = (
+    "chunk_retrieval",
+    "observation_window",
+    "sink_window",
+    "keep_all",
+)
 
 
 class EvictionSettings(BaseModel):
@@ -17,7 +29,8 @@ class EvictionSettings(BaseModel):
     eviction_policy: str = Field(
         "chunk_retrieval",
         description="Which positions the draft cache keeps: chunk_retrieval, "
-        "sink_window, keep_all, or your own class as 'package.module:Class'.",
+        "observation_window, sink_window, keep_all, or your own class as "
+        "'package.module:Class'.",
     )
     sink_tokens: int = Field(
         8, ge=0, description="First tokens of the prompt that are always kept."
@@ -37,7 +50,16 @@ class EvictionSettings(BaseModel):
         "against the chunk's mean key, or attention of the last queries.",
     )
     observation_tokens: int = Field(
-        16, ge=1, description="Last prompt queries used by chunk_score=last_queries."
+        16,
+        ge=1,
+        description="Last prompt queries used by chunk_score=last_queries and by "
+        "observation_window, which also keeps their tokens.",
+    )
+    pooling_size: int = Field(
+        5,
+        ge=1,
+        description="Neighbours, an odd number, over which observation_window averages "
+        "attention.",
     )
 
     @model_validator(mode="after")
@@ -49,6 +71,13 @@ class EvictionSettings(BaseModel):
                 f"{', '.join(BUILT_IN_POLICIES)}, or 'package.module:Class'"
             )
         return self
+
+    @field_validator("pooling_size")
+    @classmethod
+    def _has_a_middle(cls, size: int) -> int:
+        if size % 2 == 0:
+            raise ValueError(f"{size} is even; use {size - 1} or {size + 1}")
+        return size
 
     @property
     def min_budget(self) -> int:

@@ -15,6 +15,7 @@ BUDGET = 64
 SETTINGS = {
     "chunk_retrieval": {},
     "chunk_retrieval_by_queries": {"chunk_score": "last_queries"},
+    "observation_window": {"eviction_policy": "observation_window"},
     "sink_window": {"eviction_policy": "sink_window"},
     "keep_all": {"eviction_policy": "keep_all"},
     "of_the_user": {"eviction_policy": EVERY_SECOND},

@@ -16,6 +16,13 @@ SETTINGS = {
     "chunk_retrieval_of_odd_chunks": {"chunk_size": 5, "sink_tokens": 13},
     "chunk_retrieval_without_sinks": {"sink_tokens": 0},
     "chunk_retrieval_by_queries": {"chunk_score": "last_queries"},
+    "observation_window": {"eviction_policy": "observation_window"},
+    "observation_window_wide": {
+        "eviction_policy": "observation_window",
+        "observation_tokens": 64,
+        "pooling_size": 1,
+        "sink_tokens": 0,
+    },
     "sink_window": {"eviction_policy": "sink_window"},
     "sink_window_without_sinks": {"eviction_policy": "sink_window", "sink_tokens": 0},
     "keep_all": {"eviction_policy": "keep_all"},
@@ -188,6 +195,52 @@ def test_chunk_retrieval_gives_local_tokens_at_most_half_of_what_the_sinks_leave
     kept = select(EvictionSettings(local_tokens=1000), 800, budget=8 + 64)[0, 0]
     assert kept[-32:].tolist() == list(range(768, 800))
     assert kept[-33] < 760
+
+
+def slow_observation_window(
+    keys: Tensor, queries: Tensor, *, budget: int, sinks: int, window: int, pooling: int
+) -> list[int]:
+    """Positions that one head keeps of keys [num_tokens, D], spelled out."""
+    before = len(keys) - window
+    weights = torch.zeros(before)
+    for query in queries:
+        weights += (keys[:before] @ query / HEAD_DIM**0.5).softmax(0)
+    reach = pooling // 2
+    scores = {
+        position: float(weights[max(0, position - reach) : position + reach + 1].mean())
+        for position in range(sinks, before)
+    }
+    best = sorted(scores, key=lambda position: -scores[position])
+    chosen = sorted(best[: budget - sinks - window])
+    return [*range(sinks), *chosen, *range(before, len(keys))]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "budget", "sinks", "window", "pooling"),
+    [(100, 64, 8, 16, 5), (65, 64, 0, 16, 1), (300, 40, 8, 16, 7), (63, 20, 8, 6, 3)],
+)
+def test_observation_window_keeps_what_its_description_says(
+    num_tokens, budget, sinks, window, pooling
+):
+    policy = make_policy(
+        EvictionSettings(
+            eviction_policy="observation_window",
+            sink_tokens=sinks,
+            pooling_size=pooling,
+        )
+    )
+    keys, queries = random_prompt(num_tokens, policy.observation_tokens)
+    kept = policy.select(keys, queries, budget)
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            assert kept[layer, head].tolist() == slow_observation_window(
+                keys[layer, head],
+                queries[layer, head],
+                budget=budget,
+                sinks=sinks,
+                window=window,
+                pooling=pooling,
+            )
 
 
 def test_sink_window_keeps_the_sinks_and_the_latest():

@@ -56,3 +56,11 @@ def all_positions(keys: Tensor) -> Tensor:
 def take_positions(states: Tensor, kept: Tensor) -> Tensor:
     """Rows ``kept`` [..., num_kept] of keys or values [..., num_tokens, head_dim]."""
     return states.gather(-2, kept[..., None].expand(*kept.shape, states.shape[-1]))
+
+
+def four_dimensions(states: Tensor) -> Tensor:
+    """[..., num_tokens, head_dim] as the operations take them.
+
+    Serving's [num_layers, num_kv_heads, num_tokens, head_dim] are left as they are.
+    """
+    return states if states.ndim == 4 else states.reshape(1, -1, *states.shape[-2:])

@@ -9,10 +9,12 @@ from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.base import EvictionPolicy
 from vllm_budgetdraft.eviction.chunk_retrieval import ChunkRetrieval
 from vllm_budgetdraft.eviction.keep_all import KeepAll
+from vllm_budgetdraft.eviction.observation_window import ObservationWindow
 from vllm_budgetdraft.eviction.sink_window import SinkWindow
 
 POLICIES: dict[str, type[EvictionPolicy]] = {
     "chunk_retrieval": ChunkRetrieval,
+    "observation_window": ObservationWindow,
     "sink_window": SinkWindow,
     "keep_all": KeepAll,
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.eviction.base import all_positions
+from vllm_budgetdraft.eviction.base import all_positions, four_dimensions
 
 
 class ChunkRetrieval:
@@ -43,7 +43,9 @@ class ChunkRetrieval:
 
         by = "mean_key" if queries is None else "attention"
         queries = keys[..., -1:, :] if queries is None else queries
-        scores = self._chunk_scores(_four(keys), _four(queries), size, by)
+        scores = self._chunk_scores(
+            four_dimensions(keys), four_dimensions(queries), size, by
+        )
         scores = scores[..., self.sink_chunks : self.sink_chunks + num_chunks]
         scores = scores.view(*keys.shape[:-2], num_chunks)
         best = scores.topk(num_kept, dim=-1, sorted=False).indices.sort(-1).values
@@ -57,8 +59,3 @@ class ChunkRetrieval:
 
     def protected_tokens(self, budget: int) -> int:
         return budget
-
-
-def _four(states: Tensor) -> Tensor:
-    """[..., num_tokens, head_dim] in four dimensions; serving's have them already."""
-    return states if states.ndim == 4 else states.reshape(1, -1, *states.shape[-2:])
