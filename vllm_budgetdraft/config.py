@@ -110,8 +110,17 @@ class BudgetDraftConfig(EvictionSettings):
         "beside the budget.",
     )
     page_size: int = Field(16, ge=1, description="Tokens per page of the draft cache.")
+    draft_prefill: Literal["full", "streaming"] = Field(
+        "full",
+        description="How the drafter reads a prompt: in full, keeping the budget in "
+        "the end, or streaming, keeping the budget after every chunk, so that time is "
+        "linear in the prompt and memory does not depend on it.",
+    )
     draft_prefill_chunk: int = Field(
-        4096, ge=1, description="Prompt tokens per forward pass of the drafter."
+        4096,
+        ge=1,
+        description="Prompt tokens that the drafter reads per engine step, of all "
+        "requests together.",
     )
     attention_backend: Literal["auto", "torch", "triton"] = Field(
         "auto",
@@ -155,6 +164,12 @@ class BudgetDraftConfig(EvictionSettings):
             kept = max_model_len
         tokens = min(kept, max_model_len) + draft_slots
         return -(-tokens // self.page_size) * self.page_size
+
+    def scratch_tokens(self, max_model_len: int) -> int:
+        """Tokens of the buffer that prompts are read through."""
+        if self.draft_prefill == "full" or self.eviction_policy == "keep_all":
+            return max_model_len
+        return min(self.kv_budget + self.draft_prefill_chunk, max_model_len)
 
 
 def parse_speculative_config(settings: dict[str, Any]) -> BudgetDraftConfig:

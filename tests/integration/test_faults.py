@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from tests.support.drafting import build_proposer
+from tests.support.adapter import Engine, Request
 from tests.support.engines import DRAFTER, Job, book_tokens, run_jobs
 from tests.support.policies import (
     CORRUPTS_THE_TABLE,
@@ -21,64 +19,13 @@ pytestmark = pytest.mark.vllm
 
 PROMPT_TOKENS = {"short": 40, "long": 800, "other": 90}
 MAX_MODEL_LEN = 1024
-
-
-class Request:
-    """vLLM's object for a request; only its identity matters."""
-
-
-class Engine:
-    """An engine's part around the adapter of model runner V1."""
-
-    def __init__(self, folder: Path, policy: str) -> None:
-        from vllm_budgetdraft.vllm_integration.faults import FaultLog
-        from vllm_budgetdraft.vllm_integration.request_slots import RequestSlots
-        from vllm_budgetdraft.vllm_integration.runner_v1 import BudgetDraftProposer
-
-        self.core = build_proposer(
-            folder,
-            num_slots=3,
-            max_model_len=MAX_MODEL_LEN,
-            eviction_policy=policy,
-            kv_budget=40,
-        )
-        # Made without vLLM's config, which takes an engine to have.
-        self.proposer = BudgetDraftProposer.__new__(BudgetDraftProposer)
-        self.proposer._core, self.proposer._num_slots = self.core, 3
-        self.proposer._max_model_len = MAX_MODEL_LEN
-        self.proposer._slots, self.proposer._faults = RequestSlots(3), FaultLog()
-        self.requests: dict[str, Request] = {}
-        self.tokens: dict[str, list[int]] = {}
-
-    def start(self, name: str) -> None:
-        self.requests[name] = Request()
-        self.tokens[name] = [i * 7 % 97 for i in range(PROMPT_TOKENS[name])]
-
-    def finish(self, name: str) -> None:
-        del self.requests[name], self.tokens[name]
-
-    def step(self) -> dict[str, list[int]]:
-        """Drafts for every request; then the target's next token follows."""
-        names = list(self.requests)
-        token_ids = np.zeros((len(names), MAX_MODEL_LEN), dtype=np.int32)
-        lengths = np.array([len(self.tokens[name]) for name in names])
-        for row, name in enumerate(names):
-            token_ids[row, : lengths[row]] = self.tokens[name]
-        self.proposer.bind(
-            SimpleNamespace(
-                requests=self.requests, input_batch=SimpleNamespace(req_ids=names)
-            )
-        )
-        drafts = self.proposer.propose([[1]] * len(names), lengths, token_ids)
-        for name in names:
-            self.tokens[name].append(len(self.tokens[name]) % 97)
-        return dict(zip(names, drafts, strict=True))
+SETTINGS = {"num_slots": 3, "max_model_len": MAX_MODEL_LEN, "kv_budget": 40}
 
 
 def started(folder: Path, policy: str) -> Engine:
-    engine = Engine(folder, policy)
-    for name in PROMPT_TOKENS:
-        engine.start(name)
+    engine = Engine(folder, eviction_policy=policy, **SETTINGS)
+    for name, num_tokens in PROMPT_TOKENS.items():
+        engine.start(name, num_tokens)
     return engine
 
 
@@ -133,15 +80,15 @@ def test_others_draft_as_if_the_faulty_one_were_not_there(
 def test_not_a_number_does_not_reach_who_holds_its_pages_next(
     drafter_folder, others_drafts
 ):
-    engine = Engine(drafter_folder, POISONS_LONG_PROMPTS)
+    engine = Engine(drafter_folder, eviction_policy=POISONS_LONG_PROMPTS, **SETTINGS)
     for _ in range(3):  # every slot's pages are poisoned in turn
-        engine.start("long")
+        engine.start("long", PROMPT_TOKENS["long"])
         assert engine.step() == {"long": []}
         engine.finish("long")
     for pages in (engine.core.cache.pool.keys, engine.core.cache.pool.values):
         assert bool(pages.isfinite().all())
-    engine.start("short")
-    engine.start("other")
+    engine.start("short", PROMPT_TOKENS["short"])
+    engine.start("other", PROMPT_TOKENS["other"])
     assert engine.step() == others_drafts[0]
 
 
@@ -175,10 +122,10 @@ def test_a_step_that_fails_for_one_is_repeated_for_each(
 
 
 def test_a_full_pool_costs_drafts_until_there_is_room(drafter_folder, log):
-    engine = Engine(drafter_folder, "keep_all")
+    engine = Engine(drafter_folder, eviction_policy="keep_all", **SETTINGS)
     pool = engine.core.cache.pool
     taken = pool.take(pool.num_pages)
-    engine.start("short")
+    engine.start("short", PROMPT_TOKENS["short"])
     assert engine.step() == {"short": []}
     assert "pages asked for" in log[0]
     pool.give_back(taken)

@@ -62,6 +62,17 @@ def draft(**settings: object) -> dict[str, object]:
         pytest.param(
             {
                 "speculative_config": draft(
+                    eviction_policy="observation_window",
+                    draft_prefill="streaming",
+                    draft_prefill_chunk=100,
+                ),
+                "max_num_batched_tokens": 256,
+            },
+            id="observation_window-streaming",
+        ),
+        pytest.param(
+            {
+                "speculative_config": draft(
                     eviction_policy="keep_all", draft_prefill_chunk=100
                 ),
                 "enable_prefix_caching": False,

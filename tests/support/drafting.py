@@ -125,16 +125,33 @@ class SlowTwin:
             return
         prompt = DynamicCache()
         self._model(tokens[None], past_key_values=prompt)
-        for layer in prompt.layers:
-            keys, values = layer.keys[0], layer.values[0]
-            kept = self._policy.select(keys, None, self._config.kv_budget)
-            self._held.append(
-                (
-                    torch.stack([k[own] for k, own in zip(keys, kept, strict=True)]),
-                    torch.stack([v[own] for v, own in zip(values, kept, strict=True)]),
-                )
-            )
-        self.num_evicted = len(tokens) - kept.shape[-1]
+        self._held = [
+            self._kept(layer.keys[0], layer.values[0]) for layer in prompt.layers
+        ]
+        self.num_evicted = len(tokens) - self._held[0][0].shape[1]
+
+    @torch.inference_mode()
+    def ingest_streaming(self, tokens: Tensor) -> None:
+        """Keeps the budget after every chunk."""
+        start = 0
+        for chunk in tokens.split(self._config.draft_prefill_chunk):
+            cache = DynamicCache()
+            for layer, (keys, values) in enumerate(self._held):
+                cache.update(keys[None], values[None], layer)
+            positions = torch.arange(start, start + len(chunk))[None]
+            self._model(chunk[None], position_ids=positions, past_key_values=cache)
+            self._held = [
+                self._kept(layer.keys[0], layer.values[0]) for layer in cache.layers
+            ]
+            start += len(chunk)
+        self.num_evicted = start - self._held[0][0].shape[1]
+
+    def _kept(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self._policy.select(keys, None, self._config.kv_budget)
+        return (
+            torch.stack([k[own] for k, own in zip(keys, kept, strict=True)]),
+            torch.stack([v[own] for v, own in zip(values, kept, strict=True)]),
+        )
 
     @torch.inference_mode()
     def draft(self, context: list[int]) -> list[int]:

@@ -58,7 +58,7 @@ class NumberedCache:
         numbers = torch.full((2, seen, 1, 1), torch.nan)
         last = torch.arange(seen - kept, seen)
         numbers[:, last, 0, 0] = torch.arange(kept).float()
-        self.cache.load_prompt(slot, numbers, -numbers, last.expand(2, 1, -1))
+        self.cache.load_prompt(slot, numbers, -numbers, last.expand(2, 1, -1), seen)
         self.lengths[slot] = seen + 2
         self.dropped_by_policy[slot] = seen - kept
 

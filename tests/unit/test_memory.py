@@ -26,6 +26,7 @@ def pool_bytes(proposer: DraftProposer) -> int:
         ({"kv_budget": 40, "recent_window": 40}, 1_000, 96),  # 40 + 40 + 5
         ({"kv_budget": 40, "recent_window": 40}, 2_000, 96),
         ({"kv_budget": 43, "recent_window": 36, "page_size": 8}, 1_000, 88),
+        ({"kv_budget": 40, "draft_prefill": "streaming"}, 1_000, 304),
         ({"eviction_policy": "keep_all"}, 500, 512),
     ],
 )
@@ -47,8 +48,7 @@ def test_the_pool_is_slots_times_capacity_times_bytes_per_token(
     assert plan.cache == pool_bytes(proposer)
     assert plan.cache_per_request == capacity * per_token
     assert plan.full_cache_per_request == max_model_len * per_token
-    scratch = bytes_in(proposer.prompt.keys, proposer.prompt.values)
-    assert plan.prompt_scratch == scratch
+    assert plan.prompt_scratch == proposer.prompt.num_bytes
 
 
 def test_neither_long_contexts_nor_many_requests_make_the_pool_grow(drafter_folder):

@@ -115,6 +115,48 @@ def test_drafts_beyond_the_budget_equal_those_over_an_explicit_list_of_keys(
     assert differs_from_full, "the budget was too large to matter"
 
 
+@pytest.mark.parametrize("policy", ["chunk_retrieval", "sink_window", EVERY_SECOND])
+def test_a_prompt_read_streaming_never_holds_more_than_budget_and_chunk(
+    drafter_folder, hugging_face_drafter, policy
+):
+    proposer = build_proposer(
+        drafter_folder,
+        max_model_len=1000,
+        eviction_policy=policy,
+        draft_prefill="streaming",
+        draft_prefill_chunk=50,
+        kv_budget=40,
+        page_size=8,
+        recent_window=20,
+    )
+    assert proposer.prompt.max_tokens == 40 + 50
+    requests = Requests(proposer)
+    twin = SlowTwin(hugging_face_drafter, proposer.policy, proposer.config, 1000)
+    requests.start(0, 700)
+    twin.ingest_streaming(torch.tensor(requests.contexts[0][:-2]))
+    assert int(proposer.cache.num_evicted[0]) == twin.num_evicted >= 698 - 40
+    for _ in range(8):
+        drafts = requests.draft([0])[0]
+        assert drafts == twin.draft(requests.contexts[0])
+        requests.verify(0, drafts)
+
+
+def test_streaming_keeps_everything_for_keep_all_and_for_prompts_within_the_budget(
+    drafter_folder, hugging_face_drafter
+):
+    for settings in ({"eviction_policy": "keep_all"}, {"kv_budget": 400}):
+        proposer = build_proposer(
+            drafter_folder,
+            draft_prefill="streaming",
+            draft_prefill_chunk=50,
+            **settings,
+        )
+        requests = Requests(proposer)
+        requests.start(0, 300)
+        drafts = requests.draft([0])[0]
+        assert is_greedy(hugging_face_drafter, requests.contexts[0], drafts)
+
+
 def test_drafts_do_not_depend_on_who_else_is_in_the_batch(drafter_folder):
     settings = {"kv_budget": 40, "page_size": 8, "recent_window": 20}
 

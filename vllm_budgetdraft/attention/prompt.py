@@ -1,4 +1,4 @@
-"""Attention over a whole prompt, chunk by chunk, through one shared scratch buffer."""
+"""Attention over a prompt, chunk by chunk, through one shared scratch buffer."""
 
 from types import ModuleType
 
@@ -16,8 +16,8 @@ class PromptAttention:
     end of a prompt only keys and values have readers.
 
     Attributes:
-        keys, values: [num_layers, max_tokens, num_kv_heads, head_dim].
         num_tokens: prompt tokens read so far, the current chunk's among them.
+        num_held: those of them that are still in the buffer.
     """
 
     def __init__(
@@ -43,27 +43,54 @@ class PromptAttention:
             num_heads, num_kv_heads, head_dim, dtype, device
         )
         shape = (num_layers, max_tokens, num_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.num_tokens = 0
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self.max_tokens = max_tokens
+        self.num_tokens = self.num_held = 0
         self._observation_tokens = observation_tokens
         self._queries: list[Tensor | None] = [None] * num_layers
 
+    @property
+    def num_bytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
+    @property
+    def keys(self) -> Tensor:
+        """[num_layers, num_held, num_kv_heads, head_dim]."""
+        return self._keys[:, : self.num_held]
+
+    @property
+    def values(self) -> Tensor:
+        return self._values[:, : self.num_held]
+
     def restart(self) -> None:
-        self.num_tokens = 0
+        self.num_tokens = self.num_held = 0
         self._queries = [None] * len(self._queries)
 
     def chunk(self, cos: Tensor, sin: Tensor) -> "PromptAttention":
         """The next chunk of the prompt, whose positions' cos and sin are [T, D]."""
-        start = self.num_tokens
-        self.num_tokens = start + len(cos)
+        start = self.num_held
+        self.num_tokens += len(cos)
+        self.num_held += len(cos)
+        assert self.num_held <= self.max_tokens, (self.num_held, self.max_tokens)
         self._rotary = cos, sin
-        self._cells = torch.arange(start, self.num_tokens, device=cos.device)
+        self._cells = torch.arange(start, self.num_held, device=cos.device)
         return self
+
+    def keep(self, kept: Tensor) -> None:
+        """Drops all but some rows of the buffer.
+
+        Args:
+            kept: [num_layers, num_kv_heads, num_kept] int64, ascending.
+        """
+        index = kept.transpose(1, 2)[..., None].expand(-1, -1, -1, self._keys.shape[3])
+        for states in (self._keys, self._values):
+            states[:, : kept.shape[2]] = states.gather(1, index)
+        self.num_held = kept.shape[2]
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor | None:
         """A chunk in one layer, [T, H + 2 * G, D] to [T, H, D]."""
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self._keys[layer], self._values[layer]
         queries = self._operations.paged_cache_write(
             qkv,
             *self._rotary,
@@ -76,15 +103,15 @@ class PromptAttention:
             self._observe(layer, queries)
         if layer == len(self._queries) - 1:
             return None
-        read = self.num_tokens
-        return self._attend(queries, keys[:read], values[:read], [len(queries)], [read])
+        held = self.num_held
+        return self._attend(queries, keys[:held], values[:held], [len(queries)], [held])
 
     def last_queries(self) -> Tensor | None:
         """[num_layers, G, H / G * observation_tokens, D], or None if none are kept."""
         if not self._observation_tokens:
             return None
         queries = torch.stack([q for q in self._queries if q is not None])
-        num_kv_heads = self.keys.shape[2]
+        num_kv_heads = self._keys.shape[2]
         grouped = queries.unflatten(2, (num_kv_heads, -1))  # [layers, W, G, H / G, D]
         return grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)
 

@@ -96,15 +96,15 @@ class BudgetedCache:
             self.release_request(slot)
 
     def load_prompt(
-        self, slot: int, keys: Tensor, values: Tensor, kept: Tensor
+        self, slot: int, keys: Tensor, values: Tensor, kept: Tensor, seen: int
     ) -> None:
-        """Fills an empty slot with what the policy kept of a prompt.
+        """Fills an empty slot with what the policy kept of its first ``seen`` tokens.
 
         Args:
             keys, values: [num_layers, num_tokens, num_kv_heads, head_dim].
-            kept: [num_layers, num_kv_heads, num_kept] int64, positions.
+            kept: [num_layers, num_kv_heads, num_kept] int64, rows of these.
         """
-        seen, num_kept = keys.shape[1], kept.shape[2]
+        num_kept = kept.shape[2]
         assert num_kept <= min(seen, self.capacity), (num_kept, seen, self.capacity)
         device = self.num_evicted.device
         indices = torch.arange(num_kept, device=device)[None]

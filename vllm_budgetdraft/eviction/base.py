@@ -30,6 +30,9 @@ class EvictionPolicy(Protocol):
     def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
         """Positions to keep, ascending and without repeats.
 
+        Where a prompt is read streaming, this is asked after every chunk, about what
+        was kept before and the chunk.
+
         Args:
             keys: [..., num_tokens, head_dim], rotated as the drafter stores them.
             queries: [..., num_queries, head_dim], the queries of the last

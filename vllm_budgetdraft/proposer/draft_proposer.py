@@ -16,7 +16,7 @@ from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.drafter.configuration import head_dim
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.eviction.base import EvictionPolicy
+from vllm_budgetdraft.eviction.base import EvictionPolicy, all_positions
 from vllm_budgetdraft.eviction.catalogue import make_policy
 
 #: Tokens fed in the first step of a draft. After a full acceptance the cache lacks the
@@ -61,7 +61,7 @@ class MemoryPlan:
             cache_per_request=per_request,
             full_cache_per_request=max_model_len * per_token,
             cache=num_slots * per_request,
-            prompt_scratch=max_model_len * per_token,
+            prompt_scratch=config.scratch_tokens(max_model_len) * per_token,
         )
 
 
@@ -93,6 +93,7 @@ class DraftProposer:
         self.prompt = prompt
         self.config = config
         self.num_drafts = config.num_speculative_tokens
+        self._streams = config.draft_prefill == "streaming"
         self.device = cache.num_evicted.device
         # From the end of a context to each token fed; the last draft token is not.
         last = self.num_drafts - 1
@@ -155,7 +156,7 @@ class DraftProposer:
         )
         prompt = PromptAttention(
             operations,
-            max_tokens=max_model_len,
+            max_tokens=config.scratch_tokens(max_model_len),
             num_heads=drafter.num_heads,
             observation_tokens=policy.observation_tokens,
             **shape,
@@ -171,7 +172,6 @@ class DraftProposer:
     def release_all(self) -> None:
         self.cache.release_all()
 
-    @torch.inference_mode()
     def ingest(self, slot: int, tokens: Tensor) -> None:
         """Reads a context into an empty slot.
 
@@ -179,20 +179,47 @@ class DraftProposer:
             tokens: [num_tokens] int64, the context less its last ``FIRST_WIDTH``
                 tokens, which the next ``draft`` feeds. May be empty.
         """
+        self.start_reading()
+        for chunk in tokens.split(self.config.draft_prefill_chunk):
+            self.read(chunk)
+        self.finish_reading(slot)
+
+    def start_reading(self) -> None:
+        """Begins another context; of one that was not finished nothing is left."""
+        self.prompt.restart()
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor) -> None:
+        """Reads the next tokens of a context.
+
+        Args:
+            tokens: [num_tokens] int64, at most ``draft_prefill_chunk``.
+        """
+        prompt = self.prompt
         if not len(tokens):
             return
+        start = prompt.num_tokens
+        positions = torch.arange(start, start + len(tokens), device=self.device)
+        self.drafter(tokens, prompt.chunk(*self.drafter.rotary(positions)))
+        if self._streams:
+            prompt.keep(self._select())
+
+    @torch.inference_mode()
+    def finish_reading(self, slot: int) -> None:
+        """Moves what the policy keeps of the context that was read into a slot."""
         prompt = self.prompt
-        prompt.restart()
-        for chunk in tokens.split(self.config.draft_prefill_chunk):
-            start = prompt.num_tokens
-            positions = torch.arange(start, start + len(chunk), device=self.device)
-            self.drafter(chunk, prompt.chunk(*self.drafter.rotary(positions)))
-        keys = prompt.keys[:, : len(tokens)]
-        values = prompt.values[:, : len(tokens)]
-        kept = self.policy.select(
-            keys.transpose(1, 2), prompt.last_queries(), self.config.kv_budget
-        )
-        self.cache.load_prompt(slot, keys, values, kept)
+        if prompt.num_tokens:
+            states = prompt.keys.transpose(1, 2)
+            kept = all_positions(states) if self._streams else self._select()
+            self.cache.load_prompt(
+                slot, prompt.keys, prompt.values, kept, prompt.num_tokens
+            )
+
+    def _select(self) -> Tensor:
+        """Rows of the prompt buffer to keep, [num_layers, num_kv_heads, num_kept]."""
+        prompt = self.prompt
+        keys, queries = prompt.keys.transpose(1, 2), prompt.last_queries()
+        return self.policy.select(keys, queries, self.config.kv_budget)
 
     @torch.inference_mode()
     def draft(
@@ -248,7 +275,7 @@ class DraftProposer:
 
     def warm_up(self) -> None:
         """Runs every operation once, on slot 0, which must be idle."""
-        length = min(self.config.draft_prefill_chunk, self.prompt.keys.shape[1])
+        length = min(self.config.draft_prefill_chunk, self.prompt.max_tokens)
         length = max(length, FIRST_WIDTH)  # no context that drafts is shorter
         tokens = torch.zeros(length, dtype=torch.int64, device=self.device)
         slots = torch.zeros(1, dtype=torch.int64, device=self.device)

@@ -12,12 +12,16 @@ class Holding:
     Attributes:
         state: vLLM's object for the request; its identity tells a request from another
             one that reuses its id.
+        num_read: tokens of its context that the drafter has read.
+        is_read: whether those are in its cache, which from then on grows by drafting.
         num_tokens: context length at the last draft.
         drafts: tokens drafted then.
     """
 
     slot: int
     state: Any
+    num_read: int = 0
+    is_read: bool = False
     num_tokens: int = 0
     drafts: list[int] = field(default_factory=list)
 
@@ -50,6 +54,9 @@ class RequestSlots:
         holding = Holding(self._free.pop(), state)
         self._held[request_id] = holding
         return holding
+
+    def holds(self, request_id: str, holding: Holding | None) -> bool:
+        return self._held[request_id] is holding
 
     def release(self, request_id: str) -> int:
         slot = self._held.pop(request_id).slot

@@ -38,6 +38,7 @@ class BudgetDraftProposer:
         self._slots = RequestSlots(self._num_slots)
         self._core: DraftProposer
         self._runner: Any
+        self._reading: Holding | None = None
         self._faults = FaultLog()
         runner_v1.apply(type(self))
 
@@ -84,65 +85,110 @@ class BudgetDraftProposer:
         # The target samples one more token after the last draft that it accepts.
         room = self._max_model_len - 1 - num_tokens_no_spec
         try:
-            rows = [
-                row
-                for row, ids in enumerate(sampled_token_ids)
-                if ids and room[row] > 0
-            ]
-            contexts = {r: token_ids_cpu[r, : num_tokens_no_spec[r]] for r in rows}
-            for row, drafted in self._draft(contexts).items():
+            requests = self._requests(
+                [
+                    (row, token_ids_cpu[row, : num_tokens_no_spec[row]], bool(sampled))
+                    for row, sampled in enumerate(sampled_token_ids)
+                    if room[row] > 0
+                ]
+            )
+            for row, drafted in self._draft(requests).items():
                 drafts[row] = drafted[: room[row]]
         except Exception as error:
             # Of no request in particular, so that no cache is known to be good.
             self._faults.report("every request", error)
             self._core.release_all()
             self._slots = RequestSlots(self._num_slots)
+            self._reading = None
             return [[] for _ in sampled_token_ids]
         return drafts
 
-    def _draft(self, contexts: dict[int, np.ndarray]) -> dict[int, list[int]]:
-        """Drafts by row, of the rows whose drafting does not fail."""
+    def _requests(self, rows: list[tuple[int, np.ndarray, bool]]) -> list["_Request"]:
+        """Those of some rows, contexts, and whether they sampled, that may draft.
+
+        What ended since the last step is forgotten.
+        """
         live = self._runner.requests
         for request_id in self._slots.ended(live):
             self._release(request_id)
         self._slots.forget_ended(live)
-
         ids = self._runner.input_batch.req_ids
         requests = [
-            _Request(row, ids[row], live[ids[row]], context)
-            for row, context in contexts.items()
-            if not self._slots.has_given_up(ids[row], live[ids[row]])
+            _Request(row, ids[row], live[ids[row]], context, sampled)
+            for row, context, sampled in rows
         ]
-        new = sum(self._slots.get(r.request_id, r.state) is None for r in requests)
+        given_up = self._slots.has_given_up
+        return [r for r in requests if not given_up(r.request_id, r.state)]
+
+    def _draft(self, requests: list["_Request"]) -> dict[int, list[int]]:
+        """Drafts by row, of the rows that have caught up and do not fail."""
+        holdings = [self._holding(request) for request in requests]
+        if self._reading and not any(held is self._reading for held in holdings):
+            # Its request waits, and others may read: there is one buffer for prompts.
+            self._reading.num_read = 0
+            self._reading = None
+        new = sum(holding is None for holding in holdings)
         batch = {request.request_id for request in requests}
         for idle in self._slots.idle(batch, wanted=new):
             self._release(idle)
+
         ready = []
+        unread = self._core.config.draft_prefill_chunk  # that may be read in this step
+        if half_read := self._reading:  # goes first, for the buffer is taken
+            requests.sort(key=lambda request: self._holding(request) is not half_read)
         for request in requests:
             try:
-                ready.append((request, self._caught_up(request)))
+                holding = self._up_to_date(request)
+                if not holding.is_read:
+                    unread -= self._read(request, holding, unread)
+                if holding.is_read and request.sampled:
+                    ready.append((request, holding))
             except Exception as error:
                 self._drop(request, error)
         return self._draft_ready(ready)
 
-    def _caught_up(self, request: "_Request") -> Holding:
-        """A slot whose cache holds all of the context but its last two tokens."""
-        holding = self._slots.get(request.request_id, request.state)
-        if holding is not None and holding.continues(request.context):
-            if environment.check_invariants():
-                self._core.cache.check_slot(holding.slot)
-            return holding
-        if holding is not None:
+    def _holding(self, request: "_Request") -> Holding | None:
+        return self._slots.get(request.request_id, request.state)
+
+    def _up_to_date(self, request: "_Request") -> Holding:
+        """A slot with pages, whose cache if it is read belongs to the context."""
+        holding = self._holding(request)
+        if holding is not None and holding.is_read and request.sampled:
+            if holding.continues(request.context):
+                if environment.check_invariants():
+                    self._core.cache.check_slot(holding.slot)
+                return holding
             self._release(request.request_id)
-        holding = self._slots.take(request.request_id, request.state)
-        try:
-            self._core.start_request(holding.slot)
-        except PagePoolExhaustedError:
-            self._slots.release(request.request_id)
-            raise
-        past = torch.from_numpy(request.context[:-FIRST_WIDTH].astype(np.int64))
-        self._core.ingest(holding.slot, past.to(self._core.device))
+            holding = None
+        if holding is None:
+            holding = self._slots.take(request.request_id, request.state)
+            try:
+                self._core.start_request(holding.slot)
+            except PagePoolExhaustedError:
+                self._slots.release(request.request_id)
+                raise
         return holding
+
+    def _read(self, request: "_Request", holding: Holding, limit: int) -> int:
+        """Reads up to ``limit`` more tokens of a context; returns how many.
+
+        A row that has not sampled yet will have one more token when it drafts.
+        """
+        if limit <= 0 or (self._reading is not None and self._reading is not holding):
+            return 0
+        if self._reading is None:
+            self._core.start_reading()
+            self._reading = holding
+        context, start = request.context, holding.num_read
+        goal = len(context) - (FIRST_WIDTH if request.sampled else FIRST_WIDTH - 1)
+        tokens = torch.from_numpy(context[start:goal][:limit].astype(np.int64))
+        self._core.read(tokens.to(self._core.device))
+        holding.num_read += len(tokens)
+        if holding.num_read == goal:
+            self._core.finish_reading(holding.slot)
+            self._reading, holding.is_read = None, True
+            holding.num_tokens = len(context)
+        return len(tokens)
 
     def _draft_ready(
         self, ready: list[tuple["_Request", Holding]]
@@ -181,7 +227,7 @@ class BudgetDraftProposer:
 
     def _drop(self, request: "_Request", error: Exception) -> None:
         """Ends the drafting of a request; for now only, if it waits for pages."""
-        if holding := self._slots.get(request.request_id, request.state):
+        if holding := self._holding(request):
             self._core.cache.scrub(holding.slot)
             self._release(request.request_id)
         if not isinstance(error, PagePoolExhaustedError):
@@ -189,6 +235,8 @@ class BudgetDraftProposer:
         self._faults.report(f"request {request.request_id}", error)
 
     def _release(self, request_id: str) -> None:
+        if self._slots.holds(request_id, self._reading):
+            self._reading = None
         self._core.release_request(self._slots.release(request_id))
 
     def _log_memory(self, dtype: torch.dtype) -> None:
@@ -222,9 +270,12 @@ class _Request:
     Attributes:
         state: vLLM's object for the request.
         context: token ids, prompt and output.
+        sampled: whether it sampled a token in this step; if not, its prompt is still
+            being prefilled.
     """
 
     row: int
     request_id: str
     state: Any
     context: np.ndarray
+    sampled: bool
