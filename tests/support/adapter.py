@@ -10,7 +10,9 @@ from tests.support.drafting import build_proposer
 
 
 class Request:
-    """vLLM's object for a request; only its identity matters."""
+    """vLLM's object for a request; little but its identity matters."""
+
+    prompt_embeds = None
 
 
 class Engine:

@@ -3,7 +3,11 @@
 import multiprocessing
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +107,238 @@ def wait_until(condition: Any, seconds: float) -> bool:
             return True
         time.sleep(0.5)
     return False
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request to an engine that is stepped by hand.
+
+    Attributes:
+        as_embeddings: whether the prompt is sent as the target's embeddings of it.
+        adapter: folder of a LoRA adapter.
+        priority: lower goes first, where the engine's scheduling policy is "priority".
+    """
+
+    prompt: list[int]
+    sampling: dict[str, Any]
+    as_embeddings: bool = False
+    adapter: str | None = None
+    priority: int = 0
+
+
+@dataclass
+class Course:
+    """What became of a request.
+
+    Attributes:
+        outputs: token ids by index, of which n > 1 has several.
+        lengths: output tokens of index 0, after each step that brought some.
+        rows: rows of the batch that it had.
+        num_slots_lost: how often it went on living without the draft slot it had.
+    """
+
+    name: str
+    request: Request
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    text: str = ""
+    finish_reason: str | None = None
+    lengths: list[int] = field(default_factory=list)
+    rows: set[int] = field(default_factory=set)
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_slots_lost: int = 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs.get(0, [])
+
+    @property
+    def gains(self) -> list[int]:
+        """Tokens that each step brought."""
+        return [b - a for a, b in zip([0, *self.lengths], self.lengths, strict=False)]
+
+
+class SteppedEngine:
+    """An engine of this process, requests and their courses.
+
+    Attributes:
+        courses: of every request so far, in the order in which they came.
+        live: of requests that are not over, by name. The name is vLLM's id.
+    """
+
+    def __init__(self, engine_args: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self._llm = LLM(**engine_args, disable_log_stats=False)
+        self._engine = self._llm.llm_engine
+        self._scheduler = self._engine.engine_core.engine_core.scheduler
+        self._runner = self._engine.model_executor.driver_worker.worker.model_runner
+        self._proposer = getattr(self._runner, "drafter", None)
+        self._holdings: dict[str, Any] = {}
+        self.max_model_len = self._llm.model_config.max_model_len
+        self.courses: list[Course] = []
+        self.live: dict[str, Course] = {}
+
+    def add(self, name: str, request: Request) -> Course:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import StructuredOutputsParams
+
+        sampling = {"temperature": 0.0, **request.sampling}
+        if grammar := sampling.pop("structured_outputs", None):
+            sampling["structured_outputs"] = StructuredOutputsParams(**grammar)
+        prompt: dict[str, Any] = {"prompt_token_ids": request.prompt}
+        if request.as_embeddings:
+            prompt = {"prompt_embeds": _target_embeddings()[request.prompt]}
+        adapter = request.adapter and LoRARequest("adapter", 1, request.adapter)
+        internal_name = self._engine.add_request(
+            name,
+            prompt,
+            SamplingParams(**sampling),
+            lora_request=adapter,
+            priority=request.priority,
+        )
+        assert internal_name == name
+        self.live[name] = course = Course(name, request)
+        self.courses.append(course)
+        return course
+
+    def abort(self, name: str) -> Course:
+        self._engine.abort_request([name])
+        return self.live.pop(name)
+
+    def step(self) -> None:
+        outputs = self._engine.step()
+        self._observe()
+        for output in outputs:
+            course = self.live[output.request_id]
+            course.num_cached_tokens = output.num_cached_tokens or 0
+            for each in output.outputs:
+                course.outputs[each.index] = list(each.token_ids)
+                if each.index == 0:
+                    course.text, course.finish_reason = each.text, each.finish_reason
+                    course.lengths.append(len(each.token_ids))
+            if output.finished:
+                del self.live[output.request_id]
+
+    def step_until(self, condition: Callable[[], bool]) -> None:
+        for _ in range(2000):
+            if condition():
+                return
+            self.step()
+        raise AssertionError("the condition did not come about in 2000 steps")
+
+    def finish(self) -> None:
+        self.step_until(lambda: not self.live)
+
+    def counters(self) -> dict[str, int]:
+        """Draft tokens and accepted ones since the engine started."""
+        drafted, accepted = _counters(self._llm)
+        return {"drafted": drafted, "accepted": accepted}
+
+    def check_draft_cache(self) -> None:
+        """Raises if a page is not free once every request is over, or drafting failed.
+
+        A request without room for a draft has the proposer release who is over.
+        """
+        if not hasattr(self._proposer, "_core"):
+            return
+        prompt = book_tokens(self.max_model_len - 1)
+        self.add("without room", Request(prompt, {"max_tokens": 1}))
+        self.finish()
+        self.courses.pop()
+        cache = self._proposer._core.cache
+        cache.check_invariants()
+        assert cache.pool.num_free == cache.pool.num_pages, "pages are still held"
+        assert self._proposer._faults.num_faults == 0, "drafting failed"
+
+    def _observe(self) -> None:
+        for row, name in enumerate(self._runner.input_batch.req_ids):
+            if course := self.live.get(name):
+                course.rows.add(row)
+        for name, request in self._scheduler.requests.items():
+            if course := self.live.get(name):
+                course.num_preemptions = request.num_preemptions
+        if hasattr(self._proposer, "_core"):
+            held = dict(self._proposer._slots._held)
+            for name, holding in self._holdings.items():
+                lives_on = self._runner.requests.get(name) is holding.state
+                if lives_on and held.get(name) is not holding:
+                    self.live[name].num_slots_lost += 1
+            self._holdings = held
+
+
+@dataclass(frozen=True)
+class Played:
+    """What came of a script.
+
+    Attributes:
+        courses: of every request, in the order in which they came.
+        drafted, accepted: draft tokens verified, and found right.
+    """
+
+    courses: list[Course]
+    drafted: int
+    accepted: int
+
+
+class EngineProcess:
+    """A process with one engine, which plays scripts on it."""
+
+    def __init__(self, processes: ProcessPoolExecutor) -> None:
+        self._processes = processes
+
+    def play(self, script: Callable[..., None], *args: Any) -> Played:
+        """Runs ``script(engine, *args)``, a function of some module's top level.
+
+        Requests that it leaves are run to their end; no page of theirs may leak.
+        """
+        return self._processes.submit(_play, script, args).result()
+
+
+@contextmanager
+def engine_process(engine_args: dict[str, Any]) -> Iterator[EngineProcess]:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        1, context, initializer=_start, initargs=(ENGINE_ARGS | engine_args,)
+    ) as processes:
+        yield EngineProcess(processes)
+
+
+_stepped_engine: SteppedEngine
+
+
+def _start(engine_args: dict[str, Any]) -> None:
+    global _stepped_engine
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
+    os.environ["BUDGETDRAFT_CHECK_INVARIANTS"] = "1"
+    # Steps are small: threads would wait for each other, the more on busy cores.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _stepped_engine = SteppedEngine(engine_args)
+
+
+def _play(script: Callable[..., None], args: tuple[Any, ...]) -> Played:
+    engine = _stepped_engine
+    engine.courses = []
+    before = engine.counters()
+    try:
+        script(engine, *args)
+        engine.finish()
+    finally:
+        for name in list(engine.live):
+            engine.abort(name)
+    after = engine.counters()
+    engine.check_draft_cache()
+    return Played(engine.courses, **{key: after[key] - before[key] for key in after})
+
+
+@cache
+def _target_embeddings() -> Any:
+    from safetensors.torch import load_file
+
+    weights = load_file(Path(TARGET) / "model.safetensors")
+    return weights["model.embed_tokens.weight"].float()

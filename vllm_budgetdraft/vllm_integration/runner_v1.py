@@ -118,7 +118,12 @@ class BudgetDraftProposer:
             for row, context, sampled in rows
         ]
         given_up = self._slots.has_given_up
-        return [r for r in requests if not given_up(r.request_id, r.state)]
+        return [
+            r
+            for r in requests
+            # A prompt of embeddings has no ids; its row holds those of another request.
+            if r.state.prompt_embeds is None and not given_up(r.request_id, r.state)
+        ]
 
     def _draft(self, requests: list["_Request"]) -> dict[int, list[int]]:
         """Drafts by row, of the rows that have caught up and do not fail."""
