@@ -17,6 +17,7 @@ from budgetdraft_kernels.checks import (
     check_compaction,
     check_logits,
 )
+from budgetdraft_kernels.philox import philox_uniform
 
 #: Largest finite number of float8_e4m3fn.
 FP8_MAX = 448.0
@@ -345,7 +346,7 @@ def gumbel_pick(
         check_logits(logits, temperatures, seeds)
     greedy = temperatures[:, None] == 0
     scaled = logits.float() / temperatures[:, None].masked_fill(greedy, 1.0)
-    uniform = _philox_uniform(seeds, logits.shape[1])
+    uniform = philox_uniform(seeds, logits.shape[1])
     noise = -(-uniform.log()).log()
     tokens = torch.where(greedy, scaled, scaled + noise).argmax(-1, keepdim=True)
     one_hot = torch.zeros_like(scaled).scatter(1, tokens, 1.0)
@@ -386,28 +387,3 @@ def _stored(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _write_rows(pages: Tensor, cells: Tensor, rows: Tensor, dim: int = 0) -> None:
     """Rows [..., num_cells, G, D] to their cells of pages [..., num_pages, P, G, D]."""
     _bits(pages).flatten(dim, dim + 1).index_copy_(dim, cells, _bits(rows))
-
-
-def _philox_uniform(seeds: Tensor, count: int) -> Tensor:
-    """[B, count] float32 in [0, 1): Philox-4x32-10 of (seed, column), first word."""
-    mask = 0xFFFFFFFF
-    multipliers, weyl = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
-
-    def product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-        """High and low words of a product of two words, within int64."""
-        low, high = (a & 0xFFFF) * b, (a >> 16) * b
-        total = (low >> 16) + high  # below 2 ** 49
-        return total >> 16, ((total << 16) | (low & 0xFFFF)) & mask
-
-    column = torch.arange(count, device=seeds.device).expand(len(seeds), -1)
-    words = [column, *[torch.zeros_like(column)] * 3]
-    keys = [seeds[:, None] & mask, (seeds[:, None] >> 32) & mask]
-    for _ in range(10):
-        (high_a, low_a), (high_b, low_b) = (
-            product(words[i], m) for i, m in zip((0, 2), multipliers, strict=True)
-        )
-        words = [high_b ^ words[1] ^ keys[0], low_b, high_a ^ words[3] ^ keys[1], low_a]
-        keys = [(key + w) & mask for key, w in zip(keys, weyl, strict=True)]
-    signed = words[0].to(torch.int32)
-    # As triton.language.rand: the scale is the largest that stays below one.
-    return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
