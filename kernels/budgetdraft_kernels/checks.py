@@ -50,12 +50,7 @@ def check_attention(
             f"query_starts has {len(query_starts)} entries; {len(lengths)} requests "
             f"need {len(lengths) + 1}"
         )
-    num_heads, num_kv_heads = queries.shape[1], key_pages.shape[2]
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"queries have {num_heads} heads, not a multiple of the {num_kv_heads} KV "
-            "heads"
-        )
+    _check_groups(queries, key_pages.shape[2])
     held, page_size = page_table.shape[-1], key_pages.shape[1]
     if min(held, page_size) < 1:
         raise ValueError(
@@ -198,6 +193,22 @@ def check_chunk_scores(
         raise ValueError(f"score={score!r}; it is 'mean_key' or 'attention'")
 
 
+def check_accumulated_attention(queries: Tensor, keys: Tensor) -> None:
+    """Arguments of ``accumulated_attention``."""
+    _check_tensors(
+        {"queries": (queries, ("T", "H", "D")), "keys": (keys, ("S", "G", "D"))}
+    )
+    _check_groups(queries, keys.shape[1])
+    if len(queries) > len(keys):
+        raise ValueError(
+            f"queries have {len(queries)} tokens and keys only {len(keys)}; a query "
+            "token has a key too"
+        )
+    _check_types(FLOATS, queries=queries)
+    _check_types((queries.dtype,), keys=keys)
+    _check_last_contiguous(queries=queries, keys=keys)
+
+
 def check_logits(
     logits: Tensor, temperatures: Tensor | None = None, seeds: Tensor | None = None
 ) -> None:
@@ -281,6 +292,15 @@ def _check_same_strides(**pair: Tensor | None) -> None:
     strides = {name: x.stride() for name, x in pair.items() if x is not None}
     if len(set(strides.values())) > 1:
         raise ValueError(f"strides differ, lay the two out alike: {strides}")
+
+
+def _check_groups(queries: Tensor, num_kv_heads: int) -> None:
+    num_heads = queries.shape[1]
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"queries have {num_heads} heads, not a multiple of the {num_kv_heads} KV "
+            "heads"
+        )
 
 
 def _check_rotary(x: Tensor, cos: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The operations of ``reference`` as Triton kernels, with the same signatures."""
 
+from budgetdraft_kernels.accumulated_attention import accumulated_attention
 from budgetdraft_kernels.chunk_scores import chunk_scores
 from budgetdraft_kernels.page_compaction import page_compaction
 from budgetdraft_kernels.paged_cache_write import paged_cache_write
@@ -7,6 +8,7 @@ from budgetdraft_kernels.paged_sparse_attention import paged_sparse_attention
 from budgetdraft_kernels.token_picks import greedy_pick, gumbel_pick
 
 __all__ = [
+    "accumulated_attention",
     "chunk_scores",
     "greedy_pick",
     "gumbel_pick",

@@ -1,7 +1,7 @@
 """The operations in plain PyTorch.
 
 Letters in shapes: B requests, T query tokens of all of them, H query heads, G KV heads,
-D head size, N pages per request, P tokens per page, L layers, V vocabulary.
+D head size, N pages per request, P tokens per page, L layers.
 """
 
 from typing import Literal
@@ -11,16 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from budgetdraft_kernels.checks import (
+    check_accumulated_attention,
     check_attention,
     check_cache_write,
     check_chunk_scores,
     check_compaction,
-    check_logits,
 )
-from budgetdraft_kernels.philox import philox_uniform
+from budgetdraft_kernels.reference_picks import greedy_pick as greedy_pick
+from budgetdraft_kernels.reference_picks import gumbel_pick as gumbel_pick
 
 #: Largest finite number of float8_e4m3fn.
 FP8_MAX = 448.0
+#: Of ``accumulated_attention`` at a time: their logits fit into a CPU's cache.
+QUERY_TOKENS = 32
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -299,59 +302,44 @@ def page_compaction(
     _write_rows(value_pages, cells, rows(values, value_scale, value_pages.dtype), dim=1)
 
 
-def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tensor]:
-    """The likeliest token, and how sure the model is of it.
+def accumulated_attention(
+    queries: Tensor, keys: Tensor, *, validate: bool = True
+) -> Tensor:
+    """The attention that each key has received (H2O, https://arxiv.org/abs/2306.14048).
+
+    Causal, with logits scaled by D ** -0.5: a query token sees the keys up to and with
+    its own.
 
     Args:
-        logits: [B, V].
+        queries: [T, H, D], of the last T of the S tokens; H is a multiple of G.
+        keys: [S, G, D], of the type of ``queries``.
         validate: whether to check the arguments.
 
     Returns:
-        [B] int64, the first of the largest logits; and its probability, [B] float32.
+        [G, S] float32, summed over the query tokens and over the H / G query heads that
+        share a KV head; each of these gives 1 in all.
 
     Raises:
-        ValueError, TypeError: logits of another shape, layout or type.
-    """
-    if validate:
-        check_logits(logits)
-    return logits.max(-1).indices, logits.float().softmax(-1).amax(-1)
-
-
-def gumbel_pick(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, *, validate: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A token drawn from the softmax, with what rejection sampling needs to undo it.
-
-    Gumbel-max: the largest of logit / temperature + noise is a draw from the softmax.
-    The noise of an entry depends on its row's seed and its column alone (Philox-4x32,
-    Salmon et al., 2011), so that a draw does not depend on the batch or the backend.
-
-    Args:
-        logits: [B, V].
-        temperatures: [B] float32. At 0 the likeliest token is picked, and has all the
-            probability.
-        seeds: [B] int64, a new one for every draw.
-        validate: whether to check the arguments; reads temperatures back, which waits
-            for the device.
-
-    Returns:
-        [B] int64 tokens; the probability of each, [B] float32; and the distribution
-        that it was drawn from, [B, V] float32.
-
-    Raises:
-        ValueError: sizes or devices that do not fit, or a temperature below 0.
+        ValueError: sizes, strides or devices that do not fit.
         TypeError: a tensor of another type.
     """
     if validate:
-        check_logits(logits, temperatures, seeds)
-    greedy = temperatures[:, None] == 0
-    scaled = logits.float() / temperatures[:, None].masked_fill(greedy, 1.0)
-    uniform = philox_uniform(seeds, logits.shape[1])
-    noise = -(-uniform.log()).log()
-    tokens = torch.where(greedy, scaled, scaled + noise).argmax(-1, keepdim=True)
-    one_hot = torch.zeros_like(scaled).scatter(1, tokens, 1.0)
-    probabilities = torch.where(greedy, one_hot, scaled.softmax(-1))
-    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0], probabilities
+        check_accumulated_attention(queries, keys)
+    num_keys, num_kv_heads, head_dim = keys.shape
+    received = keys.new_zeros(num_kv_heads, num_keys, dtype=torch.float32)
+    rows = (queries.float() * head_dim**-0.5).unflatten(1, (num_kv_heads, -1))
+    keys = keys.float().transpose(0, 1)  # [G, S, D]
+    seen = num_keys - len(queries)
+    for block in rows.split(QUERY_TOKENS):
+        width = len(block)
+        seen += width
+        # A query token's heads side by side: [G, width * H / G, seen].
+        logits = block.transpose(0, 1).flatten(1, 2) @ keys[:, :seen].mT
+        later = torch.ones(width, width, dtype=torch.bool, device=keys.device).triu(1)
+        by_token = logits[..., seen - width :].unflatten(1, (-1, block.shape[2]))
+        by_token.masked_fill_(later[:, None], -torch.inf)
+        received[:, :seen] += logits.softmax(-1).sum(-2)
+    return received
 
 
 def _gathered(

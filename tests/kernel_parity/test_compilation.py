@@ -96,6 +96,11 @@ def test_no_batch_asks_for_another_compilation(report):
     assert sorted(kernels) == [*split_and_whole, "merge_kernel"]
 
 
+def test_no_prompt_asks_for_another_compilation(report):
+    kernels = [kernel["kernel"] for kernel in report["prompts"]]
+    assert kernels == ["row_lse_kernel", "received_kernel"]
+
+
 def test_a_launch_of_many_programs_needs_no_merge(report):
     kernels = [kernel["kernel"] for kernel in report["attention-one-split"]]
     assert kernels == ["attention_kernel"]

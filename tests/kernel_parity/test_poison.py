@@ -51,6 +51,11 @@ def chunk_scores(device: torch.device) -> list[torch.Tensor]:
     ]
 
 
+def accumulated(device: torch.device) -> list[torch.Tensor]:
+    keys = torch.zeros(20, 2, 32, device=device)
+    return [fused.accumulated_attention(keys[-7:], keys)]
+
+
 def picks(device: torch.device) -> list[torch.Tensor]:
     logits = torch.zeros(3, 5, device=device)
     ones = torch.ones(3, device=device)
@@ -62,6 +67,7 @@ KERNELS = {
     "paged_sparse_attention": (attention, ["attention_kernel", "merge_kernel"]),
     "paged_cache_write": (cache_write, ["cache_write_kernel"]),
     "chunk_scores": (chunk_scores, ["chunk_scores_kernel"]),
+    "accumulated_attention": (accumulated, ["row_lse_kernel", "received_kernel"]),
     "token_picks": (
         picks,
         ["pick_part_kernel", "pick_join_kernel", "probabilities_kernel"],

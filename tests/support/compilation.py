@@ -109,6 +109,8 @@ class Companions:
         keys = prompt.transpose(1, 2)
         fused.chunk_scores(keys, keys[:, :, -1:], 8, "mean_key")
         fused.chunk_scores(keys, keys[:, :, -16:], 8, "attention")
+        queries = torch.zeros(30, heads, self.head_dim, dtype=self.dtype)
+        fused.accumulated_attention(queries, prompt[0], validate=False)
         logits = torch.zeros(2, 32_000, dtype=self.dtype)
         fused.greedy_pick(logits, validate=False)
         fused.gumbel_pick(logits, torch.ones(2), torch.arange(2), validate=False)
@@ -119,6 +121,22 @@ def batches_of_any_size() -> None:
     for batch in (1, 2, 3, 7, 16, 33, 200):
         for width in (2, 1):
             Attention(batch=batch, width=width)()
+
+
+def prompts_of_any_length() -> None:
+    """What a server reads of prompts, whole and in part."""
+    from budgetdraft_kernels.fused import accumulated_attention
+
+    for num_queries, num_keys in (
+        (1, 1),
+        (1, 17),
+        (16, 16),
+        (333, 2048),
+        (4096, 10_000),
+    ):
+        queries = torch.zeros(num_queries, 8, 128, dtype=BF16)
+        keys = torch.zeros(num_keys, 2, 128, dtype=BF16)
+        accumulated_attention(queries, keys, validate=False)
 
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
@@ -144,6 +162,7 @@ CASES: dict[str, Callable[[], None]] = {
     **ATTENTION,
     **{f"companions-{dim}": Companions(dim) for dim in HEAD_DIMS},
     "batches": batches_of_any_size,
+    "prompts": prompts_of_any_length,
     "companions-float32": Companions(dtype=torch.float32),
     "companions-fp8": Companions(fp8=True),
 }

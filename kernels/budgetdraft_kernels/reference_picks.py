@@ -1,0 +1,65 @@
+"""``greedy_pick`` and ``gumbel_pick`` of ``reference``.
+
+Letters in shapes: B requests, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from budgetdraft_kernels.checks import check_logits
+from budgetdraft_kernels.philox import philox_uniform
+
+
+def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tensor]:
+    """The likeliest token, and how sure the model is of it.
+
+    Args:
+        logits: [B, V].
+        validate: whether to check the arguments.
+
+    Returns:
+        [B] int64, the first of the largest logits; and its probability, [B] float32.
+
+    Raises:
+        ValueError, TypeError: logits of another shape, layout or type.
+    """
+    if validate:
+        check_logits(logits)
+    return logits.max(-1).indices, logits.float().softmax(-1).amax(-1)
+
+
+def gumbel_pick(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, *, validate: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A token drawn from the softmax, with what rejection sampling needs to undo it.
+
+    Gumbel-max: the largest of logit / temperature + noise is a draw from the softmax.
+    The noise of an entry depends on its row's seed and its column alone (Philox-4x32,
+    Salmon et al., 2011), so that a draw does not depend on the batch or the backend.
+
+    Args:
+        logits: [B, V].
+        temperatures: [B] float32. At 0 the likeliest token is picked, and has all the
+            probability.
+        seeds: [B] int64, a new one for every draw.
+        validate: whether to check the arguments; reads temperatures back, which waits
+            for the device.
+
+    Returns:
+        [B] int64 tokens; the probability of each, [B] float32; and the distribution
+        that it was drawn from, [B, V] float32.
+
+    Raises:
+        ValueError: sizes or devices that do not fit, or a temperature below 0.
+        TypeError: a tensor of another type.
+    """
+    if validate:
+        check_logits(logits, temperatures, seeds)
+    greedy = temperatures[:, None] == 0
+    scaled = logits.float() / temperatures[:, None].masked_fill(greedy, 1.0)
+    uniform = philox_uniform(seeds, logits.shape[1])
+    noise = -(-uniform.log()).log()
+    tokens = torch.where(greedy, scaled, scaled + noise).argmax(-1, keepdim=True)
+    one_hot = torch.zeros_like(scaled).scatter(1, tokens, 1.0)
+    probabilities = torch.where(greedy, one_hot, scaled.softmax(-1))
+    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0], probabilities
