@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = [
     "config:BudgetDraftConfig",
     "config:EvictionSettings",
+    "config:parse_request_settings",
     "config:parse_speculative_config",
     "drafter.checkpoint:load_drafter",
     "drafter.checkpoint:save_drafter",
@@ -23,9 +24,10 @@ PUBLIC = [
     "errors:UnsupportedDrafterError",
     "errors:UnsupportedVllmError",
     "eviction.base:EvictionPolicy",
+    "eviction.base:PromptStates",
     "eviction.catalogue:make_policy",
     "proposer.draft_proposer:DraftProposer",
-    "proposer.draft_proposer:MemoryPlan",
+    "proposer.memory:MemoryPlan",
 ]
 
 

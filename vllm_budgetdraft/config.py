@@ -16,6 +16,7 @@ from vllm_budgetdraft.errors import ConfigurationError
 BUILT_IN_POLICIES = (
     "chunk_retrieval",
     "observation_window",
+    "heavy_hitter",
     "sink_window",
     "keep_all",
 )
@@ -29,7 +30,7 @@ class EvictionSettings(BaseModel):
     eviction_policy: str = Field(
         "chunk_retrieval",
         description="Which positions the draft cache keeps: chunk_retrieval, "
-        "observation_window, sink_window, keep_all, or your own class as "
+        "observation_window, heavy_hitter, sink_window, keep_all, or your own class as "
         "'package.module:Class'.",
     )
     sink_tokens: int = Field(
@@ -110,11 +111,25 @@ class BudgetDraftConfig(EvictionSettings):
         "beside the budget.",
     )
     page_size: int = Field(16, ge=1, description="Tokens per page of the draft cache.")
-    draft_prefill: Literal["full", "streaming"] = Field(
-        "full",
+    pool_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory of the draft cache in GiB, if not what max_num_seqs "
+        "requests take; a request that finds no room in it goes on without drafts.",
+    )
+    position_mode: Literal["auto", "absolute", "cache_relative"] = Field(
+        "auto",
+        description="Where the drafter's keys stand: absolute, at their position in "
+        "the context, or cache_relative, at their index in the draft cache, so that a "
+        "drafter of a short native range drafts at any context; auto is what the "
+        "drafter was trained with.",
+    )
+    draft_prefill: Literal["auto", "full", "streaming"] = Field(
+        "auto",
         description="How the drafter reads a prompt: in full, keeping the budget in "
         "the end, or streaming, keeping the budget after every chunk, so that time is "
-        "linear in the prompt and memory does not depend on it.",
+        "linear in the prompt and memory does not depend on it; auto is streaming for "
+        "cache_relative positions, which need it, and full for absolute ones.",
     )
     draft_prefill_chunk: int = Field(
         4096,
@@ -151,25 +166,86 @@ class BudgetDraftConfig(EvictionSettings):
             )
         return self
 
-    def cache_capacity(self, max_model_len: int) -> int:
+    def budget(self, max_model_len: int) -> int:
+        """Most prompt tokens that a request keeps."""
+        keeps_all = self.eviction_policy == "keep_all"
+        return max_model_len if keeps_all else min(self.kv_budget, max_model_len)
+
+    def cache_capacity(self, max_model_len: int, budget: int | None = None) -> int:
         """Tokens of draft cache per request, a multiple of the page size.
 
         The budget, the recent window and the draft slots: one for each drafted token
         but the last, two for the tokens fed first (see ``DraftProposer.draft``). A
         request can never need more than ``max_model_len`` and its draft slots.
+
+        Args:
+            budget: of the request; the configured one if None.
         """
         draft_slots = self.num_speculative_tokens + 1
-        kept = self.kv_budget + self.recent_window
-        if self.eviction_policy == "keep_all":
-            kept = max_model_len
-        tokens = min(kept, max_model_len) + draft_slots
+        kept = self.budget(max_model_len) if budget is None else budget
+        tokens = min(kept + self.recent_window, max_model_len) + draft_slots
         return -(-tokens // self.page_size) * self.page_size
 
-    def scratch_tokens(self, max_model_len: int) -> int:
-        """Tokens of the buffer that prompts are read through."""
-        if self.draft_prefill == "full" or self.eviction_policy == "keep_all":
+    def scratch_tokens(self, max_model_len: int, native_tokens: int) -> int:
+        """Tokens of the buffer that prompts are read through.
+
+        Args:
+            native_tokens: longest context that the drafter was made for.
+        """
+        if self.draft_prefill == "full":
             return max_model_len
-        return min(self.kv_budget + self.draft_prefill_chunk, max_model_len)
+        tokens = self.budget(max_model_len) + self.draft_prefill_chunk
+        if self.position_mode == "cache_relative":
+            tokens = min(tokens, native_tokens)
+        return min(tokens, max_model_len)
+
+
+class RequestSettings(BaseModel):
+    """What a request may ask for, among its ``SamplingParams.extra_args``.
+
+    Attributes:
+        kv_budget: prompt tokens that its draft cache keeps; as configured if None.
+        num_speculative_tokens: most tokens drafted per step, 0 for none; as configured
+            if None.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kv_budget: int | None = None
+    num_speculative_tokens: int | None = None
+
+
+def parse_request_settings(
+    extra_args: dict[str, Any] | None, config: BudgetDraftConfig
+) -> RequestSettings:
+    """Reads our keys of a request's ``extra_args``, which may hold those of others.
+
+    Raises:
+        ConfigurationError: a value is no number, or outside what ``config`` allows.
+    """
+    try:
+        asked = RequestSettings(**(extra_args or {}))
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigurationError(
+            "invalid extra_args (vllm_xargs): " + "; ".join(lines)
+        ) from None
+    limits = {"num_speculative_tokens": (0, config.num_speculative_tokens)}
+    if config.eviction_policy != "keep_all":
+        limits["kv_budget"] = (config.min_budget, config.kv_budget)
+    elif asked.kv_budget is not None:
+        raise ConfigurationError(
+            f"invalid extra_args (vllm_xargs): kv_budget={asked.kv_budget} means "
+            "nothing to eviction_policy='keep_all'; leave it out"
+        )
+    for key, (lowest, highest) in limits.items():
+        value = getattr(asked, key)
+        if value is not None and not lowest <= value <= highest:
+            raise ConfigurationError(
+                f"invalid extra_args (vllm_xargs): {key}={value} is not within "
+                f"{lowest} to {highest}, which this server allows; choose a value there"
+            )
+    return asked
 
 
 def parse_speculative_config(settings: dict[str, Any]) -> BudgetDraftConfig:

@@ -13,6 +13,7 @@ class Request:
     """vLLM's object for a request; little but its identity matters."""
 
     prompt_embeds = None
+    sampling_params = None
 
 
 class Engine:

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tests.support.models import VOCAB_SIZE, random_tokens
 from vllm_budgetdraft.config import BudgetDraftConfig
-from vllm_budgetdraft.eviction.base import EvictionPolicy
 from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
 
 
@@ -97,96 +96,3 @@ def is_greedy(model: PreTrainedModel, context: list[int], drafts: list[int]) -> 
     with torch.inference_mode():
         logits = model(tokens).logits[0, len(context) - 1 :]
     return logits.argmax(-1).tolist() == drafts
-
-
-class SlowTwin:
-    """Drafts for one request by ``transformers``, over an explicit list of keys.
-
-    Keys and values of each layer, [G, num_held, D], lie in the order of the draft
-    cache: what the policy kept of the prompt, then all later tokens. Room is made by
-    cutting the oldest pages after the protected ones out of the list.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        policy: EvictionPolicy,
-        config: BudgetDraftConfig,
-        max_model_len: int,
-    ) -> None:
-        self._model, self._policy, self._config = model, policy, config
-        self._capacity = config.cache_capacity(max_model_len)
-        self._held: list[tuple[Tensor, Tensor]] = []
-        self.num_evicted = 0
-
-    @torch.inference_mode()
-    def ingest(self, tokens: Tensor) -> None:
-        if not len(tokens):
-            return
-        prompt = DynamicCache()
-        self._model(tokens[None], past_key_values=prompt)
-        self._held = [
-            self._kept(layer.keys[0], layer.values[0]) for layer in prompt.layers
-        ]
-        self.num_evicted = len(tokens) - self._held[0][0].shape[1]
-
-    @torch.inference_mode()
-    def ingest_streaming(self, tokens: Tensor) -> None:
-        """Keeps the budget after every chunk."""
-        start = 0
-        for chunk in tokens.split(self._config.draft_prefill_chunk):
-            cache = DynamicCache()
-            for layer, (keys, values) in enumerate(self._held):
-                cache.update(keys[None], values[None], layer)
-            positions = torch.arange(start, start + len(chunk))[None]
-            self._model(chunk[None], position_ids=positions, past_key_values=cache)
-            self._held = [
-                self._kept(layer.keys[0], layer.values[0]) for layer in cache.layers
-            ]
-            start += len(chunk)
-        self.num_evicted = start - self._held[0][0].shape[1]
-
-    def _kept(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self._policy.select(keys, None, self._config.kv_budget)
-        return (
-            torch.stack([k[own] for k, own in zip(keys, kept, strict=True)]),
-            torch.stack([v[own] for v, own in zip(values, kept, strict=True)]),
-        )
-
-    @torch.inference_mode()
-    def draft(self, context: list[int]) -> list[int]:
-        num_drafts, end = self._config.num_speculative_tokens, len(context)
-        # Rejected drafts are forgotten, and the tokens fed first are computed again.
-        known = end - FIRST_WIDTH - self.num_evicted
-        self._cut(slice(known, None))
-        if end + num_drafts - 1 - self.num_evicted > self._capacity:
-            self._evict(growth=num_drafts + 1)
-
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self._held):
-            cache.update(keys[None], values[None], layer)
-        drafts: list[int] = []
-        fed, position = context[-FIRST_WIDTH:], end - FIRST_WIDTH
-        for _ in range(num_drafts):
-            positions = torch.arange(position, position + len(fed))[None]
-            out = self._model(
-                torch.tensor([fed]), position_ids=positions, past_key_values=cache
-            )
-            drafts.append(int(out.logits[0, -1].argmax()))
-            fed, position = drafts[-1:], position + len(fed)
-        self._held = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-        return drafts
-
-    def _evict(self, growth: int) -> None:
-        page_size = self._config.page_size
-        protected = self._policy.protected_tokens(self._config.kv_budget)
-        first = -(-protected // page_size) * page_size
-        count = -(-growth // page_size) * page_size
-        self._cut(slice(first, first + count))
-        self.num_evicted += count
-
-    def _cut(self, span: slice) -> None:
-        for layer, (keys, values) in enumerate(self._held):
-            stay = torch.ones(keys.shape[1], dtype=torch.bool)
-            stay[span] = False
-            self._held[layer] = (keys[:, stay], values[:, stay])

@@ -7,22 +7,14 @@ from torch import Tensor
 
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
 
 
-class EverySecond:
+class EverySecond(EvictionPolicy):
     """Keeps the budget's share of even positions, the latest of them."""
 
-    observation_tokens = 0
-
-    def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
-        self.settings, self.operations = settings, operations
-
-    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
-        even = torch.arange(0, keys.shape[-2], 2)[-budget:]
-        return even.expand(*keys.shape[:-2], -1)
-
-    def protected_tokens(self, budget: int) -> int:
-        return budget
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        return states.all_positions()[..., ::2][..., -budget:]
 
 
 EVERY_SECOND = f"{__name__}:EverySecond"
@@ -31,10 +23,10 @@ EVERY_SECOND = f"{__name__}:EverySecond"
 class FailsOnLongPrompts(EverySecond):
     """Raises where a prompt has more than 700 tokens."""
 
-    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
-        if keys.shape[-2] > 700:
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        if states.num_tokens > 700:
             raise RuntimeError("this policy fails on purpose")
-        return super().select(keys, queries, budget)
+        return super().select(states, budget)
 
 
 FAILS_ON_LONG_PROMPTS = f"{__name__}:FailsOnLongPrompts"
@@ -43,10 +35,10 @@ FAILS_ON_LONG_PROMPTS = f"{__name__}:FailsOnLongPrompts"
 class PoisonsLongPrompts(EverySecond):
     """Leaves NaN among the keys of a prompt of more than 700 tokens."""
 
-    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
-        if keys.shape[-2] > 700:
-            keys[..., ::64, :] = torch.nan
-        return super().select(keys, queries, budget)
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        if states.num_tokens > 700:
+            states.keys[..., ::64, :] = torch.nan
+        return super().select(states, budget)
 
 
 class KnowsItsCache(EverySecond):
@@ -56,9 +48,9 @@ class KnowsItsCache(EverySecond):
         super().__init__(settings, operations)
         original = BudgetedCache.start_request
 
-        def start_request(cache: BudgetedCache, slot: int) -> None:
+        def start_request(cache: BudgetedCache, slot: int, *rest: int) -> None:
             self.cache, self.slot = cache, slot
-            original(cache, slot)
+            original(cache, slot, *rest)
 
         BudgetedCache.start_request = start_request
 
@@ -66,22 +58,22 @@ class KnowsItsCache(EverySecond):
 class CorruptsTheTable(KnowsItsCache):
     """Has a prompt of more than 700 tokens list one of its pages twice."""
 
-    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
-        if keys.shape[-2] > 700:
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        if states.num_tokens > 700:
             pages = self.cache.page_table.pages[self.slot]
             pages[0] = pages[1]
-        return super().select(keys, queries, budget)
+        return super().select(states, budget)
 
 
 class ExhaustsThePool(KnowsItsCache):
     """Takes every free page away at a prompt of more than 700 tokens."""
 
-    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
-        if keys.shape[-2] > 700:
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        if states.num_tokens > 700:
             # With those of the request that reads it, once it is over.
             self.cache.pool.give_back = lambda pages: None
             self.cache.pool.take(self.cache.pool.num_free)
-        return super().select(keys, queries, budget)
+        return super().select(states, budget)
 
 
 POISONS_LONG_PROMPTS = f"{__name__}:PoisonsLongPrompts"

@@ -81,7 +81,7 @@ def multi_view_loss(drafter, target, **changes) -> torch.Tensor:
 def view_losses(drafter, target, objective: str, budget: int) -> tuple[float, float]:
     """L_A and L_C, put together from their parts."""
     target_logits = target(TOKENS).logits[:, PREFIX_TOKENS:]
-    full = read_prefix(drafter, PREFIX, 0)
+    full = read_prefix(drafter, PREFIX, make_policy(EvictionSettings()))
     losses = []
     for view in (full, full.sparse(make_policy(EvictionSettings()), budget)):
         hidden = continuation_hidden(drafter, CONTINUATION, PREFIX_TOKENS, view)

@@ -59,7 +59,7 @@ def test_a_short_run_lowers_the_loss(trained):
 def test_a_trained_folder_loads_here_and_in_transformers_alike(trained, inputs):
     drafter = load_drafter(trained, max_positions=128)
     tokens = models.random_tokens(60)[None]
-    hidden = continuation_hidden(drafter, tokens, 0, PrefixCache([], [], []))
+    hidden = continuation_hidden(drafter, tokens, 0, PrefixCache([], [], [], []))
     theirs = models.read_model(trained)(tokens).logits
     assert (drafter.logits(hidden) - theirs).abs().max() < 1e-4
     assert drafter.config.architectures == ["LlamaForCausalLM"]

@@ -16,10 +16,13 @@ SETTINGS = {
     "chunk_retrieval": {},
     "chunk_retrieval_by_queries": {"chunk_score": "last_queries"},
     "observation_window": {"eviction_policy": "observation_window"},
+    "heavy_hitter": {"eviction_policy": "heavy_hitter"},
     "sink_window": {"eviction_policy": "sink_window"},
     "keep_all": {"eviction_policy": "keep_all"},
     "of_the_user": {"eviction_policy": EVERY_SECOND},
 }
+KEEP_ALL = make_policy(EvictionSettings(eviction_policy="keep_all"))
+OBSERVING = make_policy(EvictionSettings(chunk_score="last_queries"))
 every_policy = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
@@ -42,7 +45,7 @@ def read_both(drafter, drafter_folder, prefixes, settings):
     for slot, tokens in enumerate(prefixes):
         ingested(proposer, tokens, slot)
     policy = make_policy(proposer.config)
-    prefix = read_prefix(drafter, prefixes, policy.observation_tokens)
+    prefix = read_prefix(drafter, prefixes, policy)
     return prefix.sparse(policy, BUDGET), proposer
 
 
@@ -85,7 +88,7 @@ def test_the_full_view_is_a_plain_forward_pass(
     drafter, hugging_face_drafter, prefix_tokens
 ):
     tokens = models.random_tokens(2 * 130).view(2, 130)
-    prefix = read_prefix(drafter, tokens[:, :prefix_tokens], 0)
+    prefix = read_prefix(drafter, tokens[:, :prefix_tokens], KEEP_ALL)
     hidden = continuation_hidden(
         drafter, tokens[:, prefix_tokens:], prefix_tokens, prefix
     )
@@ -95,7 +98,7 @@ def test_the_full_view_is_a_plain_forward_pass(
 
 def test_a_sparse_view_leaves_the_full_one_as_it_was(drafter):
     tokens = models.random_tokens(200)[None]
-    prefix = read_prefix(drafter, tokens, 0)
+    prefix = read_prefix(drafter, tokens, KEEP_ALL)
     before = [keys.clone() for keys in prefix.keys]
     prefix.sparse(make_policy(EvictionSettings()), BUDGET)
     assert all(map(torch.equal, prefix.keys, before))
@@ -103,7 +106,7 @@ def test_a_sparse_view_leaves_the_full_one_as_it_was(drafter):
 
 def test_gradients_reach_every_parameter_through_the_continuation_alone(drafter):
     tokens = models.random_tokens(130)[None]
-    prefix = read_prefix(drafter, tokens[:, :100], 16)
+    prefix = read_prefix(drafter, tokens[:, :100], OBSERVING)
     for tensors in (prefix.keys, prefix.values, prefix.queries):
         assert len(tensors) == drafter.num_layers
         assert not any(tensor.requires_grad for tensor in tensors)

@@ -21,7 +21,13 @@ class NumberedCache:
     """
 
     def __init__(
-        self, *, budget: int, page_size: int, k: int, num_slots: int = 1
+        self,
+        *,
+        budget: int,
+        page_size: int,
+        k: int,
+        num_slots: int = 1,
+        by_attention: bool = False,
     ) -> None:
         config = BudgetDraftConfig(
             model="unused",
@@ -47,18 +53,22 @@ class NumberedCache:
             capacity=self.capacity,
             protected_tokens=budget,
             max_growth=k + 1,
+            evicts_by_attention=by_attention,
         )
         self.protected = -(-budget // page_size) * page_size
         self.lengths: dict[int, int] = {}
         self.dropped_by_policy: dict[int, int] = {}
 
-    def start(self, slot: int, kept: int, seen: int) -> None:
+    def start(self, slot: int, kept: int, seen: int, **sizes: int) -> None:
         """Loads a prompt of ``seen`` tokens; two more make the context."""
-        self.cache.start_request(slot)
+        self.cache.start_request(slot, **sizes)
         numbers = torch.full((2, seen, 1, 1), torch.nan)
         last = torch.arange(seen - kept, seen)
         numbers[:, last, 0, 0] = torch.arange(kept).float()
-        self.cache.load_prompt(slot, numbers, -numbers, last.expand(2, 1, -1), seen)
+        attention = torch.zeros(2, 1, seen)
+        self.cache.load_prompt(
+            slot, numbers, -numbers, last.expand(2, 1, -1), seen, attention
+        )
         self.lengths[slot] = seen + 2
         self.dropped_by_policy[slot] = seen - kept
 
@@ -266,3 +276,73 @@ def test_check_invariants_notices(corrupt):
     corrupt(numbered.cache)
     with pytest.raises(AssertionError):
         numbered.cache.check_invariants()
+
+
+def test_a_slot_of_smaller_capacity_holds_fewer_pages_and_evicts_within_them():
+    numbered = NumberedCache(budget=64, page_size=16, k=4, num_slots=2)
+    cache, pool = numbered.cache, numbered.cache.pool
+    small = numbered.config.cache_capacity(100_000, budget=20)
+    numbered.start(0, kept=20, seen=500, capacity=small, protected_tokens=20)
+    assert pool.num_pages - pool.num_free == small // 16 < numbered.capacity // 16
+    numbered.start(1, kept=64, seen=500)
+    for _ in range(40):
+        numbered.draft([0, 1])
+        for slot in (0, 1):
+            numbered.verify(slot, 2)
+            assert len(numbered.held(slot)) <= (small, numbered.capacity)[slot]
+        numbered.check(1)
+        held = numbered.held(0)
+        first, latest = held[:32], held[32:]
+        assert first == list(range(len(first)))
+        end = held[-1] + 1
+        assert latest == list(range(end - len(latest), end))
+        cache.check_invariants()
+    assert int(cache.num_evicted[0]) > 480
+    numbered.release(0)
+    numbered.release(1)
+    assert pool.num_free == pool.num_pages
+
+
+def test_pages_that_received_least_go_first_and_the_younger_half_stays():
+    numbered = NumberedCache(budget=64, page_size=8, k=4, by_attention=True)
+    cache = numbered.cache
+    # 12 pages: 8 of the prompt, of which one is protected; 5 of the others are older.
+    numbered.start(0, kept=64, seen=64, protected_tokens=8)
+    received = torch.tensor([0.0, 5, 1, 9, 2, 9, 3] + [100] * 5)
+    assert len(received) == cache.pages_per_slot
+    gone = []
+    while numbered.lengths[0] < 64 + 2 + 8 * 8:
+        cache.attention[0] = received
+        before = numbered.held(0)
+        numbered.draft([0])
+        gone += sorted(set(before) - set(numbered.held(0)))
+        received = cache.attention[0].clone()
+        numbered.verify(0, 0)
+    # Pages 2 and 4 of the prompt; then the sixth, which has moved among the older.
+    assert gone[:16] == [*range(16, 24), *range(32, 40)]
+    assert gone[16:24] == list(range(48, 56))
+    assert set(range(8)) <= set(numbered.held(0))
+
+
+def test_what_a_page_received_is_forgotten_with_it():
+    numbered = NumberedCache(budget=64, page_size=8, k=4, by_attention=True)
+    numbered.start(0, kept=64, seen=64, protected_tokens=8)
+    numbered.cache.add_attention(
+        torch.tensor([0]), torch.full((1, numbered.cache.pages_per_slot), 3.0)
+    )
+    numbered.release(0)
+    numbered.start(0, kept=8, seen=8, protected_tokens=8)
+    assert not numbered.cache.attention.any()
+
+
+def test_a_prompts_attention_is_counted_by_page():
+    numbered = NumberedCache(budget=16, page_size=8, k=3, by_attention=True)
+    numbered.cache.start_request(0)
+    states = torch.zeros(2, 30, 1, 1)
+    kept = torch.stack([torch.arange(3, 13), torch.arange(20, 30)])[:, None]
+    attention = torch.arange(60.0).view(2, 1, 30)
+    numbered.cache.load_prompt(0, states, states, kept, 30, attention)
+    first = sum(range(3, 11)) + sum(range(50, 58))
+    second = 11 + 12 + 58 + 59
+    found = numbered.cache.attention[0]
+    assert found[:3].tolist() == [first, second, 0]

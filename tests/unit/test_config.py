@@ -1,6 +1,11 @@
 import pytest
 
-from vllm_budgetdraft.config import BudgetDraftConfig, parse_speculative_config
+from vllm_budgetdraft.config import (
+    BudgetDraftConfig,
+    RequestSettings,
+    parse_request_settings,
+    parse_speculative_config,
+)
 from vllm_budgetdraft.errors import ConfigurationError
 
 VALID = {"model": "drafter", "num_speculative_tokens": 4}
@@ -52,6 +57,16 @@ def settings(**changes):
             {"chunk_score": "mean"},
             ["chunk_score='mean'", "'last_key' or 'last_queries'"],
             id="unknown_score",
+        ),
+        pytest.param(
+            {"pool_memory_gib": 0},
+            ["pool_memory_gib=0", "greater than 0"],
+            id="no_memory",
+        ),
+        pytest.param(
+            {"position_mode": "relative"},
+            ["position_mode='relative'", "'absolute' or 'cache_relative'"],
+            id="unknown_position_mode",
         ),
         pytest.param(
             {"page_size": "sixteen"},
@@ -124,6 +139,67 @@ def test_cache_capacity_is_what_is_kept_and_the_draft_slots_in_whole_pages(
     changes, max_model_len, capacity
 ):
     assert settings(**changes).cache_capacity(max_model_len) == capacity
+
+
+def test_a_request_with_a_smaller_budget_takes_as_much_less_cache():
+    assert settings().cache_capacity(100_000, budget=128) == 400  # 128 + 256 + 5
+
+
+# By hand: all of the context, or the budget and a chunk.
+@pytest.mark.parametrize(
+    ("changes", "max_model_len", "tokens"),
+    [
+        ({"draft_prefill": "full"}, 100_000, 100_000),
+        ({"draft_prefill": "streaming"}, 100_000, 4_608),
+        ({"draft_prefill": "streaming"}, 3_000, 3_000),
+        ({"draft_prefill": "streaming", "draft_prefill_chunk": 88}, 100_000, 600),
+        (
+            {"draft_prefill": "streaming", "position_mode": "cache_relative"},
+            100_000,
+            2_048,
+        ),
+        ({"draft_prefill": "streaming", "eviction_policy": "keep_all"}, 9_000, 9_000),
+    ],
+)
+def test_scratch_is_the_context_or_what_streaming_holds(changes, max_model_len, tokens):
+    config = settings(**changes)
+    assert config.scratch_tokens(max_model_len, native_tokens=2_048) == tokens
+
+
+def test_a_request_asks_for_less_or_for_nothing():
+    asked = parse_request_settings(
+        {"kv_budget": 16, "num_speculative_tokens": 0, "of_others": "x"}, settings()
+    )
+    assert asked == RequestSettings(kv_budget=16, num_speculative_tokens=0)
+    assert parse_request_settings(None, settings()) == RequestSettings()
+    most = {"kv_budget": "512", "num_speculative_tokens": 4}
+    assert parse_request_settings(most, settings()).kv_budget == 512
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "changes", "mentions"),
+    [
+        ({"kv_budget": 513}, {}, ["kv_budget=513", "16 to 512"]),
+        ({"kv_budget": 15}, {}, ["kv_budget=15", "16 to 512"]),
+        ({"kv_budget": "many"}, {}, ["kv_budget='many'", "valid integer"]),
+        ({"kv_budget": [1, 2]}, {}, ["kv_budget=[1, 2]", "valid integer"]),
+        ({"num_speculative_tokens": 5}, {}, ["num_speculative_tokens=5", "0 to 4"]),
+        ({"num_speculative_tokens": -1}, {}, ["num_speculative_tokens=-1", "0 to 4"]),
+        ({"num_speculative_tokens": 1.5}, {}, ["num_speculative_tokens=1.5"]),
+        (
+            {"kv_budget": 64},
+            {"eviction_policy": "keep_all"},
+            ["kv_budget=64", "keep_all", "leave it out"],
+        ),
+    ],
+)
+def test_what_a_request_may_not_ask_for_is_refused_with_value_and_limit(
+    extra_args, changes, mentions
+):
+    with pytest.raises(ConfigurationError) as refusal:
+        parse_request_settings(extra_args, settings(**changes))
+    for part in ("vllm_xargs", *mentions):
+        assert part in str(refusal.value)
 
 
 def test_cache_capacity_does_not_grow_with_the_context():

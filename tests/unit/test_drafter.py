@@ -67,7 +67,7 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.k
 
 def logits_of(drafter: Drafter, tokens: Tensor) -> Tensor:
     """Logits [B, T, vocabulary] of a plain forward pass."""
-    nothing = PrefixCache([], [], [])
+    nothing = PrefixCache([], [], [], [])
     return drafter.logits(continuation_hidden(drafter, tokens, 0, nothing))
 
 

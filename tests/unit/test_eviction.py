@@ -6,6 +6,11 @@ from budgetdraft_kernels import reference
 from tests.support.policies import EVERY_SECOND, EverySecond
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.eviction.base import (
+    EvictionPolicy,
+    PromptStates,
+    check_selection,
+)
 from vllm_budgetdraft.eviction.catalogue import POLICIES, make_policy
 
 LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 3, 2, 10
@@ -23,6 +28,8 @@ SETTINGS = {
         "pooling_size": 1,
         "sink_tokens": 0,
     },
+    "heavy_hitter": {"eviction_policy": "heavy_hitter"},
+    "heavy_hitter_without_sinks": {"eviction_policy": "heavy_hitter", "sink_tokens": 0},
     "sink_window": {"eviction_policy": "sink_window"},
     "sink_window_without_sinks": {"eviction_policy": "sink_window", "sink_tokens": 0},
     "keep_all": {"eviction_policy": "keep_all"},
@@ -34,20 +41,30 @@ every_setting = pytest.mark.parametrize(
 )
 
 
-def random_prompt(num_tokens: int, observation_tokens: int, seed: int = 0):
-    """Keys [layers, KV heads, tokens, D], and the last queries or None."""
+def random_prompt(
+    num_tokens: int, policy: EvictionPolicy, seed: int = 0
+) -> PromptStates:
+    """Keys [layers, KV heads, tokens, D], and what else the policy goes by."""
     torch.manual_seed(seed)
-    keys = torch.randn(LAYERS, KV_HEADS, num_tokens, HEAD_DIM)
-    if not observation_tokens:
-        return keys, None
-    num_queries = GROUP * min(observation_tokens, num_tokens)
-    return keys, torch.randn(LAYERS, KV_HEADS, num_queries, HEAD_DIM)
+    heads = (LAYERS, KV_HEADS)
+    keys = torch.randn(*heads, num_tokens, HEAD_DIM)
+    queries = attention = None
+    if policy.observation_tokens:
+        num_queries = GROUP * min(policy.observation_tokens, num_tokens)
+        queries = torch.randn(*heads, num_queries, HEAD_DIM)
+    if policy.accumulates_attention:
+        attention = torch.rand(*heads, num_tokens)
+    return PromptStates(keys, queries, attention)
+
+
+def of_head(states: PromptStates, *index: int) -> PromptStates:
+    everything = (states.keys, states.queries, states.attention)
+    return PromptStates(*(None if x is None else x[index] for x in everything))
 
 
 def select(settings: EvictionSettings, num_tokens: int, budget: int) -> Tensor:
     policy = make_policy(settings)
-    keys, queries = random_prompt(num_tokens, policy.observation_tokens)
-    return policy.select(keys, queries, budget)
+    return policy.select(random_prompt(num_tokens, policy), budget)
 
 
 def test_every_built_in_policy_is_in_the_matrix():
@@ -77,8 +94,7 @@ def test_kept_positions_ascend_and_fit_the_budget(settings, num_tokens, above_mi
 def test_as_many_are_kept_whatever_the_keys(settings):
     policy = make_policy(settings)
     counts = {
-        policy.select(*random_prompt(777, policy.observation_tokens, seed), 200).shape
-        for seed in range(5)
+        policy.select(random_prompt(777, policy, seed), 200).shape for seed in range(5)
     }
     assert len(counts) == 1
 
@@ -86,11 +102,11 @@ def test_as_many_are_kept_whatever_the_keys(settings):
 @every_setting
 def test_a_head_is_served_alike_alone_and_among_others(settings):
     policy = make_policy(settings)
-    keys, queries = random_prompt(777, policy.observation_tokens)
-    together = policy.select(keys, queries, 200)
+    states = random_prompt(777, policy)
+    together = policy.select(states, 200)
     for head in range(KV_HEADS):
-        own = None if queries is None else queries[1, head]
-        assert torch.equal(policy.select(keys[1, head], own, 200), together[1, head])
+        alone = policy.select(of_head(states, 1, head), 200)
+        assert torch.equal(alone, together[1, head])
 
 
 def slow_chunk_retrieval(
@@ -147,8 +163,9 @@ def test_chunk_retrieval_keeps_what_its_description_says(
     policy = make_policy(
         EvictionSettings(chunk_score=score, sink_tokens=sink_tokens, local_tokens=local)
     )
-    keys, queries = random_prompt(num_tokens, policy.observation_tokens)
-    kept = policy.select(keys, queries, budget)
+    states = random_prompt(num_tokens, policy)
+    keys, queries = states.keys, states.queries
+    kept = policy.select(states, budget)
     for layer in range(LAYERS):
         for head in range(KV_HEADS):
             expected = slow_chunk_retrieval(
@@ -164,18 +181,20 @@ def test_chunk_retrieval_keeps_what_its_description_says(
 @pytest.mark.parametrize("score", ["last_key", "last_queries"])
 def test_chunk_retrieval_keeps_the_first_chunk_however_badly_it_scores(score):
     policy = make_policy(EvictionSettings(chunk_score=score))
-    keys, queries = random_prompt(400, policy.observation_tokens)
+    states = random_prompt(400, policy)
+    keys, queries = states.keys, states.queries
     keys[..., :8, :] = -100 * keys[..., -1:, :]
     if queries is not None:
         queries[:] = keys[..., -1:, :]
-    kept = policy.select(keys, queries, 64)
+    kept = policy.select(states, 64)
     assert torch.equal(kept[..., :8], torch.arange(8).expand(LAYERS, KV_HEADS, -1))
 
 
 @pytest.mark.parametrize("score", ["last_key", "last_queries"])
 def test_chunk_retrieval_keeps_for_each_head_the_chunk_that_it_looks_for(score):
     policy = make_policy(EvictionSettings(chunk_score=score))
-    keys, queries = random_prompt(400, policy.observation_tokens)
+    states = random_prompt(400, policy)
+    keys, queries = states.keys, states.queries
     wanted = torch.tensor([[5, 17, 30], [8, 9, 40]])
     for layer in range(LAYERS):
         for head in range(KV_HEADS):
@@ -183,7 +202,7 @@ def test_chunk_retrieval_keeps_for_each_head_the_chunk_that_it_looks_for(score):
             keys[layer, head, start : start + 8] = 5 * keys[layer, head, -1]
             if queries is not None:
                 queries[layer, head] = keys[layer, head, -1]
-    kept = policy.select(keys, queries, 32)
+    kept = policy.select(states, 32)
     for layer in range(LAYERS):
         for head in range(KV_HEADS):
             start = 8 * int(wanted[layer, head])
@@ -229,8 +248,9 @@ def test_observation_window_keeps_what_its_description_says(
             pooling_size=pooling,
         )
     )
-    keys, queries = random_prompt(num_tokens, policy.observation_tokens)
-    kept = policy.select(keys, queries, budget)
+    states = random_prompt(num_tokens, policy)
+    keys, queries = states.keys, states.queries
+    kept = policy.select(states, budget)
     for layer in range(LAYERS):
         for head in range(KV_HEADS):
             assert kept[layer, head].tolist() == slow_observation_window(
@@ -241,6 +261,26 @@ def test_observation_window_keeps_what_its_description_says(
                 window=window,
                 pooling=pooling,
             )
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "budget", "sinks"), [(100, 64, 8), (65, 64, 0), (900, 41, 9)]
+)
+def test_heavy_hitter_keeps_what_its_description_says(num_tokens, budget, sinks):
+    policy = make_policy(
+        EvictionSettings(eviction_policy="heavy_hitter", sink_tokens=sinks)
+    )
+    states = random_prompt(num_tokens, policy)
+    kept = policy.select(states, budget)
+    recent = (budget - sinks) // 2
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            received = states.attention[layer, head].tolist()
+            between = range(sinks, num_tokens - recent)
+            best = sorted(between, key=lambda position: -received[position])
+            heavy = sorted(best[: budget - sinks - recent])
+            latest = range(num_tokens - recent, num_tokens)
+            assert kept[layer, head].tolist() == [*range(sinks), *heavy, *latest]
 
 
 def test_sink_window_keeps_the_sinks_and_the_latest():
@@ -271,4 +311,59 @@ def test_a_policy_that_cannot_be_imported_is_refused_by_name(name):
     with pytest.raises(ConfigurationError) as refusal:
         make_policy(EvictionSettings(eviction_policy=name))
     for part in (f"eviction_policy={name!r}", "keep_all", "package.module:Class"):
+        assert part in str(refusal.value)
+
+
+def test_a_policy_that_is_none_is_refused():
+    with pytest.raises(ConfigurationError) as refusal:
+        make_policy(EvictionSettings(eviction_policy="builtins:dict"))
+    for part in ("eviction_policy='builtins:dict'", "subclass", "EvictionPolicy"):
+        assert part in str(refusal.value)
+
+
+@every_setting
+@pytest.mark.parametrize("num_tokens", [1, 100, 4001])
+def test_what_need_not_be_read_is_never_kept(settings, num_tokens):
+    policy, budget = make_policy(settings), 64
+    unread = policy.unread(num_tokens, budget)
+    if unread:
+        assert unread.stop <= num_tokens
+        kept = policy.select(random_prompt(num_tokens, policy), budget)
+        assert not set(unread) & set(kept.flatten().tolist())
+        assert len(unread) == num_tokens - budget
+
+
+def positions(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows)[None]
+
+
+@pytest.mark.parametrize(
+    ("kept", "mentions"),
+    [
+        (positions([0, 1], [0, 1]).int(), ["torch.int32", "int64"]),
+        (positions([0, 1]), ["(1, 1, 2)", "(1, 2, 'num_kept')"]),
+        (positions([], []).long(), ["kept 0", "1 to 4"]),
+        (positions([*range(5)], [*range(5)]), ["kept 5", "1 to 4", "budget is 4"]),
+        (positions([0, 1], [1, 1]), ["do not ascend"]),
+        (positions([0, 1], [2, 1]), ["do not ascend"]),
+        (positions([0, 1], [-1, 1]), ["from 0 to below 9"]),
+        (positions([0, 1], [8, 9]), ["from 0 to below 9"]),
+    ],
+    ids=[
+        "type",
+        "shape",
+        "none",
+        "too_many",
+        "twice",
+        "unsorted",
+        "negative",
+        "beyond",
+    ],
+)
+def test_a_selection_that_would_break_the_cache_is_refused(kept, mentions):
+    states = PromptStates(torch.zeros(1, 2, 9, HEAD_DIM))
+    check_selection(positions([0, 8], [3, 4]), states, budget=4)
+    with pytest.raises(ValueError) as refusal:
+        check_selection(kept, states, budget=4)
+    for part in mentions:
         assert part in str(refusal.value)

@@ -10,14 +10,15 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from tests.support import models
 from tests.support.drafting import (
     Requests,
-    SlowTwin,
     build_proposer,
     held_by,
     ingested,
     is_greedy,
 )
 from tests.support.policies import EVERY_SECOND
+from tests.support.slow_twin import SlowTwin
 from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError
+from vllm_budgetdraft.eviction.base import PromptStates
 
 PROMPT_TOKENS = [2, 3, 17, 300]
 
@@ -72,6 +73,13 @@ SMALL_BUDGETS = {
     "one_draft_and_pages_of_one": {"num_speculative_tokens": 1, "page_size": 1},
     "sink_window": {"eviction_policy": "sink_window"},
     "of_the_user": {"eviction_policy": EVERY_SECOND},
+    "heavy_hitter": {"eviction_policy": "heavy_hitter"},
+    "heavy_hitter_in_pages_of_one": {"eviction_policy": "heavy_hitter", "page_size": 1},
+}
+RELATIVE = {"position_mode": "cache_relative", "draft_prefill_chunk": 64}
+SMALL_BUDGETS |= {
+    f"relative_{name}": SMALL_BUDGETS[name] | RELATIVE
+    for name in ("chunk_retrieval", "odd_sizes", "sink_window", "heavy_hitter")
 }
 
 
@@ -115,9 +123,12 @@ def test_drafts_beyond_the_budget_equal_those_over_an_explicit_list_of_keys(
     assert differs_from_full, "the budget was too large to matter"
 
 
-@pytest.mark.parametrize("policy", ["chunk_retrieval", "sink_window", EVERY_SECOND])
+@pytest.mark.parametrize("position_mode", ["absolute", "cache_relative"])
+@pytest.mark.parametrize(
+    "policy", ["chunk_retrieval", "heavy_hitter", "sink_window", EVERY_SECOND]
+)
 def test_a_prompt_read_streaming_never_holds_more_than_budget_and_chunk(
-    drafter_folder, hugging_face_drafter, policy
+    drafter_folder, hugging_face_drafter, policy, position_mode
 ):
     proposer = build_proposer(
         drafter_folder,
@@ -125,6 +136,7 @@ def test_a_prompt_read_streaming_never_holds_more_than_budget_and_chunk(
         eviction_policy=policy,
         draft_prefill="streaming",
         draft_prefill_chunk=50,
+        position_mode=position_mode,
         kv_budget=40,
         page_size=8,
         recent_window=20,
@@ -133,7 +145,7 @@ def test_a_prompt_read_streaming_never_holds_more_than_budget_and_chunk(
     requests = Requests(proposer)
     twin = SlowTwin(hugging_face_drafter, proposer.policy, proposer.config, 1000)
     requests.start(0, 700)
-    twin.ingest_streaming(torch.tensor(requests.contexts[0][:-2]))
+    twin.ingest(torch.tensor(requests.contexts[0][:-2]))
     assert int(proposer.cache.num_evicted[0]) == twin.num_evicted >= 698 - 40
     for _ in range(8):
         drafts = requests.draft([0])[0]
@@ -238,11 +250,12 @@ def test_queries_that_score_chunks_are_the_last_of_the_whole_prompt(
 
     keys, queries = keys_and_queries(hugging_face_drafter, tokens)
     last = queries[:, :, -10:].unflatten(1, (2, 3)).flatten(2, 3)
-    kept = proposer.policy.select(keys, last, 40)
+    kept = proposer.policy.select(PromptStates(keys, last), 40)
     expected = keys.gather(2, kept[..., None].expand(-1, -1, -1, keys.shape[-1]))
     held, _ = held_by(proposer, 0, kept.shape[-1])
     torch.testing.assert_close(held.transpose(1, 2), expected, rtol=0, atol=1e-4)
-    by_key = build_proposer(drafter_folder, kv_budget=40).policy.select(keys, None, 40)
+    by_key = build_proposer(drafter_folder, kv_budget=40).policy
+    by_key = by_key.select(PromptStates(keys), 40)
     assert not torch.equal(kept, by_key), "both scores agree, so nothing was tested"
 
 

@@ -39,19 +39,12 @@ def test_finished_and_replaced_requests_have_ended_and_others_have_not():
     assert slots.ended(live) == ["b", "c"]
 
 
-def test_waiting_requests_keep_their_slots_while_enough_are_free():
-    slots = RequestSlots(3)
-    slots.take("preempted", Request())
-    assert slots.idle(batch={"new"}, wanted=2) == []
-
-
-def test_only_requests_outside_the_batch_make_room_and_no_more_than_needed():
+def test_only_requests_outside_the_batch_are_idle_and_the_oldest_goes_first():
     slots = RequestSlots(4)
     for name in ("waiting", "running", "also_waiting"):
         slots.take(name, Request())
-    assert slots.idle(batch={"running", "new"}, wanted=2) == ["waiting"]
-    both = slots.idle(batch={"running", "new"}, wanted=3)
-    assert both == ["waiting", "also_waiting"]
+    assert slots.num_free == 1
+    assert slots.idle(batch={"running", "new"}) == ["waiting", "also_waiting"]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,19 @@
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from vllm_budgetdraft.cache.page_pool import PagePool
 
 
 class PagedAttention:
-    """The ``attend`` of a drafter that drafts: writes its tokens, then reads pages."""
+    """The ``attend`` of a drafter that drafts: writes its tokens, then reads pages.
+
+    Attributes:
+        attention: [B, pages_per_slot] float32, what the pages received so far, summed
+            over layers, heads and tokens; None unless it is counted.
+    """
 
     def __init__(
         self,
@@ -16,18 +22,29 @@ class PagedAttention:
         pool: PagePool,
         page_table: Tensor,
         *,
+        key_rotary: tuple[Tensor, Tensor] | None,
+        page_mass: Tensor | None,
         validate: bool,
     ) -> None:
         """
         Args:
             operations: see ``select_operations``.
             page_table: [B, pages_per_slot] int64, of the requests that draft.
+            key_rotary: cos and sin of every cache index, where keys are stored as they
+                are and rotated when read; None where they are stored rotated.
+            page_mass: [>= B * width, H, pages_per_slot] float32, scratch for counting
+                attention; None not to count it.
             validate: whether the operations check what they are given.
         """
         self._operations = operations
         self._layers = pool.layers
         self._page_table = page_table
+        self._key_rotary = key_rotary
+        self._page_mass = page_mass
         self._validate = validate
+        self.attention: Tensor | None = None
+        if page_mass is not None:
+            self.attention = torch.zeros_like(page_table, dtype=torch.float32)
 
     def step(
         self,
@@ -58,9 +75,11 @@ class PagedAttention:
             key_pages,
             value_pages,
             self._cells,
+            rotate_keys=self._key_rotary is None,
             validate=self._validate,
         )
-        return self._operations.paged_sparse_attention(
+        mass = None if self._page_mass is None else self._page_mass[: len(queries)]
+        attended = self._operations.paged_sparse_attention(
             queries,
             key_pages,
             value_pages,
@@ -68,5 +87,10 @@ class PagedAttention:
             self._lengths,
             self._query_starts,
             max_query_tokens=self._width,
+            key_rotary=self._key_rotary,
+            page_mass=mass,
             validate=self._validate,
         )
+        if mass is not None:
+            self.attention += mass.unflatten(0, (-1, self._width)).sum((1, 2))
+        return attended

@@ -20,8 +20,10 @@ class BudgetedCache:
     starts where the verified tokens end.
 
     Attributes:
-        capacity: tokens per slot, a multiple of the page size.
+        capacity: most tokens of a slot, a multiple of the page size.
         num_evicted: [num_slots] int64, context tokens that the cache dropped.
+        attention: [num_slots, pages_per_slot] float32, what each page of a slot has
+            received; None unless eviction goes by it.
     """
 
     def __init__(
@@ -32,12 +34,16 @@ class BudgetedCache:
         capacity: int,
         protected_tokens: int,
         max_growth: int,
+        evicts_by_attention: bool = False,
         operations: ModuleType = reference,
     ) -> None:
         """
         Args:
-            protected_tokens: first tokens of a slot that ``make_room`` never evicts.
+            protected_tokens: first tokens of a slot that ``make_room`` never evicts,
+                unless ``start_request`` says otherwise.
             max_growth: most tokens that a slot grows by between two calls of it.
+            evicts_by_attention: whether it evicts the pages that received the least
+                attention, of the older half, and not the oldest.
             operations: ``budgetdraft_kernels.reference`` or ``fused``.
         """
         page_size = pool.page_size
@@ -48,14 +54,18 @@ class BudgetedCache:
         self.page_size = page_size
         self.capacity = capacity
         self.pages_per_slot = capacity // page_size
+        self._protected_tokens = protected_tokens
+        self._num_recycled = -(-max_growth // page_size)
         self.page_table = PageTable(num_slots, self.pages_per_slot, device)
+        self._places = torch.arange(self.pages_per_slot, device=device)
         self.num_evicted = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        first = min(-(-protected_tokens // page_size), self.pages_per_slot - 1)
-        num_pages = min(-(-max_growth // page_size), self.pages_per_slot - first)
-        order = torch.arange(self.pages_per_slot, device=device)
-        order[first:] = order[first:].roll(-num_pages)
-        self._recycled_order = order
-        self._recycled_tokens = num_pages * page_size
+        self._capacities = torch.zeros_like(self.num_evicted)
+        shape = (num_slots, self.pages_per_slot)
+        self._evictable = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._unused = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.attention: Tensor | None = None
+        if evicts_by_attention:
+            self.attention = torch.zeros(shape, device=device)
         self._held: dict[int, list[int]] = {}
 
     @property
@@ -66,17 +76,39 @@ class BudgetedCache:
     def bytes_per_slot(self) -> int:
         return self.capacity * self.bytes_per_token
 
-    def start_request(self, slot: int) -> None:
+    def start_request(
+        self,
+        slot: int,
+        capacity: int | None = None,
+        protected_tokens: int | None = None,
+    ) -> None:
         """Gives an idle slot its pages; its cache is empty.
+
+        Args:
+            capacity: tokens, a multiple of the page size; the cache's if None.
+            protected_tokens: first tokens that are never evicted; the cache's if None.
 
         Raises:
             PagePoolExhaustedError: too few pages are free.
         """
         assert slot not in self._held, slot
-        pages = self.pool.take(self.pages_per_slot)
+        if capacity is None:
+            capacity = self.capacity
+        if protected_tokens is None:
+            protected_tokens = self._protected_tokens
+        num_pages = capacity // self.page_size
+        pages = self.pool.take(num_pages)
         self._held[slot] = pages
         self.page_table.assign(slot, pages)
         self.num_evicted[slot] = 0
+        self._capacities[slot] = capacity
+        first = -(-protected_tokens // self.page_size)
+        end = num_pages
+        if self.attention is not None:
+            self.attention[slot] = 0
+            end = first + max((end - first) // 2, self._num_recycled)
+        self._evictable[slot] = (self._places >= first) & (self._places < end)
+        self._unused[slot] = self._places >= num_pages
 
     def release_request(self, slot: int) -> None:
         """Takes a slot's pages back."""
@@ -96,13 +128,21 @@ class BudgetedCache:
             self.release_request(slot)
 
     def load_prompt(
-        self, slot: int, keys: Tensor, values: Tensor, kept: Tensor, seen: int
+        self,
+        slot: int,
+        keys: Tensor,
+        values: Tensor,
+        kept: Tensor,
+        seen: int,
+        attention: Tensor | None = None,
     ) -> None:
         """Fills an empty slot with what the policy kept of its first ``seen`` tokens.
 
         Args:
             keys, values: [num_layers, num_tokens, num_kv_heads, head_dim].
             kept: [num_layers, num_kv_heads, num_kept] int64, rows of these.
+            attention: [num_layers, num_kv_heads, num_tokens], what each received;
+                needed where eviction goes by it.
         """
         num_kept = kept.shape[2]
         assert num_kept <= min(seen, self.capacity), (num_kept, seen, self.capacity)
@@ -120,21 +160,42 @@ class BudgetedCache:
             validate=False,
         )
         self.num_evicted[slot] = seen - num_kept
+        if self.attention is not None:
+            assert attention is not None
+            received = attention.gather(2, kept).sum((0, 1))
+            self.attention[slot].index_add_(0, indices[0] // self.page_size, received)
 
     def make_room(self, slots: Tensor, ends: Tensor) -> None:
         """Evicts whole pages where a slot could not hold its context up to ``ends``.
 
-        The oldest unprotected pages go; their page numbers move to the end of the
-        table and are written anew, so that no data moves and no page changes hands.
+        Their page numbers move to the end of the table and are written anew, so that
+        no data moves and no page changes hands.
 
         Args:
             slots: [B] int64.
             ends: [B] int64, positions one past the last that will be written.
         """
         evicted = self.num_evicted[slots]
-        due = ends - evicted > self.capacity
-        self.page_table.recycle(slots, due, self._recycled_order)
-        self.num_evicted[slots] = evicted + due * self._recycled_tokens
+        due = ends - evicted > self._capacities[slots]
+        places = self._places.expand(len(slots), -1)
+        merit = places.float() if self.attention is None else self.attention[slots]
+        merit = merit.masked_fill(~self._evictable[slots], torch.inf)
+        victims = merit.topk(self._num_recycled, largest=False).indices
+        # Evicted pages come behind those in use, and both before places of no page.
+        num_places = self.pages_per_slot
+        later = self._unused[slots] * (2 * num_places)
+        order = (places + later.scatter(1, victims, num_places)).argsort(-1)
+        self.page_table.reorder(slots, due, order)
+        self.num_evicted[slots] = evicted + due * (self._num_recycled * self.page_size)
+        if self.attention is not None:
+            received = self.attention[slots]
+            left = received.scatter(1, victims, 0.0).gather(1, order)
+            self.attention[slots] = torch.where(due[:, None], left, received)
+
+    def add_attention(self, slots: Tensor, received: Tensor) -> None:
+        """Counts what pages of the slots [B] received, [B, pages_per_slot]."""
+        assert self.attention is not None
+        self.attention[slots] += received
 
     def check_invariants(self) -> None:
         """Raises AssertionError if a page leaked, is held twice, or left its slot."""
@@ -146,8 +207,9 @@ class BudgetedCache:
 
     def check_slot(self, slot: int) -> None:
         """Raises AssertionError if a slot's bookkeeping is not that of its pages."""
-        row = self.page_table.pages[slot].tolist()
-        assert sorted(row) == sorted(self._held[slot]), (
-            f"slot {slot} lists pages {row}, and holds {self._held[slot]}"
+        held = self._held[slot]
+        row = self.page_table.pages[slot, : len(held)].tolist()
+        assert sorted(row) == sorted(held), (
+            f"slot {slot} lists pages {row}, and holds {held}"
         )
         assert self.num_evicted[slot] >= 0, f"slot {slot} evicted below zero"

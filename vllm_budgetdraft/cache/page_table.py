@@ -20,7 +20,8 @@ class PageTable:
         )
 
     def assign(self, slot: int, pages: list[int]) -> None:
-        self.pages[slot] = torch.tensor(pages, device=self.pages.device)
+        """Gives a slot its pages, as many as a row has or fewer."""
+        self.pages[slot, : len(pages)] = torch.tensor(pages, device=self.pages.device)
 
     def cells(self, slots: Tensor, indices: Tensor, page_size: int) -> Tensor:
         """Cells (page * page_size + offset) of cache indices.
@@ -35,7 +36,7 @@ class PageTable:
         rows = self.pages[slots]
         return rows.gather(1, indices // page_size) * page_size + indices % page_size
 
-    def recycle(self, slots: Tensor, due: Tensor, order: Tensor) -> None:
-        """Reorders the pages of the slots that are ``due`` [B] bool by ``order``."""
+    def reorder(self, slots: Tensor, due: Tensor, order: Tensor) -> None:
+        """Sorts the rows of the slots that are ``due`` [B] bool by ``order`` [B, N]."""
         rows = self.pages[slots]
-        self.pages[slots] = torch.where(due[:, None], rows[:, order], rows)
+        self.pages[slots] = torch.where(due[:, None], rows.gather(1, order), rows)

@@ -193,8 +193,8 @@ def _draft_kv_bytes(
     """
     import torch
 
-    from vllm_budgetdraft.drafter.configuration import read_drafter_config
-    from vllm_budgetdraft.proposer.draft_proposer import MemoryPlan, resolve_dtype
+    from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
+    from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 
     method = (speculative_config or {}).get("method")
     if method not in ("draft_model", "budgetdraft"):
@@ -206,11 +206,13 @@ def _draft_kv_bytes(
     if method == "budgetdraft":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = resolve_dtype(config, device, dtype)
+    drafter_config = read_drafter_config(drafter)
+    max_model_len = engine_args["max_model_len"]
     plan = MemoryPlan.of(
-        config,
-        read_drafter_config(drafter),
+        settle(config, drafter_config, max_model_len),
+        drafter_config,
         num_slots=engine_args["max_num_seqs"],
-        max_model_len=engine_args["max_model_len"],
+        max_model_len=max_model_len,
         dtype=dtype,
     )
     full = num_tokens * plan.bytes_per_token

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vllm_budgetdraft.errors import UnsupportedDrafterError
+from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError
 
 #: Llama-family decoders: RMSNorm, rotary embedding, gated SiLU, grouped queries.
 ARCHITECTURES = {
@@ -78,6 +79,51 @@ def check_vocabulary(config: PretrainedConfig, target_vocab_size: int) -> None:
             f"the drafter's vocab_size={config.vocab_size} differs from the target's "
             f"{target_vocab_size}; use a drafter trained for this target's tokenizer"
         )
+
+
+def settle(
+    config: BudgetDraftConfig, drafter: PretrainedConfig, max_model_len: int
+) -> BudgetDraftConfig:
+    """The config with what it leaves to the drafter's checkpoint filled in.
+
+    Raises:
+        ConfigurationError: the drafter was trained with another ``position_mode``, or
+            cache_relative positions would leave its native range.
+    """
+    recorded = (getattr(drafter, "budgetdraft", None) or {}).get("position_mode")
+    mode = config.position_mode
+    if mode == "auto":
+        mode = recorded or "absolute"
+    elif recorded not in (None, mode):
+        raise ConfigurationError(
+            f"position_mode={mode!r}, but the drafter was trained with {recorded!r} "
+            "(budgetdraft.position_mode of its config.json); leave position_mode out, "
+            f"or use a drafter trained with {mode!r}"
+        )
+    prefill = config.draft_prefill
+    if prefill == "auto":
+        prefill = "streaming" if mode == "cache_relative" else "full"
+    config = config.model_copy(update={"position_mode": mode, "draft_prefill": prefill})
+    if mode == "cache_relative":
+        native = drafter.max_position_embeddings
+        rows = {
+            "the draft cache (kv_budget, recent_window and the drafts)": (
+                config.cache_capacity(max_model_len),
+                "lower kv_budget or recent_window",
+            ),
+            f"a prompt read with draft_prefill={prefill!r}": (
+                config.scratch_tokens(max_model_len, native),
+                "use draft_prefill='streaming'",
+            ),
+        }
+        for what, (tokens, remedy) in rows.items():
+            if tokens > native:
+                raise ConfigurationError(
+                    f"position_mode='cache_relative': {what} takes {tokens} positions, "
+                    f"the drafter was made for {native} (max_position_embeddings); "
+                    f"{remedy}"
+                )
+    return config
 
 
 def rotary_frequencies(config: PretrainedConfig) -> tuple[torch.Tensor, float]:

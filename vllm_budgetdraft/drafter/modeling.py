@@ -124,6 +124,12 @@ class Drafter(nn.Module):
         cos, sin = self.rotary_table[:, positions]
         return cos, sin
 
+    @property
+    def rotary_rows(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position of the table, [max_positions, D] each."""
+        cos, sin = self.rotary_table
+        return cos, sin
+
     def forward(self, tokens: Tensor, attend: Attend) -> Tensor | None:
         """Final normed hidden states.
 

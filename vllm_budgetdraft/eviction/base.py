@@ -1,7 +1,8 @@
 """What an eviction policy is: a choice of positions, blind to pages and models."""
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,51 +10,109 @@ from torch import Tensor
 from vllm_budgetdraft.config import EvictionSettings
 
 
-class EvictionPolicy(Protocol):
-    """Chooses the prompt positions that the draft cache keeps.
+@dataclass(frozen=True)
+class PromptStates:
+    """What a policy sees of a prompt: all layers at once, or one, or one head.
 
-    The choice is made per leading index of ``keys`` (layer, sequence, KV head), and
-    is the same code in training and serving. How many positions are kept depends on
-    ``num_tokens`` and ``budget`` alone, so that every layer and head keeps as many.
+    Attributes:
+        keys: [..., num_tokens, head_dim], rotated as attention reads them.
+        queries: [..., num_queries, head_dim], the queries of the last
+            ``observation_tokens`` tokens of every query head that shares the KV head;
+            None when ``observation_tokens`` is 0.
+        attention: [..., num_tokens] float32, the attention that each key has received,
+            summed over every query so far that shares the KV head; None unless the
+            policy ``accumulates_attention``.
     """
 
-    #: Queries per KV-head group that ``select`` reads: the last ones of the prompt.
-    observation_tokens: int
+    keys: Tensor
+    queries: Tensor | None = None
+    attention: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[-2]
+
+    def positions(self, start: int, end: int) -> Tensor:
+        """``start`` to ``end`` for each leading index: [..., end - start] int64."""
+        positions = torch.arange(start, end, device=self.keys.device)
+        return positions.expand(*self.keys.shape[:-2], -1)
+
+    def all_positions(self) -> Tensor:
+        return self.positions(0, self.num_tokens)
+
+
+class EvictionPolicy(ABC):
+    """Chooses the prompt positions that the draft cache keeps.
+
+    The choice is made per leading index of the keys (layer, sequence, KV head), and is
+    the same code in training and serving. How many positions are kept depends on the
+    number of tokens and the budget alone, so that every layer and head keeps as many.
+
+    When generation has filled the recent window, whole pages after the
+    ``protected_tokens`` make room: the oldest, or, if the policy
+    ``accumulates_attention``, those with the least of it in the older half.
+    """
+
+    #: Last tokens of the prompt whose queries ``select`` reads.
+    observation_tokens = 0
+    #: Whether ``select`` reads ``attention``, which then is kept up in generation too.
+    accumulates_attention = False
 
     def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
         """
         Args:
             operations: ``budgetdraft_kernels.reference``, or ``fused`` on a GPU.
         """
-        ...
+        self.settings = settings
+        self.operations = operations
 
-    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
+    @abstractmethod
+    def select(self, states: PromptStates, budget: int) -> Tensor:
         """Positions to keep, ascending and without repeats.
 
         Where a prompt is read streaming, this is asked after every chunk, about what
         was kept before and the chunk.
 
         Args:
-            keys: [..., num_tokens, head_dim], rotated as the drafter stores them.
-            queries: [..., num_queries, head_dim], the queries of the last
-                ``observation_tokens`` tokens of every query head that shares the KV
-                head; None when ``observation_tokens`` is 0.
             budget: most positions to keep, in tokens.
 
         Returns:
             [..., num_kept] int64, with ``num_kept <= min(budget, num_tokens)``.
         """
-        ...
 
     def protected_tokens(self, budget: int) -> int:
         """First tokens of the cache that a growing generation never pushes out."""
-        ...
+        return budget
+
+    def unread(self, num_tokens: int, budget: int) -> range:
+        """Positions of a prompt that streaming need not read, for none is kept."""
+        return range(0)
 
 
-def all_positions(keys: Tensor) -> Tensor:
-    """Every position of ``keys`` [..., num_tokens, head_dim]: [..., num_tokens]."""
-    positions = torch.arange(keys.shape[-2], device=keys.device)
-    return positions.expand(keys.shape[:-1])
+def check_selection(kept: Tensor, states: PromptStates, budget: int) -> None:
+    """Raises ValueError for what ``EvictionPolicy.select`` must not return.
+
+    It waits for the device; an index out of range would end the process there.
+    """
+    limit = min(budget, states.num_tokens)
+    leading = states.keys.shape[:-2]
+    if kept.dtype != torch.int64 or kept.shape[:-1] != leading:
+        raise ValueError(
+            f"the eviction policy selected {kept.dtype} {tuple(kept.shape)}; it must "
+            f"be int64 {(*leading, 'num_kept')}"
+        )
+    if not 1 <= kept.shape[-1] <= limit:
+        raise ValueError(
+            f"the eviction policy kept {kept.shape[-1]} positions; it must keep 1 to "
+            f"{limit}, for the budget is {budget} of {states.num_tokens} tokens"
+        )
+    ascend = (kept.diff() > 0).all()
+    inside = (kept[..., 0] >= 0).all() & (kept[..., -1] < states.num_tokens).all()
+    if not bool(ascend & inside):
+        raise ValueError(
+            "the eviction policy kept positions that do not ascend from 0 to below "
+            f"{states.num_tokens}; sort them, without repeats"
+        )
 
 
 def take_positions(states: Tensor, kept: Tensor) -> Tensor:

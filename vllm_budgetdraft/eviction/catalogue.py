@@ -8,6 +8,7 @@ from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.base import EvictionPolicy
 from vllm_budgetdraft.eviction.chunk_retrieval import ChunkRetrieval
+from vllm_budgetdraft.eviction.heavy_hitter import HeavyHitter
 from vllm_budgetdraft.eviction.keep_all import KeepAll
 from vllm_budgetdraft.eviction.observation_window import ObservationWindow
 from vllm_budgetdraft.eviction.sink_window import SinkWindow
@@ -15,6 +16,7 @@ from vllm_budgetdraft.eviction.sink_window import SinkWindow
 POLICIES: dict[str, type[EvictionPolicy]] = {
     "chunk_retrieval": ChunkRetrieval,
     "observation_window": ObservationWindow,
+    "heavy_hitter": HeavyHitter,
     "sink_window": SinkWindow,
     "keep_all": KeepAll,
 }
@@ -30,7 +32,8 @@ def make_policy(
             ``fused``.
 
     Raises:
-        ConfigurationError: a 'package.module:Class' that cannot be imported.
+        ConfigurationError: a 'package.module:Class' that cannot be imported, or is no
+            ``EvictionPolicy``.
     """
     name = settings.eviction_policy
     if name in POLICIES:
@@ -44,4 +47,12 @@ def make_policy(
             f"eviction_policy={name!r} cannot be imported ({error}); use one of "
             f"{', '.join(POLICIES)}, or a 'package.module:Class' on the Python path"
         ) from error
+    if not (
+        isinstance(policy_class, type) and issubclass(policy_class, EvictionPolicy)
+    ):
+        raise ConfigurationError(
+            f"eviction_policy={name!r} is no subclass of "
+            f"{EvictionPolicy.__module__}.{EvictionPolicy.__name__}; derive it from "
+            "that"
+        )
     return policy_class(settings, operations)

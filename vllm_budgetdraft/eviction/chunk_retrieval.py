@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.eviction.base import all_positions, four_dimensions
+from vllm_budgetdraft.eviction.base import (
+    EvictionPolicy,
+    PromptStates,
+    four_dimensions,
+)
 
 
-class ChunkRetrieval:
+class ChunkRetrieval(EvictionPolicy):
     """Keeps the first chunk, the best-scoring chunks, and the end of the prompt.
 
     Based on BudgetDraft (https://arxiv.org/abs/2606.00144), section 3.3, itself after
@@ -23,39 +27,34 @@ class ChunkRetrieval:
     """
 
     def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
-        self._chunk_scores = operations.chunk_scores
-        self.chunk_size = settings.chunk_size
-        self.local_tokens = settings.local_tokens
-        self.sink_chunks = -(-settings.sink_tokens // settings.chunk_size)
-        by_queries = settings.chunk_score == "last_queries"
-        self.observation_tokens = settings.observation_tokens if by_queries else 0
+        super().__init__(settings, operations)
+        if settings.chunk_score == "last_queries":
+            self.observation_tokens = settings.observation_tokens
 
-    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
-        num_tokens, size = keys.shape[-2], self.chunk_size
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        keys, num_tokens = states.keys, states.num_tokens
         if num_tokens <= budget:
-            return all_positions(keys)
-        sinks = self.sink_chunks * size
+            return states.all_positions()
+        size = self.settings.chunk_size
+        sink_chunks = -(-self.settings.sink_tokens // size)
+        sinks = sink_chunks * size
         # Whole chunks, so that what is left holds the remainder of any length.
-        local = min(self.local_tokens, (budget - sinks) // 2) // size * size
+        local = min(self.settings.local_tokens, (budget - sinks) // 2) // size * size
         num_chunks = (num_tokens - sinks - local) // size
         end = sinks + num_chunks * size
         num_kept = (budget - sinks - (num_tokens - end)) // size
 
-        by = "mean_key" if queries is None else "attention"
-        queries = keys[..., -1:, :] if queries is None else queries
-        scores = self._chunk_scores(
+        by, queries = "attention", states.queries
+        if queries is None:
+            by, queries = "mean_key", keys[..., -1:, :]
+        scores = self.operations.chunk_scores(
             four_dimensions(keys), four_dimensions(queries), size, by
         )
-        scores = scores[..., self.sink_chunks : self.sink_chunks + num_chunks]
+        scores = scores[..., sink_chunks : sink_chunks + num_chunks]
         scores = scores.view(*keys.shape[:-2], num_chunks)
         best = scores.topk(num_kept, dim=-1, sorted=False).indices.sort(-1).values
 
         within = torch.arange(size, device=keys.device)
         chosen = (sinks + best[..., None] * size + within).flatten(-2)
-        shape = (*keys.shape[:-2], -1)
-        first = torch.arange(sinks, device=keys.device).expand(shape)
-        last = torch.arange(end, num_tokens, device=keys.device).expand(shape)
+        first, last = states.positions(0, sinks), states.positions(end, num_tokens)
         return torch.cat([first, chosen, last], dim=-1)
-
-    def protected_tokens(self, budget: int) -> int:
-        return budget

@@ -1,23 +1,15 @@
 """No eviction: the full-KV baseline."""
 
-from types import ModuleType
-
 from torch import Tensor
 
-from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.eviction.base import all_positions
+from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
 
 
-class KeepAll:
+class KeepAll(EvictionPolicy):
     """Keeps every position, whatever the budget."""
 
-    observation_tokens = 0
-
-    def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
-        pass
-
-    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
-        return all_positions(keys)
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        return states.all_positions()
 
     def protected_tokens(self, budget: int) -> int:
         return 0

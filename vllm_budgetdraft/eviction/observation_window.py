@@ -7,10 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.eviction.base import all_positions, four_dimensions
+from vllm_budgetdraft.eviction.base import (
+    EvictionPolicy,
+    PromptStates,
+    four_dimensions,
+)
 
 
-class ObservationWindow:
+class ObservationWindow(EvictionPolicy):
     """Keeps the sinks, the positions with most attention, and the observing tokens.
 
     Based on SnapKV (https://arxiv.org/abs/2404.14469), section 4: positions are ranked
@@ -23,38 +27,32 @@ class ObservationWindow:
     """
 
     def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
-        self._chunk_scores = operations.chunk_scores
+        super().__init__(settings, operations)
         self.observation_tokens = settings.observation_tokens
-        self.sink_tokens = settings.sink_tokens
-        self.pooling_size = settings.pooling_size
 
-    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
-        num_tokens, sinks = keys.shape[-2], self.sink_tokens
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        num_tokens, sinks = states.num_tokens, self.settings.sink_tokens
         if num_tokens <= budget:
-            return all_positions(keys)
-        assert queries is not None
+            return states.all_positions()
+        assert states.queries is not None
         window = min(self.observation_tokens, (budget - sinks) // 2)
         end = num_tokens - window
-        weights = self._chunk_scores(
-            four_dimensions(keys[..., :end, :]),
-            four_dimensions(queries),
+        weights = self.operations.chunk_scores(
+            four_dimensions(states.keys[..., :end, :]),
+            four_dimensions(states.queries),
             chunk_size=1,
             score="attention",
         )
+        pooling_size = self.settings.pooling_size
         scores = F.avg_pool1d(
             weights.flatten(0, 1),
-            self.pooling_size,
+            pooling_size,
             stride=1,
-            padding=self.pooling_size // 2,
+            padding=pooling_size // 2,
             count_include_pad=False,
         )
-        scores = scores.view(*keys.shape[:-2], end)[..., sinks:]
+        scores = scores.view(*states.keys.shape[:-2], end)[..., sinks:]
         best = scores.topk(budget - sinks - window, dim=-1, sorted=False).indices
         chosen = sinks + best.sort(-1).values
-        shape = (*keys.shape[:-2], -1)
-        first = torch.arange(sinks, device=keys.device).expand(shape)
-        last = torch.arange(end, num_tokens, device=keys.device).expand(shape)
+        first, last = states.positions(0, sinks), states.positions(end, num_tokens)
         return torch.cat([first, chosen, last], dim=-1)
-
-    def protected_tokens(self, budget: int) -> int:
-        return budget

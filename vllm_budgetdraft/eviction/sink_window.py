@@ -1,36 +1,34 @@
 """Attention sinks and a recent window."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.eviction.base import all_positions
+from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
 
 
-class SinkWindow:
+class SinkWindow(EvictionPolicy):
     """Keeps the first ``sink_tokens`` and the most recent of the rest.
 
-    Based on StreamingLLM (https://arxiv.org/abs/2309.17453), section 3.2. Unlike
-    there, keys keep the rotation of their true position.
+    Based on StreamingLLM (https://arxiv.org/abs/2309.17453), section 3.2; with
+    ``position_mode`` cache_relative, positions are those of the cache, as there. Where
+    a prompt is read streaming, the tokens between are never looked at.
     """
 
-    observation_tokens = 0
-
-    def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
-        self.sink_tokens = settings.sink_tokens
-
-    def select(self, keys: Tensor, queries: Tensor | None, budget: int) -> Tensor:
-        num_tokens = keys.shape[-2]
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        num_tokens = states.num_tokens
         if num_tokens <= budget:
-            return all_positions(keys)
-        sinks = torch.arange(self.sink_tokens, device=keys.device)
-        recent = torch.arange(
-            num_tokens - (budget - self.sink_tokens), num_tokens, device=keys.device
+            return states.all_positions()
+        sinks = self.settings.sink_tokens
+        recent = num_tokens - (budget - sinks)
+        return torch.cat(
+            [states.positions(0, sinks), states.positions(recent, num_tokens)], dim=-1
         )
-        kept = torch.cat([sinks, recent])
-        return kept.expand(*keys.shape[:-2], -1)
 
     def protected_tokens(self, budget: int) -> int:
-        return self.sink_tokens
+        return self.settings.sink_tokens
+
+    def unread(self, num_tokens: int, budget: int) -> range:
+        if num_tokens <= budget:
+            return range(0)
+        sinks = self.settings.sink_tokens
+        return range(sinks, num_tokens - (budget - sinks))

@@ -1,11 +1,9 @@
 """Drafting with no engine in sight: fixed slots, tensors in, tensors out."""
 
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.attention.paged import PagedAttention
@@ -14,10 +12,15 @@ from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.page_pool import PagePool
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
-from vllm_budgetdraft.drafter.configuration import head_dim
+from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.eviction.base import EvictionPolicy, all_positions
+from vllm_budgetdraft.eviction.base import (
+    EvictionPolicy,
+    PromptStates,
+    check_selection,
+)
 from vllm_budgetdraft.eviction.catalogue import make_policy
+from vllm_budgetdraft.proposer.memory import MemoryPlan
 
 #: Tokens fed in the first step of a draft. After a full acceptance the cache lacks the
 #: last draft token and the bonus token; otherwise it lacks the bonus token alone, and
@@ -25,57 +28,13 @@ from vllm_budgetdraft.eviction.catalogue import make_policy
 FIRST_WIDTH = 2
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What the proposer allocates, in bytes; all of it at start-up.
+class DraftProposer:
+    """Reads prompts, keeps what the policy chooses, and drafts k tokens per call.
 
     Attributes:
-        bytes_per_token: keys and values of one token, all layers.
-        cache_per_request: draft cache of one request, whatever its context.
-        full_cache_per_request: the same with every token of ``max_model_len`` kept.
-        cache: the whole pool, ``num_slots`` times ``cache_per_request``.
-        prompt_scratch: keys and values of the one prompt being read.
+        config: settled, see ``settle``.
+        kv_budget: most prompt tokens that a request keeps.
     """
-
-    bytes_per_token: int
-    cache_per_request: int
-    full_cache_per_request: int
-    cache: int
-    prompt_scratch: int
-
-    @classmethod
-    def of(
-        cls,
-        config: BudgetDraftConfig,
-        drafter: PretrainedConfig,
-        *,
-        num_slots: int,
-        max_model_len: int,
-        dtype: torch.dtype,
-    ) -> "MemoryPlan":
-        heads = drafter.num_hidden_layers * drafter.num_key_value_heads
-        per_token = 2 * heads * head_dim(drafter) * dtype.itemsize
-        per_request = config.cache_capacity(max_model_len) * per_token
-        return cls(
-            bytes_per_token=per_token,
-            cache_per_request=per_request,
-            full_cache_per_request=max_model_len * per_token,
-            cache=num_slots * per_request,
-            prompt_scratch=config.scratch_tokens(max_model_len) * per_token,
-        )
-
-
-def resolve_dtype(
-    config: BudgetDraftConfig, device_type: str, target_dtype: torch.dtype
-) -> torch.dtype:
-    """What ``draft_dtype`` means on a device."""
-    if config.draft_dtype != "auto":
-        return getattr(torch, config.draft_dtype)
-    return torch.float32 if device_type == "cpu" else target_dtype
-
-
-class DraftProposer:
-    """Reads prompts, keeps what the policy chooses, and drafts k tokens per call."""
 
     def __init__(
         self,
@@ -85,6 +44,7 @@ class DraftProposer:
         prompt: PromptAttention,
         config: BudgetDraftConfig,
         operations: ModuleType,
+        max_model_len: int,
     ) -> None:
         self.drafter = drafter
         self.operations = operations
@@ -92,17 +52,30 @@ class DraftProposer:
         self.cache = cache
         self.prompt = prompt
         self.config = config
+        self.max_model_len = max_model_len
+        self.kv_budget = config.budget(max_model_len)
         self.num_drafts = config.num_speculative_tokens
         self._streams = config.draft_prefill == "streaming"
+        self._is_relative = config.position_mode == "cache_relative"
         self.device = cache.num_evicted.device
+        self._seen = 0
+        self._skipped = range(0)
+        self._prompt_budget = self.kv_budget
         # From the end of a context to each token fed; the last draft token is not.
         last = self.num_drafts - 1
         self._offsets = torch.arange(-FIRST_WIDTH, last, device=self.device)
-        starts = torch.arange(cache.num_evicted.shape[0] + 1, device=self.device)
+        num_slots = cache.num_evicted.shape[0]
+        starts = torch.arange(num_slots + 1, device=self.device)
         self._query_starts = {width: starts * width for width in (FIRST_WIDTH, 1)}
-        shape = (cache.num_evicted.shape[0], self.num_drafts)
+        shape = (num_slots, self.num_drafts)
         self._drafts = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._confidences = torch.zeros(shape, device=self.device)
+        self._page_mass: Tensor | None = None
+        if policy.accumulates_attention:
+            self._page_mass = torch.zeros(
+                (FIRST_WIDTH * num_slots, drafter.num_heads, cache.pages_per_slot),
+                device=self.device,
+            )
 
     @classmethod
     def build(
@@ -122,13 +95,27 @@ class DraftProposer:
 
         Raises:
             UnsupportedDrafterError, ConfigurationError: see ``load_drafter``,
-                ``make_policy`` and ``select_operations``.
+                ``settle``, ``MemoryPlan.of``, ``make_policy`` and
+                ``select_operations``.
         """
         device = torch.device(device)
         operations = select_operations(config.attention_backend, device)
+        drafter_config = read_drafter_config(config.model)
+        config = settle(config, drafter_config, max_model_len)
+        plan = MemoryPlan.of(
+            config,
+            drafter_config,
+            num_slots=num_slots,
+            max_model_len=max_model_len,
+            dtype=dtype,
+        )
+        capacity = config.cache_capacity(max_model_len)
+        scratch_tokens = plan.prompt_scratch // plan.bytes_per_token
+        positions = max_model_len + config.num_speculative_tokens
+        is_relative = config.position_mode == "cache_relative"
         drafter = load_drafter(
             config.model,
-            max_positions=max_model_len + config.num_speculative_tokens,
+            max_positions=max(capacity, scratch_tokens) if is_relative else positions,
             dtype=dtype,
             device=device,
         )
@@ -140,31 +127,48 @@ class DraftProposer:
             "dtype": dtype,
             "device": device,
         }
-        capacity = config.cache_capacity(max_model_len)
-        pool = PagePool(
-            num_pages=num_slots * capacity // config.page_size,
-            page_size=config.page_size,
-            **shape,
-        )
         cache = BudgetedCache(
-            pool,
+            PagePool(num_pages=plan.num_pages, page_size=config.page_size, **shape),
             num_slots=num_slots,
             capacity=capacity,
-            protected_tokens=policy.protected_tokens(config.kv_budget),
+            protected_tokens=policy.protected_tokens(config.budget(max_model_len)),
             max_growth=config.num_speculative_tokens + 1,
+            evicts_by_attention=policy.accumulates_attention,
             operations=operations,
         )
         prompt = PromptAttention(
             operations,
-            max_tokens=config.scratch_tokens(max_model_len),
+            max_tokens=scratch_tokens,
             num_heads=drafter.num_heads,
             observation_tokens=policy.observation_tokens,
+            accumulates_attention=policy.accumulates_attention,
+            key_rotary=drafter.rotary_rows if is_relative else None,
             **shape,
         )
-        return cls(drafter, policy, cache, prompt, config, operations)
+        return cls(drafter, policy, cache, prompt, config, operations, max_model_len)
 
-    def start_request(self, slot: int) -> None:
-        self.cache.start_request(slot)
+    def start_request(self, slot: int, kv_budget: int | None = None) -> None:
+        """Gives a slot its pages.
+
+        Args:
+            kv_budget: of this request, at most the configured one, which is the
+                default.
+
+        Raises:
+            PagePoolExhaustedError: too few pages are free.
+        """
+        budget = self.kv_budget if kv_budget is None else kv_budget
+        protected = self.policy.protected_tokens(budget)
+        self.cache.start_request(slot, self._capacity(kv_budget), protected)
+
+    def has_room(self, kv_budget: int | None = None) -> bool:
+        """Whether ``start_request`` would find the pages it needs."""
+        return self.cache.pool.num_free * self.cache.page_size >= self._capacity(
+            kv_budget
+        )
+
+    def _capacity(self, kv_budget: int | None) -> int:
+        return self.config.cache_capacity(self.max_model_len, kv_budget)
 
     def release_request(self, slot: int) -> None:
         self.cache.release_request(slot)
@@ -172,54 +176,89 @@ class DraftProposer:
     def release_all(self) -> None:
         self.cache.release_all()
 
-    def ingest(self, slot: int, tokens: Tensor) -> None:
+    def ingest(self, slot: int, tokens: Tensor, kv_budget: int | None = None) -> None:
         """Reads a context into an empty slot.
 
         Args:
             tokens: [num_tokens] int64, the context less its last ``FIRST_WIDTH``
                 tokens, which the next ``draft`` feeds. May be empty.
+            kv_budget: as given to ``start_request``.
         """
-        self.start_reading()
-        for chunk in tokens.split(self.config.draft_prefill_chunk):
-            self.read(chunk)
+        self.start_reading(len(tokens), kv_budget)
+        while unread := self.unread(len(tokens)):
+            chunk = unread[: self.config.draft_prefill_chunk]
+            self.read(tokens[chunk.start : chunk.stop])
         self.finish_reading(slot)
 
-    def start_reading(self) -> None:
-        """Begins another context; of one that was not finished nothing is left."""
+    def start_reading(self, num_tokens: int, kv_budget: int | None = None) -> None:
+        """Begins another context; of one that was not finished nothing is left.
+
+        Args:
+            num_tokens: its length, as far as it is known.
+            kv_budget: as given to ``start_request``.
+        """
         self.prompt.restart()
+        self._prompt_budget = self.kv_budget if kv_budget is None else kv_budget
+        self._skipped = range(0)
+        if self._streams:
+            self._skipped = self.policy.unread(num_tokens, self._prompt_budget)
+        self._seen = 0
+        self._skip()
+
+    def unread(self, end: int) -> range:
+        """Positions to be read next, of a context that ends at ``end``."""
+        before_gap = self._seen < self._skipped.start
+        return range(self._seen, self._skipped.start if before_gap else end)
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> None:
         """Reads the next tokens of a context.
 
         Args:
-            tokens: [num_tokens] int64, at most ``draft_prefill_chunk``.
+            tokens: int64, at the first of the positions that are ``unread``.
         """
         prompt = self.prompt
-        if not len(tokens):
-            return
-        start = prompt.num_tokens
-        positions = torch.arange(start, start + len(tokens), device=self.device)
-        self.drafter(tokens, prompt.chunk(*self.drafter.rotary(positions)))
-        if self._streams:
-            prompt.keep(self._select())
+        while len(tokens):
+            room = prompt.max_tokens - prompt.num_held
+            chunk, tokens = tokens[:room], tokens[room:]
+            start = prompt.num_held if self._is_relative else self._seen
+            positions = torch.arange(start, start + len(chunk), device=self.device)
+            self.drafter(chunk, prompt.chunk(*self.drafter.rotary(positions)))
+            self._seen += len(chunk)
+            if self._streams:
+                prompt.keep(self._select())
+        self._skip()
 
     @torch.inference_mode()
     def finish_reading(self, slot: int) -> None:
         """Moves what the policy keeps of the context that was read into a slot."""
         prompt = self.prompt
-        if prompt.num_tokens:
-            states = prompt.keys.transpose(1, 2)
-            kept = all_positions(states) if self._streams else self._select()
+        if prompt.num_held:
+            streamed = self._streams  # and chosen after every chunk
+            kept = self._states().all_positions() if streamed else self._select()
             self.cache.load_prompt(
-                slot, prompt.keys, prompt.values, kept, prompt.num_tokens
+                slot, prompt.keys, prompt.values, kept, self._seen, prompt.attention
             )
 
+    def _skip(self) -> None:
+        if self._skipped and self._seen == self._skipped.start:
+            self._seen = self._skipped.stop
+
     def _select(self) -> Tensor:
-        """Rows of the prompt buffer to keep, [num_layers, num_kv_heads, num_kept]."""
+        """Rows of the prompt buffer to keep, [num_layers, num_kv_heads, num_kept].
+
+        Raises:
+            ValueError: the policy's choice is none.
+        """
+        states = self._states()
+        kept = self.policy.select(states, self._prompt_budget)
+        check_selection(kept, states, self._prompt_budget)
+        return kept
+
+    def _states(self) -> PromptStates:
         prompt = self.prompt
-        keys, queries = prompt.keys.transpose(1, 2), prompt.last_queries()
-        return self.policy.select(keys, queries, self.config.kv_budget)
+        keys = prompt.keys_as_read().transpose(1, 2)
+        return PromptStates(keys, prompt.last_queries(), prompt.attention)
 
     @torch.inference_mode()
     def draft(
@@ -245,16 +284,20 @@ class DraftProposer:
         positions = ends[:, None] + self._offsets
         indices = positions - cache.num_evicted[slots, None]
         cells = cache.page_table.cells(slots, indices, cache.page_size)
-        cos, sin = self.drafter.rotary(positions)
+        cos, sin = self.drafter.rotary(indices if self._is_relative else positions)
         steps = zip(
             zip(_by_step(cos), _by_step(sin), strict=True),
             _by_step(cells),
             (indices[:, FIRST_WIDTH - 1 :] + 1).T.contiguous(),
             strict=True,
         )
-        table = cache.page_table.pages[slots]
         attention = PagedAttention(
-            self.operations, cache.pool, table, validate=validate
+            self.operations,
+            cache.pool,
+            cache.page_table.pages[slots],
+            key_rotary=self.drafter.rotary_rows if self._is_relative else None,
+            page_mass=self._page_mass,
+            validate=validate,
         )
 
         drafts, confidences = (
@@ -271,6 +314,8 @@ class DraftProposer:
             fed, confidence = self.operations.greedy_pick(logits, validate=validate)
             drafts[:, step], confidences[:, step] = fed, confidence
             width = 1
+        if attention.attention is not None:
+            cache.add_attention(slots, attention.attention)
         return drafts, confidences
 
     def warm_up(self) -> None:

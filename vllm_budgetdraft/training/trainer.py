@@ -71,7 +71,7 @@ class MultiViewLoss(nn.Module):
             target_logits = self._target_logits(prefix_ids, continuation_ids)
             labels = target_logits.argmax(-1)
         prefix_tokens = prefix_ids.shape[1]
-        prefix = read_prefix(self.drafter, prefix_ids, self._policy.observation_tokens)
+        prefix = read_prefix(self.drafter, prefix_ids, self._policy)
 
         def view_loss(name: str, cache: PrefixCache) -> Tensor:
             hidden = continuation_hidden(

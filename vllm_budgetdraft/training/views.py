@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetdraft_kernels.reference import split_rotated
+from budgetdraft_kernels.reference import accumulated_attention, split_rotated
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.eviction.base import EvictionPolicy, take_positions
+from vllm_budgetdraft.eviction.base import (
+    EvictionPolicy,
+    PromptStates,
+    take_positions,
+)
 
 
 @dataclass
@@ -22,11 +26,13 @@ class PrefixCache:
     Attributes:
         keys, values: [B, G, P, D] each.
         queries: [B, G, H / G * observation_tokens, D] each, or empty.
+        attention: [B, G, P] each, what each key received; or empty.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     queries: list[Tensor]
+    attention: list[Tensor]
 
     @property
     def num_tokens(self) -> int:
@@ -34,10 +40,11 @@ class PrefixCache:
 
     def sparse(self, policy: EvictionPolicy, budget: int) -> "PrefixCache":
         """What ``policy`` keeps, per layer, sequence and head, as serving keeps it."""
-        view = PrefixCache([], [], [])
+        view = PrefixCache([], [], [], [])
         for layer, keys in enumerate(self.keys):
             queries = self.queries[layer] if self.queries else None
-            kept = policy.select(keys, queries, budget)
+            attention = self.attention[layer] if self.attention else None
+            kept = policy.select(PromptStates(keys, queries, attention), budget)
             view.keys.append(take_positions(keys, kept))
             view.values.append(take_positions(self.values[layer], kept))
         return view
@@ -45,10 +52,14 @@ class PrefixCache:
 
 @torch.no_grad()
 def read_prefix(
-    drafter: Drafter, tokens: Tensor, observation_tokens: int
+    drafter: Drafter, tokens: Tensor, policy: EvictionPolicy
 ) -> PrefixCache:
-    """Runs the drafter over prefixes [B, P] with full attention, without gradients."""
-    cache = PrefixCache([], [], [])
+    """Runs the drafter over prefixes [B, P] with full attention, without gradients.
+
+    Args:
+        policy: what its choice goes by is kept.
+    """
+    cache = PrefixCache([], [], [], [])
     if not tokens.shape[1]:
         return cache
 
@@ -60,9 +71,14 @@ def read_prefix(
         queries, keys, values = (x.transpose(1, 2) for x in states)
         cache.keys.append(keys)
         cache.values.append(values)
-        if observation_tokens:
-            last = queries[:, :, -observation_tokens:]
+        if policy.observation_tokens:
+            last = queries[:, :, -policy.observation_tokens :]
             cache.queries.append(last.unflatten(1, (keys.shape[1], -1)).flatten(2, 3))
+        if policy.accumulates_attention:
+            sequences = zip(states[0], states[1], strict=True)
+            cache.attention.append(
+                torch.stack([accumulated_attention(q, k) for q, k in sequences])
+            )
         if layer == drafter.num_layers - 1:
             return None
         attended = F.scaled_dot_product_attention(

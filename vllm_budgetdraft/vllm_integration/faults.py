@@ -2,6 +2,8 @@
 
 import logging
 
+from vllm_budgetdraft.vllm_integration import metrics
+
 # Under vLLM's own logger, the only one that it configures.
 logger = logging.getLogger("vllm.budgetdraft")
 
@@ -22,6 +24,7 @@ class FaultLog:
             whose: the requests that draft nothing because of it.
         """
         self.num_faults += 1
+        metrics.FAULTS.labels(error=type(error).__name__).inc()
         if self.num_faults & (self.num_faults - 1) == 0:
             logger.error(
                 "drafting failed for %s (%d failures so far): %s: %s; generation goes "

@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_budgetdraft.config import RequestSettings
+
 
 @dataclass
 class Holding:
@@ -12,15 +14,16 @@ class Holding:
     Attributes:
         state: vLLM's object for the request; its identity tells a request from another
             one that reuses its id.
-        num_read: tokens of its context that the drafter has read.
-        is_read: whether those are in its cache, which from then on grows by drafting.
+        settings: what it asked for.
+        is_read: whether its context is in its cache, which from then on grows by
+            drafting.
         num_tokens: context length at the last draft.
         drafts: tokens drafted then.
     """
 
     slot: int
     state: Any
-    num_read: int = 0
+    settings: RequestSettings = RequestSettings()
     is_read: bool = False
     num_tokens: int = 0
     drafts: list[int] = field(default_factory=list)
@@ -49,9 +52,11 @@ class RequestSlots:
         holding = self._held.get(request_id)
         return holding if holding and holding.state is state else None
 
-    def take(self, request_id: str, state: Any) -> Holding:
+    def take(
+        self, request_id: str, state: Any, settings: RequestSettings | None = None
+    ) -> Holding:
         """A free slot for a request that holds none; one must be free."""
-        holding = Holding(self._free.pop(), state)
+        holding = Holding(self._free.pop(), state, settings or RequestSettings())
         self._held[request_id] = holding
         return holding
 
@@ -86,9 +91,10 @@ class RequestSlots:
             if live.get(request_id) is not holding.state
         ]
 
-    def idle(self, batch: Collection[str], wanted: int) -> list[str]:
-        """Ids to release, outside ``batch``, so that ``wanted`` slots become free."""
-        missing = wanted - len(self._free)
-        if missing <= 0:
-            return []
-        return [held for held in self._held if held not in batch][:missing]
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def idle(self, batch: Collection[str]) -> list[str]:
+        """Ids outside ``batch``, whose slots may go to others; the oldest first."""
+        return [held for held in self._held if held not in batch]

@@ -9,13 +9,11 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_budgetdraft import environment
+from vllm_budgetdraft.config import parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
-from vllm_budgetdraft.proposer.draft_proposer import (
-    FIRST_WIDTH,
-    DraftProposer,
-    MemoryPlan,
-    resolve_dtype,
-)
+from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
+from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
+from vllm_budgetdraft.vllm_integration import metrics
 from vllm_budgetdraft.vllm_integration.faults import FaultLog, logger
 from vllm_budgetdraft.vllm_integration.patches import runner_v1
 from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
@@ -55,6 +53,16 @@ class BudgetDraftProposer:
         )
         self._core.warm_up()
         self._log_memory(dtype)
+        native = self._core.drafter.config.max_position_embeddings
+        is_relative = self._core.config.position_mode == "cache_relative"
+        if self._max_model_len > native and not is_relative:
+            logger.warning(
+                "max_model_len=%d is beyond the %d tokens that the drafter was made "
+                "for (max_position_embeddings): drafts there may be poor; "
+                "position_mode='cache_relative' keeps its positions below",
+                self._max_model_len,
+                native,
+            )
 
     def bind(self, runner: Any) -> None:
         """Names the runner whose batch the next ``propose`` is about."""
@@ -101,6 +109,8 @@ class BudgetDraftProposer:
             self._slots = RequestSlots(self._num_slots)
             self._reading = None
             return [[] for _ in sampled_token_ids]
+        pool = self._core.cache.pool
+        metrics.PAGES_IN_USE.set(pool.num_pages - pool.num_free)
         return drafts
 
     def _requests(self, rows: list[tuple[int, np.ndarray, bool]]) -> list["_Request"]:
@@ -130,20 +140,17 @@ class BudgetDraftProposer:
         holdings = [self._holding(request) for request in requests]
         if self._reading and not any(held is self._reading for held in holdings):
             # Its request waits, and others may read: there is one buffer for prompts.
-            self._reading.num_read = 0
             self._reading = None
-        new = sum(holding is None for holding in holdings)
         batch = {request.request_id for request in requests}
-        for idle in self._slots.idle(batch, wanted=new):
-            self._release(idle)
-
         ready = []
         unread = self._core.config.draft_prefill_chunk  # that may be read in this step
         if half_read := self._reading:  # goes first, for the buffer is taken
             requests.sort(key=lambda request: self._holding(request) is not half_read)
         for request in requests:
             try:
-                holding = self._up_to_date(request)
+                holding = self._up_to_date(request, batch)
+                if holding is None:
+                    continue
                 if not holding.is_read:
                     unread -= self._read(request, holding, unread)
                 if holding.is_read and request.sampled:
@@ -155,8 +162,12 @@ class BudgetDraftProposer:
     def _holding(self, request: "_Request") -> Holding | None:
         return self._slots.get(request.request_id, request.state)
 
-    def _up_to_date(self, request: "_Request") -> Holding:
-        """A slot with pages, whose cache if it is read belongs to the context."""
+    def _up_to_date(self, request: "_Request", batch: set[str]) -> Holding | None:
+        """A slot with pages, whose cache if it is read belongs to the context.
+
+        Returns:
+            None for a request that asked for no drafts.
+        """
         holding = self._holding(request)
         if holding is not None and holding.is_read and request.sampled:
             if holding.continues(request.context):
@@ -165,13 +176,29 @@ class BudgetDraftProposer:
                 return holding
             self._release(request.request_id)
             holding = None
-        if holding is None:
-            holding = self._slots.take(request.request_id, request.state)
-            try:
-                self._core.start_request(holding.slot)
-            except PagePoolExhaustedError:
-                self._slots.release(request.request_id)
-                raise
+        return holding or self._start(request, batch)
+
+    def _start(self, request: "_Request", batch: set[str]) -> Holding | None:
+        """A slot with pages; if there is none, of requests outside the batch.
+
+        Raises:
+            PagePoolExhaustedError: too few pages are free even so.
+        """
+        params = request.state.sampling_params
+        settings = parse_request_settings(params and params.extra_args, self._config)
+        if settings.num_speculative_tokens == 0:
+            return None
+        idle = self._slots.idle(batch)
+        while idle and not (
+            self._slots.num_free and self._core.has_room(settings.kv_budget)
+        ):
+            self._release(idle.pop(0))
+        holding = self._slots.take(request.request_id, request.state, settings)
+        try:
+            self._core.start_request(holding.slot, settings.kv_budget)
+        except PagePoolExhaustedError:
+            self._slots.release(request.request_id)
+            raise
         return holding
 
     def _read(self, request: "_Request", holding: Holding, limit: int) -> int:
@@ -181,19 +208,21 @@ class BudgetDraftProposer:
         """
         if limit <= 0 or (self._reading is not None and self._reading is not holding):
             return 0
+        core, context = self._core, request.context
+        end = len(context) - (FIRST_WIDTH if request.sampled else FIRST_WIDTH - 1)
         if self._reading is None:
-            self._core.start_reading()
+            core.start_reading(end, holding.settings.kv_budget)
             self._reading = holding
-        context, start = request.context, holding.num_read
-        goal = len(context) - (FIRST_WIDTH if request.sampled else FIRST_WIDTH - 1)
-        tokens = torch.from_numpy(context[start:goal][:limit].astype(np.int64))
-        self._core.read(tokens.to(self._core.device))
-        holding.num_read += len(tokens)
-        if holding.num_read == goal:
-            self._core.finish_reading(holding.slot)
+        num_read = 0
+        while unread := core.unread(end)[: limit - num_read]:
+            tokens = context[unread.start : unread.stop].astype(np.int64)
+            core.read(torch.from_numpy(tokens).to(core.device))
+            num_read += len(unread)
+        if not core.unread(end):
+            core.finish_reading(holding.slot)
             self._reading, holding.is_read = None, True
             holding.num_tokens = len(context)
-        return len(tokens)
+        return num_read
 
     def _draft_ready(
         self, ready: list[tuple["_Request", Holding]]
@@ -215,7 +244,7 @@ class BudgetDraftProposer:
                 self._drop(request, FloatingPointError("logits are not finite"))
                 continue
             holding.num_tokens, holding.drafts = len(request.context), drafted
-            sound[request.row] = drafted
+            sound[request.row] = drafted[: holding.settings.num_speculative_tokens]
         return sound
 
     def _core_drafts(self, ready: list[tuple["_Request", Holding]]) -> list[list[int]]:
@@ -247,7 +276,7 @@ class BudgetDraftProposer:
     def _log_memory(self, dtype: torch.dtype) -> None:
         core, mib = self._core, 2**20
         plan = MemoryPlan.of(
-            self._config,
+            core.config,
             core.drafter.config,
             num_slots=self._num_slots,
             max_model_len=self._max_model_len,
@@ -259,8 +288,8 @@ class BudgetDraftProposer:
             "(%d requests x %d tokens, %.1f KiB each; the drafter's full cache would "
             "take %.1f KiB each), prompt scratch %.1f MiB",
             weights / mib,
-            core.cache.pool.num_bytes / mib,
-            self._num_slots,
+            plan.cache / mib,
+            plan.cache // plan.cache_per_request,
             core.cache.capacity,
             plan.cache_per_request / 1024,
             plan.full_cache_per_request / 1024,

@@ -14,10 +14,13 @@ from vllm_budgetdraft.config import BudgetDraftConfig, parse_speculative_config
 from vllm_budgetdraft.drafter.configuration import (
     check_vocabulary,
     read_drafter_config,
+    settle,
 )
 from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.eviction.catalogue import make_policy
+from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
+from vllm_budgetdraft.vllm_integration.patches import front_end
 
 PROPOSER = "vllm_budgetdraft.vllm_integration.runner_v1.BudgetDraftProposer"
 
@@ -46,6 +49,8 @@ def make_config(
 ) -> BudgetDraftSpeculativeConfig:
     """Checks everything that can be checked before the target's weights load.
 
+    Only processes that users talk to call this; they learn to check requests, too.
+
     Args:
         settings: the user's speculative config, less ``method``.
 
@@ -66,9 +71,19 @@ def make_config(
     select_operations(
         ours.attention_backend, torch.device(current_platform.device_type)
     )
-    check_vocabulary(
-        read_drafter_config(ours.model), target_model_config.get_vocab_size()
+    drafter = read_drafter_config(ours.model)
+    check_vocabulary(drafter, target_model_config.get_vocab_size())
+    max_model_len = target_model_config.max_model_len
+    MemoryPlan.of(
+        settle(ours, drafter, max_model_len),
+        drafter,
+        num_slots=1,  # at least; how many there will be is not known here
+        max_model_len=max_model_len,
+        dtype=resolve_dtype(
+            ours, current_platform.device_type, target_model_config.dtype
+        ),
     )
+    front_end.apply(BudgetDraftSpeculativeConfig)
     return BudgetDraftSpeculativeConfig(
         method="custom_class",
         model=PROPOSER,

@@ -1,0 +1,84 @@
+"""What the proposer allocates, all of it at start-up."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.drafter.configuration import head_dim
+from vllm_budgetdraft.errors import ConfigurationError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Sizes in bytes.
+
+    Attributes:
+        bytes_per_token: keys and values of one token, all layers.
+        cache_per_request: draft cache of one request, whatever its context.
+        full_cache_per_request: the same with every token of ``max_model_len`` kept.
+        num_pages: of the pool.
+        cache: the whole pool.
+        prompt_scratch: keys and values of the one prompt being read.
+    """
+
+    bytes_per_token: int
+    cache_per_request: int
+    full_cache_per_request: int
+    num_pages: int
+    cache: int
+    prompt_scratch: int
+
+    @classmethod
+    def of(
+        cls,
+        config: BudgetDraftConfig,
+        drafter: PretrainedConfig,
+        *,
+        num_slots: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+    ) -> "MemoryPlan":
+        """
+        Args:
+            config: settled, see ``settle``.
+            num_slots: requests that draft at once, given the memory.
+
+        Raises:
+            ConfigurationError: pool_memory_gib does not hold one request.
+        """
+        heads = drafter.num_hidden_layers * drafter.num_key_value_heads
+        per_token = 2 * heads * head_dim(drafter) * dtype.itemsize
+        capacity = config.cache_capacity(max_model_len)
+        num_pages = num_slots * capacity // config.page_size
+        page = config.page_size * per_token
+        if config.pool_memory_gib is not None:
+            num_pages = min(num_pages, int(config.pool_memory_gib * GIB) // page)
+            if num_pages * config.page_size < capacity:
+                raise ConfigurationError(
+                    f"pool_memory_gib={config.pool_memory_gib} is below the "
+                    f"{capacity * per_token / GIB:.3g} GiB of one request's draft "
+                    f"cache; raise it, or lower kv_budget={config.kv_budget} or "
+                    f"recent_window={config.recent_window}"
+                )
+        scratch = config.scratch_tokens(max_model_len, drafter.max_position_embeddings)
+        return cls(
+            bytes_per_token=per_token,
+            cache_per_request=capacity * per_token,
+            full_cache_per_request=max_model_len * per_token,
+            num_pages=num_pages,
+            cache=num_pages * page,
+            prompt_scratch=scratch * per_token,
+        )
+
+
+def resolve_dtype(
+    config: BudgetDraftConfig, device_type: str, target_dtype: torch.dtype
+) -> torch.dtype:
+    """What ``draft_dtype`` means on a device."""
+    if config.draft_dtype != "auto":
+        return getattr(torch, config.draft_dtype)
+    return torch.float32 if device_type == "cpu" else target_dtype

@@ -1,0 +1,18 @@
+"""What the proposer counts, for Prometheus.
+
+It counts in vLLM's worker. Where that is another process than the one that answers
+``/metrics``, numbers get there through the directory ``PROMETHEUS_MULTIPROC_DIR``.
+"""
+
+from prometheus_client import Counter, Gauge
+
+FAULTS = Counter(
+    "vllm_budgetdraft:draft_faults",
+    "Failures in drafting; what they struck was generated without drafts.",
+    ["error"],
+)
+PAGES_IN_USE = Gauge(
+    "vllm_budgetdraft:pages_in_use",
+    "Pages of the draft cache that requests hold.",
+    multiprocess_mode="mostrecent",
+)
