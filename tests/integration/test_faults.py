@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from tests.support.adapter import Engine, Request
 from tests.support.engines import DRAFTER, Job, book_tokens, run_jobs
@@ -11,6 +12,7 @@ from tests.support.policies import (
     CORRUPTS_THE_TABLE,
     EXHAUSTS_THE_POOL,
     FAILS_ON_LONG_PROMPTS,
+    KEEPS_TOO_MUCH,
     POISONS_LONG_PROMPTS,
 )
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -58,7 +60,9 @@ def log(monkeypatch) -> Iterator[list[str]]:
     yield lines
 
 
-@pytest.mark.parametrize("policy", [FAILS_ON_LONG_PROMPTS, POISONS_LONG_PROMPTS])
+@pytest.mark.parametrize(
+    "policy", [FAILS_ON_LONG_PROMPTS, KEEPS_TOO_MUCH, POISONS_LONG_PROMPTS]
+)
 def test_others_draft_as_if_the_faulty_one_were_not_there(
     policy, drafter_folder, others_drafts, log
 ):
@@ -149,12 +153,19 @@ def test_a_corrupted_table_ends_the_drafting_of_its_request(
     engine.core.cache.check_invariants()
 
 
-def test_failures_are_logged_ever_more_rarely(log):
+def counted(error: str) -> float:
+    labels = {"error": error}
+    name = "vllm_budgetdraft:draft_faults_total"
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def test_every_failure_is_counted_and_ever_fewer_are_logged(log):
     from vllm_budgetdraft.vllm_integration.faults import FaultLog
 
-    faults = FaultLog()
+    before, faults = counted("ZeroDivisionError"), FaultLog()
     for _ in range(100):
-        faults.report("request 1", ValueError("why"))
+        faults.report("request 1", ZeroDivisionError("why"))
+    assert faults.num_faults == counted("ZeroDivisionError") - before == 100
     assert [line.split("(")[1].split(" ")[0] for line in log] == [
         "1", "2", "4", "8", "16", "32", "64",
     ]  # fmt: skip
@@ -178,6 +189,7 @@ def plain() -> dict[str, list[list[int]]]:
     [
         pytest.param(FAILS_ON_LONG_PROMPTS, False, True, id="raises"),
         pytest.param(POISONS_LONG_PROMPTS, False, True, id="poisons"),
+        pytest.param(KEEPS_TOO_MUCH, False, True, id="keeps_too_much"),
         # Found before its second draft.
         pytest.param(CORRUPTS_THE_TABLE, True, True, id="corrupts"),
         # It has its own pages by then.

@@ -10,23 +10,27 @@ budget. Both have so few KV blocks that long requests preempt each other.
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
+from tests.support.adapters import write_adapter
 from tests.support.engines import (
     DRAFTER,
     TARGET,
-    Course,
     EngineProcess,
-    Played,
     Request,
     SteppedEngine,
     book_tokens,
     engine_process,
 )
+from tests.support.scripts import (
+    all_at_once,
+    check,
+    gains_after,
+    has_generated,
+    of_book,
+)
+from vllm_budgetdraft.errors import UnsupportedVllmError
 
 pytestmark = pytest.mark.vllm
 
@@ -87,49 +91,16 @@ def self_drafting(common: dict) -> Iterator[EngineProcess]:
 
 @pytest.fixture(scope="module")
 def budgeted(common: dict) -> Iterator[EngineProcess]:
-    settings = draft(model=DRAFTER, kv_budget=96, recent_window=48, local_tokens=32)
+    settings = draft(
+        model=DRAFTER,
+        eviction_policy="heavy_hitter",
+        draft_prefill="streaming",
+        draft_prefill_chunk=150,
+        kv_budget=96,
+        recent_window=48,
+    )
     with engine_process(common | FEW_BLOCKS | EXTRAS | settings) as engine:
         yield engine
-
-
-def of_book(
-    num_prompt: int, max_tokens: int, start: int = 0, **options: object
-) -> Request:
-    sampling = {"max_tokens": max_tokens, "ignore_eos": True}
-    return Request(book_tokens(num_prompt, start), sampling, **options)
-
-
-def all_at_once(engine: SteppedEngine, requests: list[Request]) -> None:
-    for i, each in enumerate(requests):
-        engine.add(f"request {i}", each)
-
-
-def check(played: Played, plain: EngineProcess, *, refused: float = 1.0) -> None:
-    """Every token is plain vLLM's; at most the share ``refused`` of drafts was wrong.
-
-    Of an aborted request, the tokens up to there.
-    """
-    expected = plain.play(all_at_once, [c.request for c in played.courses]).courses
-    for course, plain_course in zip(played.courses, expected, strict=True):
-        if course.finish_reason is None:
-            length = len(course.token_ids)
-            assert course.token_ids == plain_course.token_ids[:length], course.name
-            continue
-        assert course.outputs == plain_course.outputs, course.name
-        assert course.text == plain_course.text, course.name
-        assert course.finish_reason == plain_course.finish_reason, course.name
-    assert played.accepted > 0
-    assert played.drafted - played.accepted <= refused * played.drafted
-
-
-def has_generated(course: Course, num_tokens: int):
-    return lambda: len(course.token_ids) >= num_tokens
-
-
-def gains_after(course: Course, num_tokens: int) -> list[int]:
-    """What the steps brought once there were ``num_tokens``."""
-    pairs = zip(course.lengths, course.gains, strict=True)
-    return [gain for length, gain in pairs if length > num_tokens]
 
 
 def test_preempted_requests_draft_on_where_they_were(self_drafting, plain):
@@ -352,29 +323,7 @@ def test_nothing_is_drafted_from_the_ids_that_embeddings_do_not_have(budgeted):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a LoRA adapter that changes what the target says."""
-    folder = tmp_path_factory.mktemp("adapter")
-    config = json.loads((Path(TARGET) / "config.json").read_text())
-    width, rank = config["hidden_size"], 8
-    random_numbers = torch.Generator().manual_seed(0)
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            for part, shape in (("A", (rank, width)), ("B", (width, rank))):
-                weight = torch.randn(shape, generator=random_numbers) / 8
-                weights[f"{prefix}.lora_{part}.weight"] = weight
-    save_file(weights, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return str(folder)
+    return write_adapter(tmp_path_factory.mktemp("adapter"), TARGET)
 
 
 def test_a_target_with_an_adapter_beside_one_without(budgeted, plain, adapter):
@@ -386,6 +335,54 @@ def test_a_target_with_an_adapter_beside_one_without(budgeted, plain, adapter):
     played = budgeted.play(all_at_once, requests)
     assert played.courses[0].token_ids != played.courses[1].token_ids
     check(played, plain)
+
+
+def asking(**extra_args: int) -> Request:
+    """A request for which drafting is to do less."""
+    request = of_book(200, 60, start=150)
+    request.sampling["extra_args"] = extra_args
+    return request
+
+
+def test_a_request_that_asks_for_no_drafts_gets_none_beside_one_that_drafts(
+    budgeted, plain
+):
+    requests = [asking(num_speculative_tokens=0), of_book(120, 60, start=60)]
+    played = budgeted.play(all_at_once, requests)
+    assert set(played.courses[0].gains) == {1}
+    assert max(played.courses[1].gains) > 1
+    check(played, plain)
+
+
+def test_a_request_may_ask_for_fewer_drafts_and_a_smaller_budget(budgeted, plain):
+    requests = [asking(num_speculative_tokens=2, kv_budget=32), asking(kv_budget=40)]
+    played = budgeted.play(all_at_once, requests)
+    assert max(played.courses[0].gains) == 3
+    assert max(played.courses[1].gains) > 3
+    check(played, plain)
+
+
+def too_much(engine: SteppedEngine) -> None:
+    for extra_args in ({"kv_budget": 97}, {"num_speculative_tokens": NUM_DRAFTS + 1}):
+        with pytest.raises(ValueError, match="this server allows"):
+            engine.add("refused", asking(**extra_args))
+    engine.add("next", of_book(80, 20))
+
+
+def test_a_request_that_asks_for_more_is_refused_and_the_next_is_served(
+    budgeted, plain
+):
+    check(budgeted.play(too_much), plain)
+
+
+def deep_sleep(engine: SteppedEngine) -> None:
+    with pytest.raises(UnsupportedVllmError, match="sleep level 2.*use level 1"):
+        engine.sleep(level=2)
+    engine.add("after it", of_book(80, 20))
+
+
+def test_sleep_that_would_lose_the_drafters_weights_is_refused(budgeted, plain):
+    check(budgeted.play(deep_sleep), plain)
 
 
 def at_random(engine: SteppedEngine, seed: int) -> None:

@@ -203,6 +203,9 @@ class SteppedEngine:
         self.courses.append(course)
         return course
 
+    def sleep(self, level: int) -> None:
+        self._llm.sleep(level)
+
     def abort(self, name: str) -> Course:
         self._engine.abort_request([name])
         return self.live.pop(name)

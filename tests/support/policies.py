@@ -41,6 +41,14 @@ class PoisonsLongPrompts(EverySecond):
         return super().select(states, budget)
 
 
+class KeepsTooMuch(EverySecond):
+    """Keeps positions that a prompt of more than 700 tokens does not have."""
+
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        kept = super().select(states, budget)
+        return kept + states.num_tokens * (states.num_tokens > 700)
+
+
 class KnowsItsCache(EverySecond):
     """Knows the cache of its process and the slot that was started last."""
 
@@ -77,5 +85,6 @@ class ExhaustsThePool(KnowsItsCache):
 
 
 POISONS_LONG_PROMPTS = f"{__name__}:PoisonsLongPrompts"
+KEEPS_TOO_MUCH = f"{__name__}:KeepsTooMuch"
 CORRUPTS_THE_TABLE = f"{__name__}:CorruptsTheTable"
 EXHAUSTS_THE_POOL = f"{__name__}:ExhaustsThePool"

@@ -44,7 +44,16 @@ def test_without_the_package_auto_is_torch_and_triton_by_name_is_refused(monkeyp
         select_operations("triton", GPU)
 
 
-def test_a_proposer_drafts_the_same_with_either(drafter_folder):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"eviction_policy": "heavy_hitter", "position_mode": "cache_relative"},
+        {"eviction_policy": "observation_window", "draft_prefill": "streaming"},
+    ],
+    ids=["default", "heavy_hitter_relative", "observation_window_streaming"],
+)
+def test_a_proposer_drafts_the_same_with_either(drafter_folder, settings):
     pytest.importorskip("triton")
 
     def history(backend: str) -> list[dict[int, list[int]]]:
@@ -57,6 +66,8 @@ def test_a_proposer_drafts_the_same_with_either(drafter_folder):
             kv_budget=40,
             page_size=8,
             recent_window=20,
+            draft_prefill_chunk=50,
+            **settings,
         )
         proposer.warm_up()
         requests = Requests(proposer)

@@ -54,7 +54,11 @@ def test_the_pool_is_slots_times_capacity_times_bytes_per_token(
     assert plan.cache == pool_bytes(proposer)
     assert plan.cache_per_request == capacity * per_token
     assert plan.full_cache_per_request == max_model_len * per_token
-    assert plan.prompt_scratch == proposer.prompt.num_bytes
+    prompt = proposer.prompt
+    assert plan.prompt_scratch == bytes_in(prompt.keys, prompt.values)
+    # In float32, the attention of each key: 3 layers, 2 KV heads.
+    counts = 3 * 2 * 4 * prompt.max_tokens * ("heavy" in str(settings))
+    assert prompt.num_bytes == plan.prompt_scratch + counts
 
 
 def test_neither_long_contexts_nor_many_requests_make_the_pool_grow(drafter_folder):

@@ -64,7 +64,8 @@ class PromptAttention:
 
     @property
     def num_bytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
+        received = 0 if self._received is None else self._received.nbytes
+        return self._keys.nbytes + self._values.nbytes + received
 
     @property
     def keys(self) -> Tensor:

@@ -147,6 +147,12 @@ class DraftProposer:
         )
         return cls(drafter, policy, cache, prompt, config, operations, max_model_len)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What prompts are read through, and attention is counted in."""
+        counted = 0 if self._page_mass is None else self._page_mass.nbytes
+        return self.prompt.num_bytes + counted
+
     def start_request(self, slot: int, kv_budget: int | None = None) -> None:
         """Gives a slot its pages.
 

@@ -53,16 +53,7 @@ class BudgetDraftProposer:
         )
         self._core.warm_up()
         self._log_memory(dtype)
-        native = self._core.drafter.config.max_position_embeddings
-        is_relative = self._core.config.position_mode == "cache_relative"
-        if self._max_model_len > native and not is_relative:
-            logger.warning(
-                "max_model_len=%d is beyond the %d tokens that the drafter was made "
-                "for (max_position_embeddings): drafts there may be poor; "
-                "position_mode='cache_relative' keeps its positions below",
-                self._max_model_len,
-                native,
-            )
+        self._warn_of_long_contexts()
 
     def bind(self, runner: Any) -> None:
         """Names the runner whose batch the next ``propose`` is about."""
@@ -286,15 +277,27 @@ class BudgetDraftProposer:
         logger.info(
             "BudgetDraft memory: drafter weights %.1f MiB, draft cache %.1f MiB "
             "(%d requests x %d tokens, %.1f KiB each; the drafter's full cache would "
-            "take %.1f KiB each), prompt scratch %.1f MiB",
+            "take %.1f KiB each), scratch %.1f MiB",
             weights / mib,
             plan.cache / mib,
             plan.cache // plan.cache_per_request,
             core.cache.capacity,
             plan.cache_per_request / 1024,
             plan.full_cache_per_request / 1024,
-            plan.prompt_scratch / mib,
+            core.scratch_bytes / mib,
         )
+
+    def _warn_of_long_contexts(self) -> None:
+        native = self._core.drafter.config.max_position_embeddings
+        is_absolute = self._core.config.position_mode == "absolute"
+        if is_absolute and self._max_model_len > native:
+            logger.warning(
+                "max_model_len=%d is beyond the %d tokens that the drafter was made "
+                "for (max_position_embeddings): drafts there may be poor; "
+                "position_mode='cache_relative' keeps its positions below",
+                self._max_model_len,
+                native,
+            )
 
 
 @dataclass(frozen=True)
