@@ -2,12 +2,21 @@
 
 Covers: 8 prompts of 3 to 4,000 tokens in one batch, prompts longer than a prefill
 chunk, outputs longer than the recent window (so that pages are recycled), stop strings,
-ignore_eos, requests that end at max_model_len beside others that go on, every policy.
+ignore_eos, requests that end at max_model_len beside others that go on, every policy,
+and prompts of 8 times what the drafter was made for.
 """
 
 import pytest
 
-from tests.support.engines import DRAFTER, TARGET, Answer, Job, book_tokens, run_jobs
+from tests.support.engines import (
+    DRAFTER,
+    NATIVE_512,
+    TARGET,
+    Answer,
+    Job,
+    book_tokens,
+    run_jobs,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -54,10 +63,25 @@ def draft(**settings: object) -> dict[str, object]:
         pytest.param({"speculative_config": draft()}, id="chunk_retrieval"),
         pytest.param(
             {
-                "speculative_config": draft(eviction_policy="sink_window"),
+                "speculative_config": draft(
+                    eviction_policy="sink_window", draft_prefill="streaming"
+                ),
                 "max_num_batched_tokens": 512,
             },
-            id="sink_window-chunked_prefill",
+            id="sink_window-streaming",
+        ),
+        pytest.param(
+            {"speculative_config": draft(model=NATIVE_512)}, id="beyond_native_range"
+        ),
+        pytest.param(
+            {
+                "speculative_config": draft(
+                    model=NATIVE_512,
+                    position_mode="cache_relative",
+                    eviction_policy="heavy_hitter",
+                )
+            },
+            id="heavy_hitter-cache_relative",
         ),
         pytest.param(
             {

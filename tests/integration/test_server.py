@@ -1,106 +1,126 @@
 """The OpenAI-compatible server with BudgetDraft, as a client sees it."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.engines import DRAFTER, TARGET, wait_until
+from tests.support.engines import DRAFTER
+from tests.support.servers import Server, serve
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 pytestmark = pytest.mark.vllm
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+PROMPT = "It was a dark night, and the old man sat by the fire"
+MESSAGES = [{"role": "user", "content": PROMPT}]
+REQUEST = {"model": "books", "temperature": 0.0, "max_tokens": 48}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     template = folder / "chat.jinja"
     template.write_text(CHAT_TEMPLATE)
-    port = free_port()
     settings = {
         "method": "budgetdraft",
         "model": DRAFTER,
         "num_speculative_tokens": 4,
         "kv_budget": 256,
     }
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        TARGET,
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--served-model-name", "books"),
-        *("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "4"),
-        *("--enforce-eager", "--chat-template", str(template)),
+    with serve(
+        folder,
+        *("--max-num-seqs", "4", "--chat-template", str(template)),
         *("--speculative-config", json.dumps(settings)),
-    ]
-    log = folder / "server.log"
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **os.environ}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment
-        )
-    url = f"http://127.0.0.1:{port}"
-
-    def is_up() -> bool:
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            return urllib.request.urlopen(f"{url}/health", timeout=2).status == 200
-        except OSError:
-            return False
-
-    try:
-        assert wait_until(is_up, seconds=180), log.read_text()[-3000:]
-        yield url
-        # Read before the end: vLLM's output handler may log its own engine's shutdown.
-        text = log.read_text()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
-    assert "BudgetDraft memory" in text
-    assert "Traceback" not in text, text[-3000:]
+    ) as server:
+        assert "BudgetDraft memory" in server.log.read_text()
+        yield server
 
 
-def test_completions_and_chats_stream_and_metrics_count_them(server: str) -> None:
+@pytest.fixture(scope="module")
+def client(server: Server) -> "OpenAI":
     from openai import OpenAI
 
-    client = OpenAI(base_url=f"{server}/v1", api_key="unused")
-    prompt = "It was a dark night, and the old man sat by the fire"
-    request = {"model": "books", "temperature": 0.0, "max_tokens": 48}
+    return OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
 
-    whole = client.completions.create(prompt=prompt, **request)
-    pieces = client.completions.create(prompt=prompt, stream=True, **request)
+
+def complete(client: "OpenAI", **xargs: Any) -> str:
+    completion = client.completions.create(
+        prompt=PROMPT, extra_body={"vllm_xargs": xargs}, **REQUEST
+    )
+    return completion.choices[0].text
+
+
+def test_completions_and_chats_stream(client: "OpenAI") -> None:
+    whole = client.completions.create(prompt=PROMPT, **REQUEST)
+    pieces = client.completions.create(prompt=PROMPT, stream=True, **REQUEST)
     streamed = [piece.choices[0].text for piece in pieces]
     assert len(streamed) > 1
     assert "".join(streamed) == whole.choices[0].text
     assert whole.usage.completion_tokens == 48
 
-    messages = [{"role": "user", "content": prompt}]
-    chunks = client.chat.completions.create(messages=messages, stream=True, **request)
+    chunks = client.chat.completions.create(messages=MESSAGES, stream=True, **REQUEST)
     told = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert len(told) > 20
 
-    with urllib.request.urlopen(f"{server}/metrics", timeout=10) as reply:
-        lines = reply.read().decode().splitlines()
-    counted = {
-        name: sum(float(x.split()[-1]) for x in lines if x.startswith(f"{name}{{"))
-        for name in (
-            "vllm:spec_decode_num_draft_tokens_total",
-            "vllm:spec_decode_num_accepted_tokens_total",
-        )
-    }
-    assert all(value > 0 for value in counted.values()), counted
+
+def test_metrics_are_vllms_and_ours(server: Server, client: "OpenAI") -> None:
+    complete(client)
+    metrics = server.metrics()
+    assert metrics["vllm:generation_tokens_total"] >= 48
+    assert metrics["vllm:spec_decode_num_draft_tokens_total"] > 0
+    assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
+    assert metrics["vllm_budgetdraft:pages_in_use"] > 0
+    # Of a counter with labels nothing is shown before it first counts.
+    assert metrics["vllm_budgetdraft:draft_faults_total"] == 0
+
+
+@pytest.mark.parametrize(
+    ("xargs", "most_per_step"),
+    [
+        ({"num_speculative_tokens": 0}, 0),
+        ({"num_speculative_tokens": 2, "kv_budget": 64}, 2),
+    ],
+)
+def test_a_request_that_asks_for_less_gets_the_same_text(
+    xargs, most_per_step, server, client
+):
+    text = complete(client)
+    before = server.metrics()
+    assert complete(client, **xargs) == text
+    after = server.metrics()
+    names = ("num_drafts", "num_draft_tokens")
+    num_steps, num_tokens = (
+        after[name] - before[name]
+        for name in (f"vllm:spec_decode_{each}_total" for each in names)
+    )
+    assert num_tokens <= most_per_step * num_steps
+    assert (num_tokens > 0) == (most_per_step > 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "limits"),
+    [
+        ("kv_budget", 257, "16 to 256"),
+        ("kv_budget", 8, "16 to 256"),
+        ("kv_budget", "many", "integer"),
+        ("num_speculative_tokens", 5, "0 to 4"),
+        ("num_speculative_tokens", -1, "0 to 4"),
+    ],
+)
+def test_what_the_server_does_not_allow_is_a_bad_request(key, value, limits, client):
+    from openai import BadRequestError
+
+    options = {"extra_body": {"vllm_xargs": {key: value}}, **REQUEST}
+    for ask in (
+        lambda: client.completions.create(prompt=PROMPT, **options),
+        lambda: client.chat.completions.create(messages=MESSAGES, **options),
+    ):
+        with pytest.raises(BadRequestError) as caught:
+            ask()
+        for part in (f"{key}={value!r}", limits):
+            assert part in caught.value.message
+    assert complete(client)

@@ -20,17 +20,17 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
+NUM_DRAFTS = 4
 
 
-def ended(worker: Any) -> list[tuple[int, bool, int, list[int]]]:
-    """What a rank's proposer knows of the requests that were in its last step."""
+def last_drafts(worker: Any) -> list[tuple[int, int, list[int]]]:
+    """Slot, context length and drafts of each request that a rank holds."""
     held = worker.model_runner.drafter._slots._held
-    return [
-        (h.slot, h.is_read, h.num_tokens, h.drafts) for _, h in sorted(held.items())
-    ]
+    return [(h.slot, h.num_tokens, h.drafts) for _, h in sorted(held.items())]
 
 
-def _generate(folder: str, speculative_config: dict[str, Any] | None) -> Any:
+def generate(folder: str) -> tuple[list[list[list[int]]], list[Any]]:
+    """Tokens without drafts and with them, and what each rank drafted last."""
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -49,40 +49,41 @@ def _generate(folder: str, speculative_config: dict[str, Any] | None) -> Any:
         distributed_executor_backend="mp",
         max_model_len=512,
         max_num_seqs=3,
-        speculative_config=speculative_config,
+        speculative_config={
+            "method": "budgetdraft",
+            "model": folder,
+            "num_speculative_tokens": NUM_DRAFTS,
+            "kv_budget": 64,
+        },
     )
     prompts = [models.random_tokens(n, seed=n).tolist() for n in (5, 40, 150, 300)]
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(
-            temperature=0.0, max_tokens=60, ignore_eos=True, detokenize=False
-        ),
-        use_tqdm=False,
-    )
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    if speculative_config is None:
-        return tokens, None
-    return tokens, llm.collective_rpc(ended)
+    sampling = {
+        "temperature": 0.0,
+        "max_tokens": 40,
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+    tokens = []
+    for asked in ({"num_speculative_tokens": 0}, None):
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            SamplingParams(**sampling, extra_args=asked),
+            use_tqdm=False,
+        )
+        tokens.append([list(output.outputs[0].token_ids) for output in outputs])
+    drafted = llm.collective_rpc(last_drafts)
+    llm.llm_engine.engine_core.shutdown()  # else its processes stay
+    return tokens, drafted
 
 
-def generate(*args: Any) -> Any:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as processes:
-        return processes.submit(_generate, *args).result()
-
-
-def test_both_ranks_draft_the_same_and_the_output_is_plain_vllms(
+def test_both_ranks_draft_the_same_and_the_output_is_that_without_drafts(
     tmp_path: Path,
 ) -> None:
     folder = str(models.write_model(tmp_path, models.llama(**SIZES)))
-    settings = {
-        "method": "budgetdraft",
-        "model": folder,
-        "num_speculative_tokens": 4,
-        "kv_budget": 64,
-    }
-    plain, _ = generate(folder, None)
-    drafted, (first, second) = generate(folder, settings)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as processes:
+        (plain, drafted), ranks = processes.submit(generate, folder).result()
     assert drafted == plain
-    assert first == second
-    assert any(len(drafts) == 4 for *_, drafts in first)
+    assert len(ranks) == 2
+    assert ranks[0] == ranks[1]
+    assert any(len(drafts) == NUM_DRAFTS for *_, drafts in ranks[0])

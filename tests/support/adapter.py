@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 
 from tests.support.drafting import build_proposer
+from tests.support.models import VOCAB_SIZE
 
 
 class Request:
-    """vLLM's object for a request; little but its identity matters."""
+    """vLLM's object for a request; its identity, and what it asks of us, matter."""
 
-    prompt_embeds = None
-    sampling_params = None
+    prompt_embeds: Any = None
+
+    def __init__(self, **extra_args: Any) -> None:
+        self.sampling_params = SimpleNamespace(extra_args=extra_args)
 
 
 class Engine:
@@ -42,25 +45,35 @@ class Engine:
         self.prefilling: set[str] = set()
         self.waiting: set[str] = set()
 
+    @property
+    def batch(self) -> list[str]:
+        return [name for name in self.requests if name not in self.waiting]
+
     def start(self, name: str, num_tokens: int) -> None:
         self.requests[name] = Request()
-        self.tokens[name] = [i * 7 % 97 for i in range(num_tokens)]
+        self.tokens[name] = [i * 7 % VOCAB_SIZE for i in range(num_tokens)]
 
     def finish(self, name: str) -> None:
         del self.requests[name], self.tokens[name]
 
-    def step(self) -> dict[str, list[int]]:
-        """Drafts of the batch; then the target's next token follows."""
-        names = [name for name in self.requests if name not in self.waiting]
+    def propose(self) -> dict[str, list[int]]:
+        """Drafts of the batch."""
+        names = self.batch
         lengths = np.array([len(self.tokens[name]) for name in names], dtype=np.int64)
-        token_ids = np.zeros((len(names), self.max_model_len), dtype=np.int32)
+        # What lies beyond a context is anything.
+        shape = (len(names), self.max_model_len)
+        token_ids = np.full(shape, VOCAB_SIZE - 1, dtype=np.int32)
         for row, name in enumerate(names):
             token_ids[row, : lengths[row]] = self.tokens[name]
         sampled = [[] if name in self.prefilling else [1] for name in names]
         rows = SimpleNamespace(req_ids=names)
         self.proposer.bind(SimpleNamespace(requests=self.requests, input_batch=rows))
         drafts = self.proposer.propose(sampled, lengths, token_ids)
-        for name in names:
-            if name not in self.prefilling:
-                self.tokens[name].append(len(self.tokens[name]) % 97)
         return dict(zip(names, drafts, strict=True))
+
+    def step(self) -> dict[str, list[int]]:
+        """Drafts of the batch; then the target's next token follows."""
+        drafts = self.propose()
+        for name in drafts.keys() - self.prefilling:
+            self.tokens[name].append(len(self.tokens[name]) % VOCAB_SIZE)
+        return drafts

@@ -14,6 +14,8 @@ from typing import Any
 MODELS = Path(__file__).resolve().parents[2] / "models"
 TARGET = str(MODELS / "books-9m")
 DRAFTER = str(MODELS / "books-9m-drafter")
+#: A drafter that has never seen a position beyond 511.
+NATIVE_512 = str(MODELS / "books-9m-native512")
 
 #: In float32 an argmax does not depend on how many tokens vLLM verifies at once.
 ENGINE_ARGS = {

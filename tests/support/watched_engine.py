@@ -1,0 +1,183 @@
+"""An engine that knows what its drafter has to do, and compares."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.support.adapter import Engine, Request
+from tests.support.list_twin import ListTwin
+from vllm_budgetdraft.config import RequestSettings
+from vllm_budgetdraft.errors import PagePoolExhaustedError
+
+
+class WatchedEngine(Engine):
+    """Checks every proposal against twins of what the drafter reads and drafts.
+
+    Attributes:
+        twins: of the requests whose context has been read.
+        failed: requests that draft no more, for their policy fails on purpose.
+    """
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        # float64, so that rounding decides between no two tokens or positions.
+        super().__init__(folder, dtype=torch.float64, **settings)
+        core, proposer = self.core, self.proposer
+        for owner, name, watcher in (
+            (core, "start_reading", self._start_reading),
+            (core, "read", self._read),
+            (core, "finish_reading", self._finish_reading),
+            (core, "draft", self._draft),
+            (proposer, "_read", self._read_for),
+            (proposer, "_release", self._release),
+        ):
+            setattr(owner, name, partial(watcher, getattr(owner, name)))
+        proposer._faults.report = self._report
+        self.twins: dict[str, ListTwin] = {}
+        self.failed: dict[str, Request] = {}
+        self._reader = ""
+        self._half_read: tuple[str, ListTwin]
+
+    def propose(self) -> dict[str, list[int]]:
+        self._num_read, self._lost = 0, set[str]()
+        self._drafted: dict[str, list[int]] = {}
+        self._wrong: dict[str, list[int]] = {}
+        self._errors: dict[str, Exception] = {}
+        drafts = super().propose()
+        for name, error in self._errors.items():
+            if "on purpose" in str(error):
+                assert self.failed.get(name) is not self.requests[name], name
+                self.failed[name] = self.requests[name]
+            elif not isinstance(error, PagePoolExhaustedError):
+                raise error
+        assert not self._wrong, self._wrong
+        assert self._lost <= self._errors.keys(), self._lost
+        self._check_slots()
+        for name, drafted in drafts.items():
+            assert drafted == self._due(name), (name, drafted)
+        return drafts
+
+    def check_pages(self) -> None:
+        """Pages in use are those that the requests must hold, each by its budget."""
+        cache, held = self.core.cache, self.proposer._slots._held
+        cache.check_invariants()
+        assert len({holding.slot for holding in held.values()}) == len(held)
+        needed = sum(self._num_pages(name) for name in held)
+        assert cache.pool.num_pages - cache.pool.num_free == needed, held
+
+    def _check_slots(self) -> None:
+        """Whoever may draft does, or waits for room or for its turn to read."""
+        self.check_pages()
+        held, chunk = self.proposer._slots._held, self.core.config.draft_prefill_chunk
+        for name, holding in held.items():
+            assert holding.state is self.requests.get(name), name
+            assert self._is_drafted_for(name), name
+        assert self.twins.keys() <= held.keys()
+        assert self._num_read <= chunk
+        running = self._running
+        for name in running:
+            if name not in held:
+                assert isinstance(self._errors[name], PagePoolExhaustedError), name
+                # Nobody holds pages idly, and what is free now is too little, unless
+                # another one has failed since.
+                assert held.keys() <= running, (name, held.keys())
+                num_free = self.core.cache.pool.num_free
+                has_failed = self._errors.keys() & self.failed.keys()
+                assert num_free < self._num_pages(name) or has_failed, name
+            elif name not in self.twins:
+                assert self._num_read == chunk, name
+
+    @property
+    def _running(self) -> set[str]:
+        """Requests of the batch that may draft."""
+        names = {name for name in self.batch if self._room(name) > 0}
+        return set(filter(self._is_drafted_for, names))
+
+    def _due(self, name: str) -> list[int]:
+        """What a request of the batch must be given."""
+        if name in self.prefilling or name not in self.twins or self._room(name) <= 0:
+            return []
+        asked = self._asked(name).num_speculative_tokens
+        return self._drafted[name][:asked][: self._room(name)]
+
+    def _asked(self, name: str) -> RequestSettings:
+        return RequestSettings(**self.requests[name].sampling_params.extra_args)
+
+    def _is_drafted_for(self, name: str) -> bool:
+        request = self.requests[name]
+        has_failed = self.failed.get(name) is request
+        asks_for_none = self._asked(name).num_speculative_tokens == 0
+        return request.prompt_embeds is None and not has_failed and not asks_for_none
+
+    def _num_pages(self, name: str) -> int:
+        config, budget = self.core.config, self._asked(name).kv_budget
+        return config.cache_capacity(self.max_model_len, budget) // config.page_size
+
+    def _room(self, name: str) -> int:
+        """Tokens that may follow the context, less the target's last."""
+        return self.max_model_len - 1 - len(self.tokens[name])
+
+    def _num_readable(self, name: str) -> int:
+        """Drafting feeds the last two tokens; there will be another one by then."""
+        return len(self.tokens[name]) - (1 if name in self.prefilling else 2)
+
+    def _name_of(self, slot: int) -> str:
+        held = self.proposer._slots._held
+        return next(name for name in held if held[name].slot == slot)
+
+    def _read_for(self, original: Callable, request: Any, *rest: Any) -> int:
+        self._reader = request.request_id
+        num_read = original(request, *rest)
+        self._num_read += num_read
+        return num_read
+
+    def _start_reading(self, original: Callable, num_tokens: int, budget: int) -> None:
+        original(num_tokens, budget)
+        name = self._reader
+        asked, num_readable = self._asked(name), self._num_readable(name)
+        self._half_read = name, ListTwin(self.core, asked.kv_budget, num_readable)
+
+    def _read(self, original: Callable, tokens: Tensor) -> None:
+        original(tokens)
+        name, twin = self._half_read
+        assert name == self._reader, (name, self._reader)
+        twin.read(self.tokens[name], len(tokens))
+
+    def _finish_reading(self, original: Callable, slot: int) -> None:
+        original(slot)
+        name, twin = self._half_read
+        assert name == self._reader == self._name_of(slot), (name, self._reader)
+        assert twin.num_seen == self._num_readable(name), name
+        twin.finish(self.tokens[name])
+        self.twins[name] = twin
+
+    def _draft(self, original: Callable, slots: Tensor, *rest: Any) -> Any:
+        result = original(slots, *rest)
+        for slot, drafts in zip(slots.tolist(), result[0].tolist(), strict=True):
+            name = self._name_of(slot)
+            self._drafted[name] = drafts
+            twin = self.twins.get(name)
+            if twin is None or not twin.agrees(self.tokens[name], drafts):
+                self._wrong[name] = drafts
+        return result
+
+    def _release(self, original: Callable, name: str) -> None:
+        """Pages are taken from nobody who still needs them."""
+        slots, cache, running = self.proposer._slots, self.core.cache, self._running
+        twin = self.twins.pop(name, None)
+        is_over = slots.get(name, self.requests.get(name)) is None
+        if not is_over and name not in running:
+            has_room = slots.num_free and cache.pool.num_free >= cache.pages_per_slot
+            assert not has_room, name
+            assert name == next(held for held in slots._held if held not in running)
+        elif not is_over:
+            samples = name not in self.prefilling
+            if not (twin and samples and not twin.goes_on(self.tokens[name])):
+                self._lost.add(name)
+        original(name)
+
+    def _report(self, whose: str, error: Exception) -> None:
+        self._errors[whose.removeprefix("request ")] = error
