@@ -226,6 +226,7 @@ class DraftProposer:
         prompt = self.prompt
         while len(tokens):
             room = prompt.max_tokens - prompt.num_held
+            assert room > 0, (prompt.max_tokens, len(tokens))
             chunk, tokens = tokens[:room], tokens[room:]
             start = prompt.num_held if self._is_relative else self._seen
             positions = torch.arange(start, start + len(chunk), device=self.device)
