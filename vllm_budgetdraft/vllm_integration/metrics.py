@@ -8,7 +8,8 @@ from prometheus_client import Counter, Gauge
 
 FAULTS = Counter(
     "vllm_budgetdraft:draft_faults",
-    "Failures in drafting; what they struck was generated without drafts.",
+    "Failures in drafting, of which what they struck is generated without drafts; one "
+    "for each step in which a request finds no room in the draft cache.",
     ["error"],
 )
 PAGES_IN_USE = Gauge(

@@ -99,7 +99,7 @@ class BudgetDraftProposer:
             self._core.release_all()
             self._slots = RequestSlots(self._num_slots)
             self._reading = None
-            return [[] for _ in sampled_token_ids]
+            drafts = [[] for _ in sampled_token_ids]
         pool = self._core.cache.pool
         metrics.PAGES_IN_USE.set(pool.num_pages - pool.num_free)
         return drafts

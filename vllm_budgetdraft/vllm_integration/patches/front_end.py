@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_budgetdraft.config import parse_request_settings
-from vllm_budgetdraft.errors import UnsupportedVllmError
+from vllm_budgetdraft.errors import ConfigurationError, UnsupportedVllmError
 from vllm_budgetdraft.vllm_integration.patching import wrap_method
 
 #: Weights are discarded, and reloaded for the target alone.
@@ -18,9 +18,16 @@ def apply(config_class: Any) -> None:
     Args:
         config_class: of the speculative configs that are ours.
     """
+    from vllm import exceptions
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
+
+    # Older vLLM answers any ValueError with 400; newer ones only their own.
+    client_error: Any = getattr(exceptions, "VLLMClientError", ValueError)
+
+    class BadRequestError(ConfigurationError, client_error):
+        """What a client asks for and may not."""
 
     def check_request(original: Callable) -> Callable:
         """Symptom: a wrong ``kv_budget`` in ``extra_args`` is found in the worker.
@@ -32,7 +39,10 @@ def apply(config_class: Any) -> None:
         def verify(self: Any, *args: Any, **kwargs: Any) -> None:
             for argument in (*args, *kwargs.values()):
                 if isinstance(argument, config_class):
-                    parse_request_settings(self.extra_args, argument.settings)
+                    try:
+                        parse_request_settings(self.extra_args, argument.settings)
+                    except ConfigurationError as error:
+                        raise BadRequestError(str(error)) from None
             original(self, *args, **kwargs)
 
         return verify
