@@ -62,8 +62,17 @@ def test_only_requests_outside_the_batch_are_idle_and_the_oldest_goes_first():
 )
 def test_a_context_goes_on_only_by_accepted_drafts_and_one_token(context, goes_on):
     holding = Holding(slot=0, state=Request(), num_tokens=3, drafts=[5, 6])
-    assert holding.continues(np.array(context, dtype=np.int32)) is goes_on
+    assert holding.continues(np.array(context, dtype=np.int32), sampled=True) is goes_on
 
 
 def test_a_request_that_has_not_drafted_yet_has_nothing_to_go_on_from():
-    assert not Holding(slot=0, state=Request()).continues(np.array([1, 2]))
+    holding = Holding(slot=0, state=Request())
+    assert not holding.continues(np.array([1, 2]), sampled=True)
+
+
+def test_a_context_that_is_computed_again_goes_on_unless_it_was_rolled_back():
+    """It may grow by other tokens than the old ones before it samples again."""
+    holding = Holding(slot=0, state=Request(), num_tokens=3, drafts=[5, 6])
+    assert holding.continues(np.array([1, 2, 3]), sampled=False)
+    assert holding.continues(np.array([1, 2, 3, 5, 9]), sampled=False)
+    assert not holding.continues(np.array([1, 2]), sampled=False)

@@ -28,13 +28,16 @@ class Holding:
     num_tokens: int = 0
     drafts: list[int] = field(default_factory=list)
 
-    def continues(self, context: Any) -> bool:
+    def continues(self, context: Any, sampled: bool) -> bool:
         """Whether ``context`` (token ids) goes on from the last draft.
 
         The cache then holds all but the last two tokens: those before the last draft,
-        and the drafts that were accepted.
+        and the drafts that were accepted. Before the next token is sampled, it only
+        must not have been rolled back.
         """
         grown = len(context) - self.num_tokens
+        if not sampled:
+            return grown >= 0
         if not 1 <= grown <= len(self.drafts) + 1:
             return False
         return self.drafts[: grown - 1] == list(context[self.num_tokens : -1])

@@ -160,8 +160,8 @@ class BudgetDraftProposer:
             None for a request that asked for no drafts.
         """
         holding = self._holding(request)
-        if holding is not None and holding.is_read and request.sampled:
-            if holding.continues(request.context):
+        if holding is not None and holding.is_read:
+            if holding.continues(request.context, request.sampled):
                 if environment.check_invariants():
                     self._core.cache.check_slot(holding.slot)
                 return holding
