@@ -38,7 +38,9 @@ SETTINGS = {
     "pooling_size": 3,
 }
 #: Two layers, the fewest whose cache depends on attention, and float64.
-BYTES_PER_TOKEN = 2 * 2 * models.SIZES["num_key_value_heads"] * 10 * 8
+BYTES_PER_TOKEN = (
+    2 * 2 * 8 * models.SIZES["num_key_value_heads"] * models.SIZES["head_dim"]
+)
 
 
 class FailsAtSomeKeys(EverySecond):
@@ -74,6 +76,7 @@ class RequestEvents(RuleBasedStateMachine):
         self.folder, self.folder_of_short_range = folder, folder_of_short_range
         self.num_started = 0
         self.steps_left: dict[str, int] = {}
+        self.rolled_back: set[str] = set()  # that have not sampled since
 
     @initialize(
         draft_prefill=st.sampled_from(["full", "streaming"]),
@@ -120,8 +123,8 @@ class RequestEvents(RuleBasedStateMachine):
         self.num_started += 1
         tokens = models.random_tokens(num_tokens, seed=self.num_started)
         self.engine.requests[name], self.engine.tokens[name] = request, tokens.tolist()
-        self.engine.waiting.discard(name)
         self.engine.prefilling.discard(name)
+        self.rolled_back.discard(name)
 
     def append(self, name: str, count: int) -> None:
         """Tokens that nobody drafted; at the longest context, another request."""
@@ -158,6 +161,7 @@ class RequestEvents(RuleBasedStateMachine):
         request = Request(**asks)
         request.prompt_embeds = "of some prompt" if is_embeds else None
         self.start(name, num_tokens, request)
+        self.engine.waiting.discard(name)
         self.prefill(name, prefill_steps)
 
     @precondition(lambda self: len(self.engine.batch) > 1)
@@ -182,11 +186,12 @@ class RequestEvents(RuleBasedStateMachine):
         if name not in self.engine.prefilling:
             self.prefill(name, prefill_steps)
 
-    @precondition(lambda self: self.sampling)
+    @precondition(lambda self: set(self.sampling) - self.rolled_back)
     @rule(data=st.data(), count=st.sampled_from([1, 2, 3, 4, 5, 30]))
     def go_on_otherwise(self, data: st.DataObject, count: int) -> None:
         """A context grows by tokens that are no accepted drafts."""
-        self.append(data.draw(st.sampled_from(self.sampling)), count)
+        names = sorted(set(self.sampling) - self.rolled_back)
+        self.append(data.draw(st.sampled_from(names)), count)
 
     @precondition(lambda self: self.sampling)
     @rule(data=st.data(), count=st.integers(1, 9), prefill_steps=PREFILL_STEPS)
@@ -197,6 +202,7 @@ class RequestEvents(RuleBasedStateMachine):
         if name not in self.engine.twins:
             count = 1  # of a step without drafts
         del tokens[-min(count, len(tokens) - 1) :]
+        self.rolled_back.add(name)
         self.prefill(name, prefill_steps)
         if not prefill_steps:
             self.append(name, 1)
@@ -212,6 +218,8 @@ class RequestEvents(RuleBasedStateMachine):
                     if self.steps_left[name]:
                         continue
                     engine.prefilling.discard(name)
+                else:
+                    self.rolled_back.discard(name)
                 engine.tokens[name] += drafts[:count]
                 self.append(name, 1)
 

@@ -37,6 +37,7 @@ class ListTwin:
     and looks whether each is its own choice after those before it.
 
     Attributes:
+        by_page: attention that each page has received.
         num_seen: tokens read, skipped or fed.
         known: the context that it drafted for last, and the drafts.
     """
@@ -66,7 +67,7 @@ class ListTwin:
             Layer(keys, keys, empty, keys[..., 0].T.float())
             for _ in range(drafter.num_layers)
         ]
-        self._by_page = empty.new_zeros(self._num_pages)
+        self.by_page = empty.new_zeros(self._num_pages)
         self._is_undecided = False
         self.num_seen = 0
         self.known: list[int] = []
@@ -98,8 +99,13 @@ class ListTwin:
         for layer in self._layers:
             self._count(layer.received.sum(0))
 
-    def goes_on(self, context: list[int]) -> bool:
-        """Whether a context is that of the last draft, drafts, and one more token."""
+    def goes_on(self, context: list[int], samples: bool) -> bool:
+        """Whether a context is that of the last draft, drafts, and one more token.
+
+        Where it is computed again, it only must not be shorter.
+        """
+        if not samples:
+            return len(context) >= self._num_known
         is_longer = len(context) > self._num_known
         return is_longer and self.known[: len(context) - 1] == context[:-1]
 
@@ -159,18 +165,18 @@ class ListTwin:
         victims = list(range(first, self._num_pages))
         if self._policy.accumulates_attention:
             older = victims[: max(len(victims) // 2, count)]
-            victims = sorted(older, key=lambda page: float(self._by_page[page]))
-            mass = self._by_page[victims]
+            victims = sorted(older, key=lambda page: float(self.by_page[page]))
+            mass = self.by_page[victims]
             self._is_undecided |= bool((mass[count:] - mass[count - 1] < TIE).any())
         victims = victims[:count]
         stay = [page for page in range(self._num_pages) if page not in victims]
-        self._by_page = F.pad(self._by_page[stay], (0, count))
+        self.by_page = F.pad(self.by_page[stay], (0, count))
         self._cut([i for i in range(self._num_held) if i // size not in victims])
 
     def _count(self, received: Tensor) -> None:
         """Adds attention [num_held] to that of the pages."""
         pages = torch.arange(len(received)) // self._config.page_size
-        self._by_page.index_add_(0, pages, received.double())
+        self.by_page.index_add_(0, pages, received.double())
 
     def _cut(self, stay: list[int]) -> None:
         for layer in self._layers:

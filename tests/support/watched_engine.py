@@ -31,6 +31,7 @@ class WatchedEngine(Engine):
             (core, "read", self._read),
             (core, "finish_reading", self._finish_reading),
             (core, "draft", self._draft),
+            (proposer, "_start", self._start),
             (proposer, "_read", self._read_for),
             (proposer, "_release", self._release),
         ):
@@ -38,7 +39,7 @@ class WatchedEngine(Engine):
         proposer._faults.report = self._report
         self.twins: dict[str, ListTwin] = {}
         self.failed: dict[str, Request] = {}
-        self._reader = ""
+        self._starter = self._reader = ""
         self._half_read: tuple[str, ListTwin]
 
     def propose(self) -> dict[str, list[int]]:
@@ -128,6 +129,10 @@ class WatchedEngine(Engine):
         held = self.proposer._slots._held
         return next(name for name in held if held[name].slot == slot)
 
+    def _start(self, original: Callable, request: Any, *rest: Any) -> Any:
+        self._starter = request.request_id
+        return original(request, *rest)
+
     def _read_for(self, original: Callable, request: Any, *rest: Any) -> int:
         self._reader = request.request_id
         num_read = original(request, *rest)
@@ -160,22 +165,27 @@ class WatchedEngine(Engine):
             name = self._name_of(slot)
             self._drafted[name] = drafts
             twin = self.twins.get(name)
-            if twin is None or not twin.agrees(self.tokens[name], drafts):
+            if not (twin and twin.agrees(self.tokens[name], drafts)):
                 self._wrong[name] = drafts
+            elif self.core.policy.accumulates_attention:
+                received = self.core.cache.attention[slot, : len(twin.by_page)]
+                if not received.double().allclose(twin.by_page, atol=1e-3):
+                    self._wrong[name] = drafts
         return result
 
     def _release(self, original: Callable, name: str) -> None:
         """Pages are taken from nobody who still needs them."""
-        slots, cache, running = self.proposer._slots, self.core.cache, self._running
+        slots, running = self.proposer._slots, self._running
         twin = self.twins.pop(name, None)
         is_over = slots.get(name, self.requests.get(name)) is None
         if not is_over and name not in running:
-            has_room = slots.num_free and cache.pool.num_free >= cache.pages_per_slot
-            assert not has_room, name
+            num_free = self.core.cache.pool.num_free
+            has_room = num_free >= self._num_pages(self._starter)
+            assert not slots.num_free or not has_room, name
             assert name == next(held for held in slots._held if held not in running)
         elif not is_over:
             samples = name not in self.prefilling
-            if not (twin and samples and not twin.goes_on(self.tokens[name])):
+            if twin is None or twin.goes_on(self.tokens[name], samples):
                 self._lost.add(name)
         original(name)
 
