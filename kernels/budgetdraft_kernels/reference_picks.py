@@ -46,8 +46,10 @@ def gumbel_pick(
             for the device.
 
     Returns:
-        [B] int64 tokens; the probability of each, [B] float32; and the distribution
-        that it was drawn from, [B, V] float32.
+        [B] int64 tokens; the largest probability of logits / temperature (of the
+        logits where that is 0), [B] float32; and the distribution that each token was
+        drawn from, [B, V] float32. The second is no function of the draw: whoever
+        decides by it whether to propose a token leaves its distribution as it is.
 
     Raises:
         ValueError: sizes or devices that do not fit, or a temperature below 0.
@@ -61,5 +63,5 @@ def gumbel_pick(
     noise = -(-uniform.log()).log()
     tokens = torch.where(greedy, scaled, scaled + noise).argmax(-1, keepdim=True)
     one_hot = torch.zeros_like(scaled).scatter(1, tokens, 1.0)
-    probabilities = torch.where(greedy, one_hot, scaled.softmax(-1))
-    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0], probabilities
+    softmax = scaled.softmax(-1)
+    return tokens[:, 0], softmax.amax(-1), torch.where(greedy, one_hot, softmax)

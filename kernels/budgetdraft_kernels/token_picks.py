@@ -1,4 +1,4 @@
-"""The next token and its probability, in one pass over the vocabulary.
+"""The next token and how sure the model is, in one pass over the vocabulary.
 
 Each program sees a part of a row; a second, small kernel joins the parts.
 """
@@ -27,7 +27,7 @@ def scaled_logits(logits, temperature, row, column, row_stride, vocab_size):
 
 @triton.jit
 def pick_part_kernel(
-    part_stats,  # [4, B, parts]: the winner's key and logit, the maximum, the sum
+    part_stats,  # [3, B, parts]: the winner's key, the maximum, the sum
     part_tokens,  # [B, parts]
     logits,
     temperatures,  # [B], or None: greedy
@@ -51,9 +51,8 @@ def pick_part_kernel(
     highest = tl.max(x, 0)
     reference = tl.where(highest == float("-inf"), 0.0, highest)
     tl.store(part_stats + part, key)
-    tl.store(part_stats + plane + part, tl.sum(tl.where(column == token, x, 0.0), 0))
-    tl.store(part_stats + 2 * plane + part, highest)
-    tl.store(part_stats + 3 * plane + part, tl.sum(tl.exp(x - reference), 0))
+    tl.store(part_stats + plane + part, highest)
+    tl.store(part_stats + 2 * plane + part, tl.sum(tl.exp(x - reference), 0))
     tl.store(part_tokens + part, token)
 
 
@@ -75,20 +74,18 @@ def pick_join_kernel(
     part = row * num_parts + index
     lowest = float("-inf")
     keys = tl.load(part_stats + part, mask=exists, other=lowest)
-    part_logits = tl.load(part_stats + plane + part, mask=exists, other=0.0)
-    part_max = tl.load(part_stats + 2 * plane + part, mask=exists, other=lowest)
-    part_sum = tl.load(part_stats + 3 * plane + part, mask=exists, other=0.0)
+    part_max = tl.load(part_stats + plane + part, mask=exists, other=lowest)
+    part_sum = tl.load(part_stats + 2 * plane + part, mask=exists, other=0.0)
     part_token = tl.load(part_tokens + part, mask=exists, other=0)
 
     winner = index == tl.argmax(keys, 0)
     highest = tl.max(part_max, 0)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     total = highest + tl.log(tl.sum(part_sum * tl.exp(part_max - highest), 0))
-    logit = tl.sum(tl.where(winner, part_logits, 0.0), 0)
     token = tl.sum(tl.where(winner, part_token, 0), 0)
     # A row of NaN has no winner, but still a token of the vocabulary.
     tl.store(tokens + row, tl.minimum(token, vocab_size - 1).to(tl.int64))
-    tl.store(confidences + row, tl.exp(logit - total))
+    tl.store(confidences + row, tl.exp(highest - total))
     if lse is not None:
         tl.store(lse + row, total)
 
@@ -146,9 +143,6 @@ def gumbel_pick(
             vocab_size,
             TILE=tile,
         )
-    confidences = torch.where(
-        temperatures == 0, torch.ones_like(confidences), confidences
-    )
     return tokens, confidences, probabilities
 
 
@@ -159,7 +153,7 @@ def _pick(
     tile = launch_settings.settings_of(logits.device).vocabulary_tile
     parts = triton.cdiv(vocab_size, tile)
     new: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
-    stats = torch.empty(4, batch, parts, **new)
+    stats = torch.empty(3, batch, parts, **new)
     part_tokens = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
     confidences = torch.empty(batch, **new)
