@@ -96,7 +96,31 @@ class BudgetDraftConfig(EvictionSettings):
 
     model: str = Field(description="Folder of the drafter (Hugging Face layout).")
     num_speculative_tokens: int = Field(
-        ge=1, le=128, description="Tokens drafted per step."
+        ge=1, le=128, description="Most tokens drafted per step."
+    )
+    draft_sample_method: Literal["greedy", "probabilistic"] = Field(
+        "probabilistic",
+        description="How drafts of requests with a temperature are picked: greedy, or "
+        "probabilistic, drawn at that temperature, so that vLLM accepts as many as can "
+        "be, for max_num_seqs x num_speculative_tokens x vocabulary x 4 bytes.",
+    )
+    draft_confidence_threshold: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="A request's draft ends where the product of the drafter's "
+        "probabilities falls below this; 0 never ends one. Drafts of many lengths cost "
+        "vLLM its full CUDA graphs.",
+    )
+    num_speculative_tokens_per_batch_size: list[tuple[int, int, int]] | None = Field(
+        None,
+        description="Fewer tokens for larger batches: [[1, 8, 8], [9, 32, 2], "
+        "[33, 256, 0]] drafts 8 for 1 to 8 requests, 2 for 9 to 32 and none for more.",
+    )
+    adaptive_draft_length: bool = Field(
+        False,
+        description="Whether to learn, from step times and acceptance, how many tokens "
+        "to draft, down to none where drafting does not pay.",
     )
     kv_budget: int = Field(
         512,
@@ -148,6 +172,30 @@ class BudgetDraftConfig(EvictionSettings):
         "target's on a GPU and float32 on a CPU, where narrow products of float32 "
         "are the fastest.",
     )
+
+    @field_validator("num_speculative_tokens_per_batch_size")
+    @classmethod
+    def _ranges_follow(
+        cls, schedule: list[tuple[int, int, int]] | None
+    ) -> list[tuple[int, int, int]] | None:
+        if schedule is None:
+            return None
+        if not schedule:
+            raise ValueError("the list is empty; leave it out, or give a range")
+        schedule = sorted(schedule)
+        if schedule[0][0] != 1:
+            raise ValueError(
+                f"the first range is {schedule[0]}; begin it at batch size 1"
+            )
+        previous = 0
+        for first, last, length in schedule:
+            if not previous < first <= last or length < 0:
+                raise ValueError(
+                    f"({first}, {last}, {length}) is not (first, last, length) with "
+                    f"{previous} < first <= last and length >= 0; mend it"
+                )
+            previous = last
+        return schedule
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

@@ -72,7 +72,7 @@ def test_others_draft_as_if_the_faulty_one_were_not_there(
         assert drafts.pop("long") == []
         assert drafts == expected
     # It was tried once, and said once.
-    assert engine.proposer._faults.num_faults == len(log) == 1
+    assert engine.proposer._drafter._faults.num_faults == len(log) == 1
     assert "request long" in log[0]
     for name in list(engine.requests):
         engine.finish(name)
@@ -110,7 +110,7 @@ def test_a_step_that_fails_for_one_is_repeated_for_each(
 ):
     engine = started(drafter_folder, "keep_all")
     engine.step()
-    slot = engine.proposer._slots.get("long", engine.requests["long"]).slot
+    slot = engine.proposer._drafter._slots.get("long", engine.requests["long"]).slot
 
     def fails(core, slots, *rest):
         if slot in slots.tolist():
@@ -143,7 +143,7 @@ def test_a_corrupted_table_ends_the_drafting_of_its_request(
     monkeypatch.setenv("BUDGETDRAFT_CHECK_INVARIANTS", "1")
     engine = started(drafter_folder, "sink_window")
     engine.step()
-    slot = engine.proposer._slots.get("long", engine.requests["long"]).slot
+    slot = engine.proposer._drafter._slots.get("long", engine.requests["long"]).slot
     engine.core.cache.page_table.pages[slot, 0] += 1
     drafts = engine.step()
     assert drafts["long"] == []

@@ -25,7 +25,7 @@ NUM_DRAFTS = 4
 
 def last_drafts(worker: Any) -> list[tuple[int, int, list[int]]]:
     """Slot, context length and drafts of each request that a rank holds."""
-    held = worker.model_runner.drafter._slots._held
+    held = worker.model_runner.drafter._drafter._slots._held
     return [(h.slot, h.num_tokens, h.drafts) for _, h in sorted(held.items())]
 
 

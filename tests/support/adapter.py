@@ -16,7 +16,14 @@ class Request:
     prompt_embeds: Any = None
 
     def __init__(self, **extra_args: Any) -> None:
-        self.sampling_params = SimpleNamespace(extra_args=extra_args)
+        self.sampling_params = SimpleNamespace(
+            extra_args=extra_args,
+            temperature=0.0,
+            seed=None,
+            min_p=0.0,
+            logit_bias=None,
+            structured_outputs=None,
+        )
 
 
 class Engine:
@@ -26,6 +33,7 @@ class Engine:
         tokens: contexts by request id.
         prefilling: ids of those that do not sample yet.
         waiting: ids of those that are in no batch.
+        verified: drafts that the target has seen in this step, by request id.
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
@@ -36,14 +44,18 @@ class Engine:
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(settings=self.core.config),
             scheduler_config=SimpleNamespace(max_num_seqs=settings["num_slots"]),
-            model_config=SimpleNamespace(max_model_len=self.max_model_len, dtype=None),
+            model_config=SimpleNamespace(
+                max_model_len=self.max_model_len, dtype=None, seed=0
+            ),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
         )
         self.proposer = BudgetDraftProposer(config)
-        self.proposer._core = self.core
+        self.proposer._use(self.core)
         self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}
         self.prefilling: set[str] = set()
         self.waiting: set[str] = set()
+        self.verified: dict[str, list[int]] = {}
 
     @property
     def batch(self) -> list[str]:
@@ -67,7 +79,8 @@ class Engine:
             token_ids[row, : lengths[row]] = self.tokens[name]
         sampled = [[] if name in self.prefilling else [1] for name in names]
         rows = SimpleNamespace(req_ids=names)
-        self.proposer.bind(SimpleNamespace(requests=self.requests, input_batch=rows))
+        runner = SimpleNamespace(requests=self.requests, input_batch=rows)
+        self.proposer.bind(runner, self.verified)
         drafts = self.proposer.propose(sampled, lengths, token_ids)
         return dict(zip(names, drafts, strict=True))
 

@@ -73,12 +73,12 @@ class Requests:
 
     def draft(self, slots: list[int]) -> dict[int, list[int]]:
         contexts = [self.contexts[slot] for slot in slots]
-        drafts, _ = self.proposer.draft(
+        drafts = self.proposer.draft(
             torch.tensor(slots),
             torch.tensor([context[-FIRST_WIDTH:] for context in contexts]),
             torch.tensor([len(context) for context in contexts]),
         )
-        return dict(zip(slots, drafts.tolist(), strict=True))
+        return dict(zip(slots, drafts.tokens.tolist(), strict=True))
 
     def verify(self, slot: int, drafts: list[int]) -> None:
         """Accepts none, some or all; the target's own token follows."""

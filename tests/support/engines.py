@@ -255,7 +255,7 @@ class SteppedEngine:
         cache = self._proposer._core.cache
         cache.check_invariants()
         assert cache.pool.num_free == cache.pool.num_pages, "pages are still held"
-        assert self._proposer._faults.num_faults == 0, "drafting failed"
+        assert self._proposer._drafter._faults.num_faults == 0, "drafting failed"
 
     def _observe(self) -> None:
         for row, name in enumerate(self._runner.input_batch.req_ids):
@@ -265,7 +265,7 @@ class SteppedEngine:
             if course := self.live.get(name):
                 course.num_preemptions = request.num_preemptions
         if hasattr(self._proposer, "_core"):
-            held = dict(self._proposer._slots._held)
+            held = dict(self._proposer._drafter._slots._held)
             for name, holding in self._holdings.items():
                 lives_on = self._runner.requests.get(name) is holding.state
                 if lives_on and held.get(name) is not holding:

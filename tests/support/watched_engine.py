@@ -25,18 +25,18 @@ class WatchedEngine(Engine):
     def __init__(self, folder: Path, **settings: Any) -> None:
         # float64, so that rounding decides between no two tokens or positions.
         super().__init__(folder, dtype=torch.float64, **settings)
-        core, proposer = self.core, self.proposer
+        core, drafter = self.core, self.proposer._drafter
         for owner, name, watcher in (
             (core, "start_reading", self._start_reading),
             (core, "read", self._read),
             (core, "finish_reading", self._finish_reading),
             (core, "draft", self._draft),
-            (proposer, "_start", self._start),
-            (proposer, "_read", self._read_for),
-            (proposer, "_release", self._release),
+            (drafter, "_start", self._start),
+            (drafter, "_read", self._read_for),
+            (drafter, "_release", self._release),
         ):
             setattr(owner, name, partial(watcher, getattr(owner, name)))
-        proposer._faults.report = self._report
+        drafter._faults.report = self._report
         self.twins: dict[str, ListTwin] = {}
         self.failed: dict[str, Request] = {}
         self._starter = self._reader = ""
@@ -63,7 +63,7 @@ class WatchedEngine(Engine):
 
     def check_pages(self) -> None:
         """Pages in use are those that the requests must hold, each by its budget."""
-        cache, held = self.core.cache, self.proposer._slots._held
+        cache, held = self.core.cache, self.proposer._drafter._slots._held
         cache.check_invariants()
         assert len({holding.slot for holding in held.values()}) == len(held)
         needed = sum(self._num_pages(name) for name in held)
@@ -72,7 +72,7 @@ class WatchedEngine(Engine):
     def _check_slots(self) -> None:
         """Whoever may draft does, or waits for room or for its turn to read."""
         self.check_pages()
-        held, chunk = self.proposer._slots._held, self.core.config.draft_prefill_chunk
+        held, chunk = self.proposer._drafter._slots._held, self.core.config.draft_prefill_chunk
         for name, holding in held.items():
             assert holding.state is self.requests.get(name), name
             assert self._is_drafted_for(name), name
@@ -126,7 +126,7 @@ class WatchedEngine(Engine):
         return len(self.tokens[name]) - (1 if name in self.prefilling else 2)
 
     def _name_of(self, slot: int) -> str:
-        held = self.proposer._slots._held
+        held = self.proposer._drafter._slots._held
         return next(name for name in held if held[name].slot == slot)
 
     def _start(self, original: Callable, request: Any, *rest: Any) -> Any:
@@ -175,7 +175,7 @@ class WatchedEngine(Engine):
 
     def _release(self, original: Callable, name: str) -> None:
         """Pages are taken from nobody who still needs them."""
-        slots, running = self.proposer._slots, self._running
+        slots, running = self.proposer._drafter._slots, self._running
         twin = self.twins.pop(name, None)
         is_over = slots.get(name, self.requests.get(name)) is None
         if not is_over and name not in running:

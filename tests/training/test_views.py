@@ -76,7 +76,7 @@ def test_training_predicts_from_a_sparse_view_what_serving_drafts(
     prefixes, last = contexts[:, :-2], contexts[:, -2:]
     view, proposer = read_both(drafter, drafter_folder, prefixes, settings)
     ends = torch.tensor([302, 302])
-    drafts = proposer.draft(torch.arange(2), last, ends)[0].clone()
+    drafts = proposer.draft(torch.arange(2), last, ends).tokens.clone()
 
     fed = torch.cat([last, drafts[:, :-1]], 1)
     logits = drafter.logits(continuation_hidden(drafter, fed, 300, view))

@@ -1,6 +1,7 @@
 """Drafting with no engine in sight: fixed slots, tensors in, tensors out."""
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +27,34 @@ from vllm_budgetdraft.proposer.memory import MemoryPlan
 #: last draft token and the bonus token; otherwise it lacks the bonus token alone, and
 #: the token before it is computed again, to the same result.
 FIRST_WIDTH = 2
+#: Most tokens of a request that ``paged_sparse_attention`` takes at once.
+MAX_WIDTH = 32
+
+
+class Drafts(NamedTuple):
+    """What was drafted, valid until the next call.
+
+    Attributes:
+        tokens: [B, k] int64.
+        confidences: [B, k] float32, the largest probability at each position; not
+            finite where the drafter's logits were not.
+        probabilities: [B, k, V] float32, what each token was drawn from; None where all
+            were picked greedily.
+    """
+
+    tokens: Tensor
+    confidences: Tensor
+    probabilities: Tensor | None
 
 
 class DraftProposer:
-    """Reads prompts, keeps what the policy chooses, and drafts k tokens per call.
+    """Reads prompts, keeps what the policy chooses, and drafts up to k tokens per call.
 
     Attributes:
         config: settled, see ``settle``.
         kv_budget: most prompt tokens that a request keeps.
+        max_drafts: k.
+        max_append: most tokens of a request that one ``append`` takes.
     """
 
     def __init__(
@@ -45,6 +66,7 @@ class DraftProposer:
         config: BudgetDraftConfig,
         operations: ModuleType,
         max_model_len: int,
+        seed: int,
     ) -> None:
         self.drafter = drafter
         self.operations = operations
@@ -54,26 +76,34 @@ class DraftProposer:
         self.config = config
         self.max_model_len = max_model_len
         self.kv_budget = config.budget(max_model_len)
-        self.num_drafts = config.num_speculative_tokens
+        self.max_drafts = config.num_speculative_tokens
+        self.max_append = min(self.max_drafts + 1, MAX_WIDTH)
         self._streams = config.draft_prefill == "streaming"
         self._is_relative = config.position_mode == "cache_relative"
         self.device = cache.num_evicted.device
         self._seen = 0
         self._skipped = range(0)
         self._prompt_budget = self.kv_budget
-        # From the end of a context to each token fed; the last draft token is not.
-        last = self.num_drafts - 1
-        self._offsets = torch.arange(-FIRST_WIDTH, last, device=self.device)
+        widths = range(-FIRST_WIDTH, max(self.max_drafts, self.max_append))
+        self._offsets = torch.tensor(widths, device=self.device)
         num_slots = cache.num_evicted.shape[0]
         starts = torch.arange(num_slots + 1, device=self.device)
         self._query_starts = {width: starts * width for width in (FIRST_WIDTH, 1)}
-        shape = (num_slots, self.num_drafts)
+        shape = (num_slots, self.max_drafts)
         self._drafts = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._confidences = torch.zeros(shape, device=self.device)
+        self._probabilities: Tensor | None = None
+        if config.draft_sample_method == "probabilistic":
+            # Its own, for verification must not know the noise of what it verifies.
+            self._generator = torch.Generator(self.device).manual_seed(seed)
+            self._probabilities = torch.zeros(
+                (*shape, drafter.config.vocab_size), device=self.device
+            )
         self._page_mass: Tensor | None = None
         if policy.accumulates_attention:
+            width = max(FIRST_WIDTH, self.max_append)
             self._page_mass = torch.zeros(
-                (FIRST_WIDTH * num_slots, drafter.num_heads, cache.pages_per_slot),
+                (width * num_slots, drafter.num_heads, cache.pages_per_slot),
                 device=self.device,
             )
 
@@ -86,12 +116,14 @@ class DraftProposer:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        seed: int = 0,
     ) -> "DraftProposer":
         """Loads the drafter and allocates everything that drafting will ever need.
 
         Args:
             num_slots: requests that can draft at once.
             max_model_len: longest context, prompt and output together.
+            seed: of sampled drafts.
 
         Raises:
             UnsupportedDrafterError, ConfigurationError: see ``load_drafter``,
@@ -145,13 +177,15 @@ class DraftProposer:
             key_rotary=drafter.rotary_rows if is_relative else None,
             **shape,
         )
-        return cls(drafter, policy, cache, prompt, config, operations, max_model_len)
+        return cls(
+            drafter, policy, cache, prompt, config, operations, max_model_len, seed
+        )
 
     @property
     def scratch_bytes(self) -> int:
-        """What prompts are read through, and attention is counted in."""
-        counted = 0 if self._page_mass is None else self._page_mass.nbytes
-        return self.prompt.num_bytes + counted
+        """Of prompts being read, counts of attention, and drafts' distributions."""
+        others = (self._page_mass, self._probabilities)
+        return self.prompt.num_bytes + sum(x.nbytes for x in others if x is not None)
 
     def start_request(self, slot: int, kv_budget: int | None = None) -> None:
         """Gives a slot its pages.
@@ -268,10 +302,45 @@ class DraftProposer:
         return PromptStates(keys, prompt.last_queries(), prompt.attention)
 
     @torch.inference_mode()
+    def append(
+        self, slots: Tensor, tokens: Tensor, starts: Tensor, *, validate: bool = False
+    ) -> None:
+        """Feeds tokens that came without being drafted, of every request as many.
+
+        Args:
+            slots: [B] int64, distinct.
+            tokens: [B, width] int64, width at most ``max_append``.
+            starts: [B] int64, position of the first. A slot's cache must hold, or have
+                evicted, all before it.
+        """
+        width = tokens.shape[1]
+        assert width <= self.max_append, (width, self.max_append)
+        self.cache.make_room(slots, starts + width)
+        offsets = self._offsets[FIRST_WIDTH : FIRST_WIDTH + width]
+        rotary, cells, lengths = self._places(slots, starts[:, None] + offsets)
+        attention = self._attention(slots, validate)
+        query_starts = width * self._query_starts[1][: len(slots) + 1]
+        cos, sin = (x.flatten(0, 1) for x in rotary)
+        self.drafter(
+            tokens.flatten(),
+            attention.step(
+                (cos, sin), cells.flatten(), lengths[:, -1], query_starts, width
+            ),
+        )
+        self._count(slots, attention)
+
+    @torch.inference_mode()
     def draft(
-        self, slots: Tensor, tokens: Tensor, ends: Tensor, *, validate: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Drafts greedily, for every request at once.
+        self,
+        slots: Tensor,
+        tokens: Tensor,
+        ends: Tensor,
+        num_drafts: int | None = None,
+        temperatures: Tensor | None = None,
+        *,
+        validate: bool = False,
+    ) -> Drafts:
+        """Drafts for every request at once, greedily or from the drafter's softmax.
 
         Args:
             slots: [B] int64, distinct.
@@ -279,51 +348,79 @@ class DraftProposer:
             ends: [B] int64, context lengths, prompt and verified output together, at
                 least ``FIRST_WIDTH``. A slot's cache must hold, or have evicted, all
                 but the last ``FIRST_WIDTH`` of them.
+            num_drafts: k of this call, at least 1; ``max_drafts`` if None.
+            temperatures: [B] float32, 0 where the likeliest token is to be drafted, and
+                has all the probability; None for all of them. Only where
+                ``draft_sample_method`` is "probabilistic".
             validate: whether the operations check what they are given, which waits for
                 the device.
-
-        Returns:
-            [B, num_drafts] int64 drafts, and the drafter's probability of each, float32
-            and not finite where its logits were not; valid until the next call.
         """
-        cache, num_drafts = self.cache, self.num_drafts
+        cache, batch = self.cache, len(slots)
+        num_drafts = num_drafts or self.max_drafts
         cache.make_room(slots, ends + (num_drafts - 1))
-        positions = ends[:, None] + self._offsets
-        indices = positions - cache.num_evicted[slots, None]
-        cells = cache.page_table.cells(slots, indices, cache.page_size)
-        cos, sin = self.drafter.rotary(indices if self._is_relative else positions)
+        # From the end of a context to each token fed; the last draft token is not.
+        positions = ends[:, None] + self._offsets[: FIRST_WIDTH + num_drafts - 1]
+        (cos, sin), cells, lengths = self._places(slots, positions)
         steps = zip(
             zip(_by_step(cos), _by_step(sin), strict=True),
             _by_step(cells),
-            (indices[:, FIRST_WIDTH - 1 :] + 1).T.contiguous(),
+            lengths[:, FIRST_WIDTH - 1 :].T.contiguous(),
             strict=True,
         )
-        attention = PagedAttention(
+        attention = self._attention(slots, validate)
+        drafts = self._drafts[:batch, :num_drafts]
+        confidences = self._confidences[:batch, :num_drafts]
+        probabilities: Tensor | None = None
+        if temperatures is not None:
+            assert self._probabilities is not None
+            probabilities = self._probabilities[:batch, :num_drafts]
+            seeds = torch.randint(
+                2**62,
+                (num_drafts, batch),
+                generator=self._generator,
+                device=self.device,
+            )
+        fed, width = tokens.flatten(), FIRST_WIDTH
+        for step, (rotary, step_cells, step_lengths) in enumerate(steps):
+            starts = self._query_starts[width][: batch + 1]
+            attend = attention.step(rotary, step_cells, step_lengths, starts, width)
+            hidden = self.drafter(fed, attend)
+            # The last token fed of each request.
+            logits = self.drafter.logits(hidden[width - 1 :: width])
+            if probabilities is None:
+                fed, confidence = self.operations.greedy_pick(logits, validate=validate)
+            else:
+                fed, confidence, probabilities[:, step] = self.operations.gumbel_pick(
+                    logits, temperatures, seeds[step], validate=validate
+                )
+            drafts[:, step], confidences[:, step] = fed, confidence
+            width = 1
+        self._count(slots, attention)
+        return Drafts(drafts, confidences, probabilities)
+
+    def _places(
+        self, slots: Tensor, positions: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Of positions [B, T]: cos and sin [B, T, D], cells, and lengths with them."""
+        cache = self.cache
+        indices = positions - cache.num_evicted[slots, None]
+        rotary = self.drafter.rotary(indices if self._is_relative else positions)
+        cells = cache.page_table.cells(slots, indices, cache.page_size)
+        return rotary, cells, indices + 1
+
+    def _attention(self, slots: Tensor, validate: bool) -> PagedAttention:
+        return PagedAttention(
             self.operations,
-            cache.pool,
-            cache.page_table.pages[slots],
+            self.cache.pool,
+            self.cache.page_table.pages[slots],
             key_rotary=self.drafter.rotary_rows if self._is_relative else None,
             page_mass=self._page_mass,
             validate=validate,
         )
 
-        drafts, confidences = (
-            self._drafts[: len(slots)],
-            self._confidences[: len(slots)],
-        )
-        fed, width = tokens.flatten(), FIRST_WIDTH
-        for step, (rotary, step_cells, lengths) in enumerate(steps):
-            starts = self._query_starts[width][: len(slots) + 1]
-            attend = attention.step(rotary, step_cells, lengths, starts, width)
-            hidden = self.drafter(fed, attend)
-            # The last token fed of each request.
-            logits = self.drafter.logits(hidden[width - 1 :: width])
-            fed, confidence = self.operations.greedy_pick(logits, validate=validate)
-            drafts[:, step], confidences[:, step] = fed, confidence
-            width = 1
+    def _count(self, slots: Tensor, attention: PagedAttention) -> None:
         if attention.attention is not None:
-            cache.add_attention(slots, attention.attention)
-        return drafts, confidences
+            self.cache.add_attention(slots, attention.attention)
 
     def warm_up(self) -> None:
         """Runs every operation once, on slot 0, which must be idle."""
@@ -333,7 +430,13 @@ class DraftProposer:
         slots = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.start_request(0)
         self.ingest(0, tokens[:-FIRST_WIDTH])
-        self.draft(slots, slots.expand(1, FIRST_WIDTH), slots + length, validate=True)
+        first = slots.expand(1, FIRST_WIDTH)
+        self.append(slots, first[:, :1], slots + length - FIRST_WIDTH, validate=True)
+        temperatures: list[Tensor | None] = [None]
+        if self._probabilities is not None:
+            temperatures.append(torch.ones(1, device=self.device))
+        for each in temperatures:
+            self.draft(slots, first, slots + length, None, each, validate=True)
         self.release_request(0)
 
 

@@ -23,6 +23,7 @@ class MemoryPlan:
         num_pages: of the pool.
         cache: the whole pool.
         prompt_scratch: keys and values of the one prompt being read.
+        probabilities: distributions that drafts are drawn from.
     """
 
     bytes_per_token: int
@@ -31,6 +32,7 @@ class MemoryPlan:
     num_pages: int
     cache: int
     prompt_scratch: int
+    probabilities: int
 
     @classmethod
     def of(
@@ -65,6 +67,8 @@ class MemoryPlan:
                     f"recent_window={config.recent_window}"
                 )
         scratch = config.scratch_tokens(max_model_len, drafter.max_position_embeddings)
+        is_drawn = config.draft_sample_method == "probabilistic"
+        drafts = num_slots * config.num_speculative_tokens
         return cls(
             bytes_per_token=per_token,
             cache_per_request=capacity * per_token,
@@ -72,6 +76,7 @@ class MemoryPlan:
             num_pages=num_pages,
             cache=num_pages * page,
             prompt_scratch=scratch * per_token,
+            probabilities=is_drawn * drafts * drafter.vocab_size * 4,
         )
 
 

@@ -5,8 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wrap_method(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
+def wrap_method(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     """Replaces ``owner.name`` by ``make(original)``; does nothing the second time.
+
+    Args:
+        owner: a class or a module.
 
     Raises:
         AttributeError: ``owner`` has no such attribute.

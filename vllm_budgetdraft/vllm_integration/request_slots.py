@@ -15,32 +15,44 @@ class Holding:
         state: vLLM's object for the request; its identity tells a request from another
             one that reuses its id.
         settings: what it asked for.
+        temperature: that its drafts are drawn at; 0 to pick the likeliest.
         is_read: whether its context is in its cache, which from then on grows by
             drafting.
-        num_tokens: context length at the last draft.
-        drafts: tokens drafted then.
+        num_tokens: context length when it was read or drafted for last.
+        num_cached: first tokens of that context that the cache holds.
+        fed: drafts that the cache holds after the context.
     """
 
     slot: int
     state: Any
     settings: RequestSettings = RequestSettings()
+    temperature: float = 0.0
     is_read: bool = False
     num_tokens: int = 0
-    drafts: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    fed: list[int] = field(default_factory=list)
 
-    def continues(self, context: Any, sampled: bool) -> bool:
-        """Whether ``context`` (token ids) goes on from the last draft.
+    def goes_on(self, context: Any, sampled: bool) -> bool:
+        """Takes the drafts that ``context`` (token ids) begins with for cached.
 
-        The cache then holds all but the last two tokens: those before the last draft,
-        and the drafts that were accepted. Before the next token is sampled, it only
-        must not have been rolled back.
+        Returns:
+            Whether the cache is of use: it is not if the context was rolled back.
         """
         grown = len(context) - self.num_tokens
-        if not sampled:
-            return grown >= 0
-        if not 1 <= grown <= len(self.drafts) + 1:
+        if grown < sampled:
             return False
-        return self.drafts[: grown - 1] == list(context[self.num_tokens : -1])
+        if sampled:
+            for draft, token in zip(self.fed, context[self.num_cached :], strict=False):
+                if draft != token:
+                    break
+                self.num_cached += 1
+            self.fed = []
+        return True
+
+    def drafted(self, num_tokens: int, fed: list[int]) -> None:
+        """Notes that a context was fed, and drafts after it."""
+        self.num_tokens = self.num_cached = num_tokens
+        self.fed = fed
 
 
 class RequestSlots:
@@ -55,11 +67,9 @@ class RequestSlots:
         holding = self._held.get(request_id)
         return holding if holding and holding.state is state else None
 
-    def take(
-        self, request_id: str, state: Any, settings: RequestSettings | None = None
-    ) -> Holding:
+    def take(self, request_id: str, state: Any, **attributes: Any) -> Holding:
         """A free slot for a request that holds none; one must be free."""
-        holding = Holding(self._free.pop(), state, settings or RequestSettings())
+        holding = Holding(self._free.pop(), state, **attributes)
         self._held[request_id] = holding
         return holding
 

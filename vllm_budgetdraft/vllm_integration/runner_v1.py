@@ -1,25 +1,22 @@
 """The proposer of model runner V1: lists and request ids to slots and tensors."""
 
-from dataclasses import dataclass
+import time
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 
-from vllm_budgetdraft import environment
-from vllm_budgetdraft.config import parse_request_settings
-from vllm_budgetdraft.errors import PagePoolExhaustedError
-from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
+from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
+from vllm_budgetdraft.proposer.draft_length import scheduled_length
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration import metrics
-from vllm_budgetdraft.vllm_integration.faults import FaultLog, logger
+from vllm_budgetdraft.vllm_integration.faults import logger
 from vllm_budgetdraft.vllm_integration.patches import runner_v1
-from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
-
-#: In the place of a draft token whose logits were not finite.
-NOT_FINITE = -1
+from vllm_budgetdraft.vllm_integration.request_drafter import Request, RequestDrafter
 
 
 class BudgetDraftProposer:
@@ -33,34 +30,69 @@ class BudgetDraftProposer:
         self._num_slots = vllm_config.scheduler_config.max_num_seqs
         self._max_model_len = vllm_config.model_config.max_model_len
         self._target_dtype = vllm_config.model_config.dtype
-        self._slots = RequestSlots(self._num_slots)
+        self._seed = vllm_config.model_config.seed
+        self._is_parallel = vllm_config.parallel_config.tensor_parallel_size > 1
         self._core: DraftProposer
+        self._drafter: RequestDrafter
         self._runner: Any
-        self._reading: Holding | None = None
-        self._faults = FaultLog()
+        self._verified: dict[str, int] = {}
+        self._probabilities: tuple[list[str], Tensor] | None = None
+        self._adaptive: AdaptiveLength | None = None
+        if self._config.adaptive_draft_length:
+            self._adaptive = AdaptiveLength(self._config.num_speculative_tokens)
         runner_v1.apply(type(self))
 
     def load_model(self, target: nn.Module) -> None:
         """Allocates everything: only what lives after this does vLLM count as used."""
+        if not self._is_leader:
+            return
         device = next(target.parameters()).device
         dtype = resolve_dtype(self._config, device.type, self._target_dtype)
-        self._core = DraftProposer.build(
+        core = DraftProposer.build(
             self._config,
             num_slots=self._num_slots,
             max_model_len=self._max_model_len,
             dtype=dtype,
             device=device,
+            seed=self._seed,
         )
-        self._core.warm_up()
+        core.warm_up()
+        self._use(core)
         self._log_memory(dtype)
         self._warn_of_long_contexts()
 
-    def bind(self, runner: Any) -> None:
-        """Names the runner whose batch the next ``propose`` is about."""
+    def _use(self, core: DraftProposer) -> None:
+        self._core, self._drafter = core, RequestDrafter(core, self._num_slots)
+
+    @property
+    def _is_leader(self) -> bool:
+        """Whether this rank drafts, for all of its tensor-parallel group."""
+        return not self._is_parallel or get_tp_group().is_first_rank
+
+    def bind(self, runner: Any, verified: dict[str, list[int]]) -> None:
+        """Names the runner whose batch the next ``propose`` is about.
+
+        Args:
+            verified: of this step, drafts by request id; negative for none.
+        """
         self._runner = runner
+        self._verified = {
+            request_id: sum(token >= 0 for token in tokens)
+            for request_id, tokens in verified.items()
+        }
+
+    def take_probabilities(self) -> tuple[list[str], Tensor] | None:
+        """What the last drafts were drawn from, for vLLM's rejection sampler.
+
+        Returns:
+            Request ids, and [len(ids), k, V] float32; None if no draft was drawn.
+        """
+        taken, self._probabilities = self._probabilities, None
+        return taken
 
     def profile_run(self) -> None:
-        self._core.warm_up()
+        if self._is_leader:
+            self._core.warm_up()
 
     def propose(
         self,
@@ -81,188 +113,91 @@ class BudgetDraftProposer:
             on alone.
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        # The target samples one more token after the last draft that it accepts.
-        room = self._max_model_len - 1 - num_tokens_no_spec
-        try:
-            requests = self._requests(
-                [
-                    (row, token_ids_cpu[row, : num_tokens_no_spec[row]], bool(sampled))
-                    for row, sampled in enumerate(sampled_token_ids)
-                    if room[row] > 0
-                ]
-            )
-            for row, drafted in self._draft(requests).items():
-                drafts[row] = drafted[: room[row]]
-        except Exception as error:
-            # Of no request in particular, so that no cache is known to be good.
-            self._faults.report("every request", error)
-            self._core.release_all()
-            self._slots = RequestSlots(self._num_slots)
-            self._reading = None
-            drafts = [[] for _ in sampled_token_ids]
-        pool = self._core.cache.pool
-        metrics.PAGES_IN_USE.set(pool.num_pages - pool.num_free)
-        return drafts
+        if self._is_leader:
+            try:
+                drafted = self._propose(
+                    sampled_token_ids, num_tokens_no_spec, token_ids_cpu
+                )
+                for row, tokens in drafted.items():
+                    drafts[row] = tokens
+            except Exception as error:
+                # Of no request in particular, so that no cache is known to be good.
+                self._drafter.reset(error)
+            self._probabilities = self._drafter.probabilities
+            pool = self._core.cache.pool
+            metrics.PAGES_IN_USE.set(pool.num_pages - pool.num_free)
+        return self._shared(drafts) if self._is_parallel else drafts
 
-    def _requests(self, rows: list[tuple[int, np.ndarray, bool]]) -> list["_Request"]:
-        """Those of some rows, contexts, and whether they sampled, that may draft.
+    def _shared(self, drafts: list[list[int]]) -> list[list[int]]:
+        """The leader's drafts, on every rank.
 
-        What ended since the last step is forgotten.
+        Each rank verifies them by itself: with other probabilities, ranks would accept
+        other tokens and no longer compute the same model.
         """
+        ids, probabilities = self._probabilities or ([], None)
+        shared = {"drafts": drafts, "ids": ids, "probabilities": probabilities}
+        shared = get_tp_group().broadcast_tensor_dict(
+            shared if self._is_leader else None, src=0
+        )
+        if shared["probabilities"] is not None:
+            self._probabilities = shared["ids"], shared["probabilities"]
+        return shared["drafts"]
+
+    def _propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> dict[int, list[int]]:
+        """Drafts by row, where there are any."""
+        length = self._choose_length(sampled_token_ids)
         live = self._runner.requests
-        for request_id in self._slots.ended(live):
-            self._release(request_id)
-        self._slots.forget_ended(live)
+        self._drafter.forget_ended(live)
+        if length == 0:
+            self._drafter.probabilities = None
+            return {}
+        # The target samples one more token after the last draft that it accepts.
+        room = self._max_model_len - 1 - num_tokens
         ids = self._runner.input_batch.req_ids
         requests = [
-            _Request(row, ids[row], live[ids[row]], context, sampled)
-            for row, context, sampled in rows
-        ]
-        given_up = self._slots.has_given_up
-        return [
-            r
-            for r in requests
+            Request(
+                row,
+                ids[row],
+                live[ids[row]],
+                context=token_ids[row, : num_tokens[row]],
+                sampled=bool(sampled),
+                max_drafts=min(length, int(room[row])),
+            )
+            for row, sampled in enumerate(sampled_token_ids)
             # A prompt of embeddings has no ids; its row holds those of another request.
-            if r.state.prompt_embeds is None and not given_up(r.request_id, r.state)
+            if room[row] > 0 and live[ids[row]].prompt_embeds is None
         ]
+        is_trial = self._adaptive is not None and self._adaptive.is_trying
+        drafts = self._drafter.draft(requests, is_trial)
+        if self._adaptive is not None:
+            self._adaptive.drafted(len(drafts), self._drafter.has_only_drafted)
+        return drafts
 
-    def _draft(self, requests: list["_Request"]) -> dict[int, list[int]]:
-        """Drafts by row, of the rows that have caught up and do not fail."""
-        holdings = [self._holding(request) for request in requests]
-        if self._reading and not any(held is self._reading for held in holdings):
-            # Its request waits, and others may read: there is one buffer for prompts.
-            self._reading = None
-        batch = {request.request_id for request in requests}
-        ready = []
-        unread = self._core.config.draft_prefill_chunk  # that may be read in this step
-        if half_read := self._reading:  # goes first, for the buffer is taken
-            requests.sort(key=lambda request: self._holding(request) is not half_read)
-        for request in requests:
-            try:
-                holding = self._up_to_date(request, batch)
-                if holding is None:
-                    continue
-                if not holding.is_read:
-                    unread -= self._read(request, holding, unread)
-                if holding.is_read and request.sampled:
-                    ready.append((request, holding))
-            except Exception as error:
-                self._drop(request, error)
-        return self._draft_ready(ready)
-
-    def _holding(self, request: "_Request") -> Holding | None:
-        return self._slots.get(request.request_id, request.state)
-
-    def _up_to_date(self, request: "_Request", batch: set[str]) -> Holding | None:
-        """A slot with pages, whose cache if it is read belongs to the context.
-
-        Returns:
-            None for a request that asked for no drafts.
-        """
-        holding = self._holding(request)
-        if holding is not None and holding.is_read:
-            if holding.continues(request.context, request.sampled):
-                if environment.check_invariants():
-                    self._core.cache.check_slot(holding.slot)
-                return holding
-            self._release(request.request_id)
-            holding = None
-        return holding or self._start(request, batch)
-
-    def _start(self, request: "_Request", batch: set[str]) -> Holding | None:
-        """A slot with pages; if there is none, of requests outside the batch.
-
-        Raises:
-            PagePoolExhaustedError: too few pages are free even so.
-        """
-        params = request.state.sampling_params
-        settings = parse_request_settings(params and params.extra_args, self._config)
-        if settings.num_speculative_tokens == 0:
-            return None
-        idle = self._slots.idle(batch)
-        while idle and not (
-            self._slots.num_free and self._core.has_room(settings.kv_budget)
-        ):
-            self._release(idle.pop(0))
-        holding = self._slots.take(request.request_id, request.state, settings)
-        try:
-            self._core.start_request(holding.slot, settings.kv_budget)
-        except PagePoolExhaustedError:
-            self._slots.release(request.request_id)
-            raise
-        return holding
-
-    def _read(self, request: "_Request", holding: Holding, limit: int) -> int:
-        """Reads up to ``limit`` more tokens of a context; returns how many.
-
-        A row that has not sampled yet will have one more token when it drafts.
-        """
-        if limit <= 0 or (self._reading is not None and self._reading is not holding):
-            return 0
-        core, context = self._core, request.context
-        end = len(context) - (FIRST_WIDTH if request.sampled else FIRST_WIDTH - 1)
-        if self._reading is None:
-            core.start_reading(end, holding.settings.kv_budget)
-            self._reading = holding
-        num_read = 0
-        while unread := core.unread(end)[: limit - num_read]:
-            tokens = context[unread.start : unread.stop].astype(np.int64)
-            core.read(torch.from_numpy(tokens).to(core.device))
-            num_read += len(unread)
-        if not core.unread(end):
-            core.finish_reading(holding.slot)
-            self._reading, holding.is_read = None, True
-            holding.num_tokens = len(context)
-        return num_read
-
-    def _draft_ready(
-        self, ready: list[tuple["_Request", Holding]]
-    ) -> dict[int, list[int]]:
-        if not ready:
-            return {}
-        try:
-            drafts = self._core_drafts(ready)
-        except Exception as error:
-            if len(ready) == 1:
-                self._drop(ready[0][0], error)
-                return {}
-            # One of them may be at fault: each by itself.
-            alone = [self._draft_ready([each]) for each in ready]
-            return {row: drafted for each in alone for row, drafted in each.items()}
-        sound = {}
-        for (request, holding), drafted in zip(ready, drafts, strict=True):
-            if NOT_FINITE in drafted:
-                self._drop(request, FloatingPointError("logits are not finite"))
-                continue
-            holding.num_tokens, holding.drafts = len(request.context), drafted
-            sound[request.row] = drafted[: holding.settings.num_speculative_tokens]
-        return sound
-
-    def _core_drafts(self, ready: list[tuple["_Request", Holding]]) -> list[list[int]]:
-        """k tokens of each, ``NOT_FINITE`` where the logits were not."""
-        contexts = [request.context for request, _ in ready]
-        device = self._core.device
-        tokens = torch.from_numpy(np.stack([c[-FIRST_WIDTH:] for c in contexts]))
-        drafts, confidences = self._core.draft(
-            torch.tensor([holding.slot for _, holding in ready], device=device),
-            tokens.to(device, torch.int64),
-            torch.tensor([len(context) for context in contexts], device=device),
+    def _choose_length(self, sampled_token_ids: list[list[int]]) -> int:
+        """Most tokens to draft in this step."""
+        batch_size, config = len(sampled_token_ids), self._config
+        length = scheduled_length(
+            config.num_speculative_tokens_per_batch_size,
+            batch_size,
+            config.num_speculative_tokens,
         )
-        return drafts.masked_fill(~confidences.isfinite(), NOT_FINITE).tolist()
-
-    def _drop(self, request: "_Request", error: Exception) -> None:
-        """Ends the drafting of a request; for now only, if it waits for pages."""
-        if holding := self._holding(request):
-            self._core.cache.scrub(holding.slot)
-            self._release(request.request_id)
-        if not isinstance(error, PagePoolExhaustedError):
-            self._slots.give_up(request.request_id, request.state)
-        self._faults.report(f"request {request.request_id}", error)
-
-    def _release(self, request_id: str) -> None:
-        if self._slots.holds(request_id, self._reading):
-            self._reading = None
-        self._core.release_request(self._slots.release(request_id))
+        if self._adaptive is None:
+            return length
+        ids = self._runner.input_batch.req_ids
+        self._adaptive.acceptance.record(
+            [
+                (self._verified[request_id], len(sampled) - 1)
+                for request_id, sampled in zip(ids, sampled_token_ids, strict=True)
+                if sampled and self._verified.get(request_id)
+            ]
+        )
+        batch = tuple(ids) if all(sampled_token_ids) else None
+        return self._adaptive.choose(time.perf_counter(), batch, batch_size, length)
 
     def _log_memory(self, dtype: torch.dtype) -> None:
         core, mib = self._core, 2**20
@@ -277,7 +212,8 @@ class BudgetDraftProposer:
         logger.info(
             "BudgetDraft memory: drafter weights %.1f MiB, draft cache %.1f MiB "
             "(%d requests x %d tokens, %.1f KiB each; the drafter's full cache would "
-            "take %.1f KiB each), scratch %.1f MiB",
+            "take %.1f KiB each), scratch %.1f MiB, of which distributions of drafts "
+            "%.1f MiB (draft_sample_method)",
             weights / mib,
             plan.cache / mib,
             plan.cache // plan.cache_per_request,
@@ -285,6 +221,7 @@ class BudgetDraftProposer:
             plan.cache_per_request / 1024,
             plan.full_cache_per_request / 1024,
             core.scratch_bytes / mib,
+            plan.probabilities / mib,
         )
 
     def _warn_of_long_contexts(self) -> None:
@@ -298,21 +235,3 @@ class BudgetDraftProposer:
                 self._max_model_len,
                 native,
             )
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A row of the batch that is to be drafted for.
-
-    Attributes:
-        state: vLLM's object for the request.
-        context: token ids, prompt and output.
-        sampled: whether it sampled a token in this step; if not, its prompt is still
-            being prefilled.
-    """
-
-    row: int
-    request_id: str
-    state: Any
-    context: np.ndarray
-    sampled: bool

@@ -1,5 +1,6 @@
 """The SpeculativeConfig that carries our settings to every process."""
 
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def make_config(
         settings: the user's speculative config, less ``method``.
 
     Raises:
-        UnsupportedVllmError: this vLLM, or pipeline parallelism.
+        UnsupportedVllmError: this vLLM, pipeline parallelism, or logits processors
+            that were installed as plugins of vLLM.
         ConfigurationError, UnsupportedDrafterError: see the called functions.
     """
     check_vllm_version(vllm.__version__)
@@ -66,6 +68,12 @@ def make_config(
             f"pipeline_parallel_size={stages}: vLLM's model runner V1 has no drafter "
             "on any stage but the last, and fails there under every speculative "
             "method; use pipeline_parallel_size=1, with tensor parallelism instead"
+        )
+    if processors := entry_points(group="vllm.logits_processors"):
+        raise UnsupportedVllmError(
+            f"installed logits processors {[each.name for each in processors]}: vLLM "
+            "does not apply them where it verifies drafts; uninstall what brings them, "
+            "or do without speculation"
         )
     make_policy(ours)
     select_operations(
@@ -88,6 +96,9 @@ def make_config(
         method="custom_class",
         model=PROPOSER,
         num_speculative_tokens=ours.num_speculative_tokens,
+        num_speculative_tokens_per_batch_size=(
+            ours.num_speculative_tokens_per_batch_size
+        ),
         budgetdraft=ours.model_dump(exclude_unset=True),
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,

@@ -47,6 +47,18 @@ def apply(config_class: Any) -> None:
 
         return verify
 
+    def allow_every_processor(original: Callable) -> Callable:
+        """Symptom: min_p and logit_bias are refused.
+
+        Reason and removal: see ``runner_v1.build_every_processor``.
+        """
+
+        def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+            if not isinstance(speculative_config, config_class):
+                original(self, speculative_config)
+
+        return _validate_spec_decode
+
     def refuse_deep_sleep(original: Callable) -> Callable:
         """Symptom: after sleep level 2, the drafter's weights are garbage.
 
@@ -70,5 +82,6 @@ def apply(config_class: Any) -> None:
         return sleep
 
     wrap_method(SamplingParams, "verify", check_request)
+    wrap_method(SamplingParams, "_validate_spec_decode", allow_every_processor)
     wrap_method(LLMEngine, "sleep", refuse_deep_sleep)
     wrap_method(AsyncLLM, "sleep", refuse_deep_sleep)

@@ -8,25 +8,96 @@ from vllm_budgetdraft.vllm_integration.patching import wrap_method
 
 def apply(proposer_class: type) -> None:
     """Patches the runner class. Call it in the worker, where that class is loaded."""
+    from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from vllm_budgetdraft.vllm_integration.patches import rejection_sampler
 
     def ours(runner: Any) -> Any:
         drafter = getattr(runner, "drafter", None)
         return drafter if isinstance(drafter, proposer_class) else None
 
     def bind_runner(original: Callable) -> Callable:
-        """Symptom: ``propose`` cannot tell which request a row is.
+        """Symptom: ``propose`` cannot tell which request a row is, and verification
+        takes drawn drafts for certain ones, so that it accepts few.
 
-        Reason: "custom_class" hands over rows, and rows move. Remove when the contract
-        names the requests.
+        Reason: "custom_class" hands over rows, and rows move; it has no way to hand
+        back probabilities. Remove when the contract has both.
         """
 
-        def propose_draft_token_ids(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if drafter := ours(self):
-                drafter.bind(self)
-            return original(self, *args, **kwargs)
+        def propose_draft_token_ids(
+            self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            drafter = ours(self)
+            if drafter is None:
+                return original(self, scheduler_output, *args, **kwargs)
+            drafter.bind(self, scheduler_output.scheduled_spec_decode_tokens)
+            drafts = original(self, scheduler_output, *args, **kwargs)
+            if taken := drafter.take_probabilities():
+                self._draft_prob_req_ids, self._draft_probs = taken
+            return drafts
 
         return propose_draft_token_ids
+
+    def sample_without_drafts(original: Callable) -> Callable:
+        """Symptom: a step without drafts takes longer than without speculation, and on
+        a CPU one with top_k fails ("max(): Expected reduction dim").
+
+        Reason: newer vLLM verifies none as it verifies some. Remove when it samples as
+        without speculation then.
+        """
+
+        def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+            if (
+                ours(self)
+                and spec_decode_metadata is not None
+                and not any(spec_decode_metadata.num_draft_tokens)
+            ):
+                spec_decode_metadata = None
+            return original(self, logits, spec_decode_metadata)
+
+        return _sample
+
+    def build_every_processor(original: Callable) -> Callable:
+        """Symptom: min_p and logit_bias are refused, or without effect.
+
+        Reason: vLLM leaves them out under speculation, for verification would not apply
+        them. Requests that use them get no drafts from us, see
+        ``sampling.excludes_drafts``. Remove when verification applies them.
+        """
+        from vllm.v1.sample.logits_processor import (
+            BUILTIN_LOGITS_PROCESSORS,
+            LogitsProcessors,
+        )
+
+        from vllm_budgetdraft.vllm_integration.speculative_config import (
+            BudgetDraftSpeculativeConfig,
+        )
+
+        def build_logitsprocs(
+            vllm_config: Any,
+            device: Any,
+            is_pin_memory: bool,
+            is_pooling_model: bool,
+            custom_logitsprocs: Any = (),
+        ) -> Any:
+            config = vllm_config.speculative_config
+            if custom_logitsprocs or not isinstance(
+                config, BudgetDraftSpeculativeConfig
+            ):
+                return original(
+                    vllm_config,
+                    device,
+                    is_pin_memory,
+                    is_pooling_model,
+                    custom_logitsprocs,
+                )
+            return LogitsProcessors(
+                processor(vllm_config, device, is_pin_memory)
+                for processor in BUILTIN_LOGITS_PROCESSORS
+            )
+
+        return build_logitsprocs
 
     def per_request_limit(original: Callable) -> Callable:
         """Symptom: one request near ``max_model_len`` ends drafting for its batch.
@@ -59,3 +130,6 @@ def apply(proposer_class: type) -> None:
     wrap_method(GPUModelRunner, "propose_draft_token_ids", bind_runner)
     wrap_method(GPUModelRunner, "_input_fits_in_drafter", per_request_limit)
     wrap_method(GPUModelRunner, "profile_run", profile_drafter)
+    wrap_method(GPUModelRunner, "_sample", sample_without_drafts)
+    wrap_method(gpu_model_runner, "build_logitsprocs", build_every_processor)
+    rejection_sampler.apply()

@@ -1,0 +1,236 @@
+"""The draft length that pays best, learnt from step times and acceptance."""
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from statistics import median
+
+#: Share of the time that trying other lengths than the best may cost.
+EXPLORATION = 0.01
+#: Steps without drafts that a new batch size begins with, to know what these take.
+FIRST_STEPS = 3
+#: Last steps of a length whose median is its time.
+NUM_SAMPLES = 9
+#: Drafting steps after which a trial ends though none of them could be timed.
+TRIAL_STEPS = 3
+
+
+class Acceptance:
+    """How many tokens a step emits, by draft length."""
+
+    #: What one more step leaves of the weight of those before, and the weight of a
+    #: position (in drafts) below which nothing is forgotten.
+    MEMORY, MIN_WEIGHT = 0.98, 4.0
+
+    def __init__(self, max_length: int) -> None:
+        self._verified = [0.0] * max_length
+        self._accepted = [0.0] * max_length
+
+    def record(self, outcomes: list[tuple[int, int]]) -> None:
+        """
+        Args:
+            outcomes: of each request, how many drafts were verified, and how many of
+                them accepted.
+        """
+        for position, weight in enumerate(self._verified):
+            if weight > self.MIN_WEIGHT:
+                self._verified[position] *= self.MEMORY
+                self._accepted[position] *= self.MEMORY
+        for verified, accepted in outcomes:
+            for position in range(min(accepted + 1, verified)):
+                self._verified[position] += 1
+                self._accepted[position] += position < accepted
+
+    def expected_tokens(self, max_length: int) -> list[float]:
+        """E(0) to E(max_length): 1 + a_1 + a_1 a_2 + ... + a_1 ... a_k.
+
+        a_i is the chance that draft i is accepted if those before it are. As long as it
+        is unknown it is thought to be that of the draft before, and a_1 to be 1.
+        """
+        expected = [1.0]
+        chance = rate = 1.0
+        for verified, accepted in zip(
+            self._verified[:max_length], self._accepted[:max_length], strict=True
+        ):
+            rate = (accepted + rate) / (verified + 1)
+            chance *= rate
+            expected.append(expected[-1] + chance)
+        return expected
+
+
+class StepTimes:
+    """How long a step takes, by batch size and draft length."""
+
+    def __init__(self) -> None:
+        self._samples: dict[int, dict[int, deque[float]]] = {}
+
+    def record(self, batch_size: int, length: int, seconds: float) -> None:
+        samples = self._samples.setdefault(batch_size, {})
+        samples.setdefault(length, deque(maxlen=NUM_SAMPLES)).append(seconds)
+
+    def estimate(self, batch_size: int, max_length: int) -> list[float] | None:
+        """Seconds for length 0 to ``max_length``.
+
+        What is between two lengths that were timed is interpolated. A batch size of
+        which only length 0 was timed grows with the length as the nearest one does.
+
+        Returns:
+            None if too little was timed.
+        """
+        known = self._medians(batch_size)
+        if 0 in known and len(known) > 1:
+            return _interpolate(known, max_length)
+        sizes = sorted(self._samples, key=lambda size: abs(size - batch_size))
+        for size in sizes:
+            nearest = self._medians(size)
+            if 0 in nearest and len(nearest) > 1:
+                scale = known.get(0, nearest[0]) / nearest[0]
+                return [scale * x for x in _interpolate(nearest, max_length)]
+        return None
+
+    def _medians(self, batch_size: int) -> dict[int, float]:
+        samples = self._samples.get(batch_size, {})
+        return {length: median(times) for length, times in sorted(samples.items())}
+
+
+@dataclass
+class _Step:
+    """From the choice of a length to the next choice."""
+
+    start: float
+    batch: Hashable
+    batch_size: int
+    length: int
+    is_trial: bool
+    num_drafting: int = 0
+    is_undisturbed: bool = False
+
+
+class AdaptiveLength:
+    """Chooses the length k with the most tokens per second, E(k) / T(k); or none.
+
+    E is what ``Acceptance`` expects, T what ``StepTimes`` measured at this batch size,
+    in steps that did nothing but decode. What it costs: the first ``FIRST_STEPS`` of
+    each batch size go without drafts, and from then on every length is tried in turn,
+    as often as a share of ``EXPLORATION`` of the time pays for. A trial is charged what
+    it took beyond what its tokens are worth at the best length, whatever that was for:
+    drafting in vain, or reading prompts that nobody had read while there were no
+    drafts.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.acceptance = Acceptance(max_length)
+        self.times = StepTimes()
+        self._max_length = max_length
+        self._num_first: dict[int, int] = {}
+        self._step: _Step | None = None
+        self._credit = 0.0
+        self._trial: int | None = None
+        self._num_trial_steps = 0
+        # Of each batch size, the lengths to try, the next one first.
+        self._turns: dict[int, list[int]] = {}
+
+    @property
+    def is_trying(self) -> bool:
+        """Whether the last choice was not thought to be the best."""
+        return self._trial is not None
+
+    def choose(
+        self, now: float, batch: Hashable, batch_size: int, max_length: int
+    ) -> int:
+        """Ends the step that was chosen for last, and begins the next one.
+
+        Args:
+            now: seconds of any clock.
+            batch: what tells requests that decode together from others; None if one of
+                them is still being prefilled.
+            max_length: longest draft allowed.
+        """
+        if self._step is not None:
+            self._end(self._step, now, batch)
+        length = min(self._choose(batch, batch_size, max_length), max_length)
+        self._step = _Step(now, batch, batch_size, length, self.is_trying)
+        return length
+
+    def drafted(self, num_requests: int, is_undisturbed: bool) -> None:
+        """What became of the last choice.
+
+        Args:
+            num_requests: those that drafted.
+            is_undisturbed: whether nothing was read besides.
+        """
+        assert self._step is not None
+        self._step.num_drafting = num_requests
+        self._step.is_undisturbed = is_undisturbed
+
+    def _choose(self, batch: Hashable, batch_size: int, max_length: int) -> int:
+        if self._trial is not None:
+            return self._trial
+        num_first = self._num_first.get(batch_size, 0)
+        if batch is not None and num_first < FIRST_STEPS:
+            self._num_first[batch_size] = num_first + 1
+            return 0
+        best, rate = self._best(batch_size, max_length)
+        if rate and self._credit > 0:
+            self._trial, self._num_trial_steps = self._next_trial(batch_size, best), 0
+            return self._trial
+        return best
+
+    def _best(self, batch_size: int, max_length: int) -> tuple[int, float]:
+        """The best length, and its tokens per second of each request; 0 if unknown."""
+        seconds = self.times.estimate(batch_size, max_length)
+        if seconds is None:
+            return max_length, 0.0
+        expected = self.acceptance.expected_tokens(max_length)
+        rates = [e / s for e, s in zip(expected, seconds, strict=True)]
+        best = max(range(max_length + 1), key=rates.__getitem__)
+        return best, rates[best]
+
+    def _next_trial(self, batch_size: int, best: int) -> int:
+        turns = self._turns.setdefault(batch_size, _ladder(self._max_length))
+        length = next(length for length in turns if length != best)
+        turns.remove(length)
+        turns.append(length)
+        return length
+
+    def _end(self, step: _Step, now: float, batch: Hashable) -> None:
+        seconds = now - step.start
+        self._credit += EXPLORATION * seconds
+        num_expected = step.batch_size if step.length else 0
+        is_typical = step.is_undisturbed and step.num_drafting == num_expected
+        is_timed = is_typical and batch is not None and step.batch == batch
+        if is_timed:
+            self.times.record(step.batch_size, step.length, seconds)
+        if step.is_trial:
+            _, rate = self._best(step.batch_size, self._max_length)
+            tokens = self.acceptance.expected_tokens(step.length)[-1]
+            self._credit -= max(0.0, seconds - tokens / rate) if rate else 0.0
+            # Where it did nothing yet it waits, for a prompt to be read.
+            self._num_trial_steps += bool(step.num_drafting or not step.length)
+            if is_timed or self._num_trial_steps == TRIAL_STEPS:
+                self._trial = None
+
+
+def _ladder(max_length: int) -> list[int]:
+    """0, 1, 2, 3, 4, 6, 8, 12, 16, ... and the longest."""
+    lengths = [0, 1]
+    while lengths[-1] < max_length:
+        last = lengths[-1]
+        power = 1 << (last.bit_length() - 1)
+        lengths.append(last + max(1, power // 2))
+    return [*(length for length in lengths if length < max_length), max_length]
+
+
+def _interpolate(known: dict[int, float], max_length: int) -> list[float]:
+    """0 to ``max_length``, straight between neighbours and on beyond the last two."""
+    lengths = list(known)
+    result = []
+    for length in range(max_length + 1):
+        index = min(bisect_left(lengths, length, 1), len(lengths) - 1)
+        before, after = lengths[index - 1 : index + 1]
+        slope = (known[after] - known[before]) / (after - before)
+        if length > after:  # where noise must not promise the impossible
+            slope = max(slope, 0.0)
+        result.append(known[after] + slope * (length - after))
+    return result

@@ -1,0 +1,156 @@
+"""Verification of sampled tokens: what vLLM's rejection sampler gets wrong."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from vllm_budgetdraft.vllm_integration.patching import wrap_method
+
+#: Where vLLM expects no token.
+NO_TOKEN = -1
+
+
+def apply() -> None:
+    """Patches the module and its class. Call it in the worker."""
+    from vllm.v1.sample import rejection_sampler
+
+    wrap_method(rejection_sampler, "expand_batch_to_tokens", _expand_every_type)
+    wrap_method(rejection_sampler.RejectionSampler, "forward", _keep_noise_in_order)
+    wrap_method(rejection_sampler, "rejection_sample", _follow_the_seed)
+
+
+def _expand_every_type(original: Callable) -> Callable:
+    """Symptom: on a CPU, output at temperatures above 0 has another distribution under
+    any speculation (vLLM issue 55005).
+
+    Reason: temperatures, top_p and top_k of each draft are written to a copy that is
+    thrown away. Remove when that issue is fixed.
+    """
+
+    def expand_batch_to_tokens(
+        x: Tensor,
+        cu_num_tokens: Tensor,
+        num_tokens: int,
+        replace_from: int = 0,
+        replace_to: int = 0,
+    ) -> Tensor:
+        if x.device.type != "cpu":
+            return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        expanded = x.repeat_interleave(counts, output_size=num_tokens)
+        return expanded.masked_fill(expanded == replace_from, replace_to)
+
+    return expand_batch_to_tokens
+
+
+class _SeededRows(dict[int, Generator]):
+    """A batch's generators by row; those of rows with drafts stand past their drafts.
+
+    Attributes:
+        before: of those rows, the state before the drafts.
+    """
+
+    before: dict[int, Tensor]
+    draw: Callable[[Tensor, Generator], Tensor]
+
+
+def _keep_noise_in_order(original: Callable) -> Callable:
+    """The first half of ``_follow_the_seed``.
+
+    The token after the last draft is sampled before the drafts are verified. With the
+    generators past the drafts it gets the noise that it gets without speculation.
+    """
+
+    def forward(
+        self: Any,
+        metadata: Any,
+        draft_probs: Tensor | None,
+        logits: Tensor,
+        sampling_metadata: Any,
+    ) -> Any:
+        counts, generators = metadata.num_draft_tokens, sampling_metadata.generators
+        if any(counts[row] for row in generators):
+            rows = _SeededRows(generators)
+            rows.draw = _Draw(self.sampler.topk_topp_sampler)
+            rows.before = {}
+            for row, generator in generators.items():
+                if counts[row]:
+                    rows.before[row] = generator.get_state()
+                    rows.draw(logits.new_zeros(counts[row], logits.shape[1]), generator)
+            sampling_metadata = replace(sampling_metadata, generators=rows)
+        return original(self, metadata, draft_probs, logits, sampling_metadata)
+
+    return forward
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """vLLM's own sampler, with one request's noise."""
+
+    sampler: Any
+
+    def __call__(self, logits: Tensor, generator: Generator) -> Tensor:
+        """Samples tokens [n] of logits [n, V], one after the other."""
+        generators = dict.fromkeys(range(len(logits)), generator)
+        tokens, _ = self.sampler(logits.clone(), generators, None, None)
+        return tokens
+
+
+def _follow_the_seed(original: Callable) -> Callable:
+    """Symptom: a request's seed does not give the output that it gives without
+    speculation; what it gives changes with the drafts, and so with the batch.
+
+    Reason: rejection sampling takes a request's noise for other purposes, and more of
+    it the more is drafted. Here a seeded request's tokens are sampled one by one, each
+    with the noise of its turn, and drafts are accepted as far as they are the same.
+    Remove when vLLM's noise is a function of seed and position.
+    """
+
+    def rejection_sample(
+        draft_token_ids: Tensor,
+        num_draft_tokens: list[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: Tensor,
+        draft_probs: Tensor | None,
+        target_logits: Tensor,
+        bonus_token_ids: Tensor,
+        sampling_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        seeded = sampling_metadata.generators
+        if isinstance(seeded, _SeededRows):
+            sampling_metadata = replace(sampling_metadata, generators={})
+        output = original(
+            draft_token_ids,
+            num_draft_tokens,
+            max_spec_len,
+            cu_num_draft_tokens,
+            draft_probs,
+            target_logits,
+            bonus_token_ids,
+            sampling_metadata,
+            *args,
+            **kwargs,
+        )
+        if isinstance(seeded, _SeededRows):
+            ends = list(accumulate(num_draft_tokens))
+            for row, state in seeded.before.items():
+                drafts = slice(ends[row] - num_draft_tokens[row], ends[row])
+                generator = seeded[row]
+                generator.set_state(state)
+                sampled = seeded.draw(target_logits[drafts], generator)
+                tokens = torch.cat([sampled, bonus_token_ids[row]])
+                same = sampled == draft_token_ids[drafts]
+                num_emitted = 1 + int(same.cumprod(0).sum())
+                output[row] = NO_TOKEN
+                output[row, :num_emitted] = tokens[:num_emitted]
+                generator.set_state(state)
+                seeded.draw(torch.zeros_like(target_logits[:num_emitted]), generator)
+        return output
+
+    return rejection_sample

@@ -1,0 +1,295 @@
+"""Requests of a batch to drafts: who reads, who drafts, and whose drafting ends."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_budgetdraft import environment
+from vllm_budgetdraft.config import parse_request_settings
+from vllm_budgetdraft.errors import PagePoolExhaustedError
+from vllm_budgetdraft.proposer.draft_length import confident_lengths
+from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
+from vllm_budgetdraft.vllm_integration import sampling
+from vllm_budgetdraft.vllm_integration.faults import FaultLog
+from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
+
+#: In the place of a draft token whose logits were not finite, and of those that the
+#: drafter is not confident of.
+NOT_FINITE, NOT_CONFIDENT = -1, -2
+
+
+@dataclass(frozen=True)
+class Request:
+    """A row of the batch that is to be drafted for.
+
+    Attributes:
+        state: vLLM's object for the request.
+        context: token ids, prompt and output.
+        sampled: whether it sampled a token in this step; if not, its prompt is still
+            being prefilled.
+        max_drafts: most tokens to draft now.
+    """
+
+    row: int
+    request_id: str
+    state: Any
+    context: np.ndarray
+    sampled: bool
+    max_drafts: int
+
+
+class RequestDrafter:
+    """Drafts for requests that hold slots of a ``DraftProposer``.
+
+    Attributes:
+        probabilities: of the last drafts, request ids and [len(ids), k, V] float32;
+            None if no draft was drawn.
+        has_only_drafted: whether every request that may draft just did, and none had
+            to read for it.
+    """
+
+    def __init__(self, core: DraftProposer, num_slots: int) -> None:
+        self._core = core
+        self._slots = RequestSlots(num_slots)
+        self._reading: Holding | None = None
+        self._faults = FaultLog()
+        self.probabilities: tuple[list[str], Tensor] | None = None
+        self.has_only_drafted = False
+
+    def reset(self, error: Exception) -> None:
+        """Drops every request after a failure of none in particular."""
+        self._faults.report("every request", error)
+        self._core.release_all()
+        self._slots = RequestSlots(len(self._core.cache.num_evicted))
+        self._reading = self.probabilities = None
+
+    def forget_ended(self, live: Mapping[str, Any]) -> None:
+        """Forgets requests that are over, or another one of the same id by now."""
+        for request_id in self._slots.ended(live):
+            self._release(request_id)
+        self._slots.forget_ended(live)
+
+    def draft(
+        self, requests: list[Request], is_trial: bool = False
+    ) -> dict[int, list[int]]:
+        """Drafts by row, of the rows that have caught up and do not fail.
+
+        Args:
+            is_trial: whether it will do if some draft: nobody else begins to read.
+        """
+        self.probabilities = None
+        holdings = [self._holding(request) for request in requests]
+        if self._reading and not any(held is self._reading for held in holdings):
+            # Its request waits, and others may read: there is one buffer for prompts.
+            self._reading = None
+        batch = {request.request_id for request in requests}
+        limit = self._core.config.draft_prefill_chunk  # to be read in this step
+        some_draft = any(held and held.is_read for held in holdings)
+        unread = budget = 0 if is_trial and some_draft else limit
+        if half_read := self._reading:  # goes first, for the buffer is taken
+            requests.sort(key=lambda request: self._holding(request) is not half_read)
+        ready = []
+        num_able = 0
+        for request in requests:
+            if self._slots.has_given_up(request.request_id, request.state):
+                continue
+            try:
+                holding = self._up_to_date(request, batch)
+                if holding is None:
+                    continue
+                num_able += 1
+                if not holding.is_read:
+                    unread -= self._read(request, holding, unread)
+                if holding.is_read and request.sampled:
+                    ready.append((request, holding))
+            except Exception as error:
+                self._drop(request, error)
+        is_behind = any(_num_missing(*each) for each in ready)
+        drafts = self._draft_ready(ready, limit)
+        only_drafted = unread == budget and not is_behind
+        self.has_only_drafted = only_drafted and len(drafts) == num_able
+        return drafts
+
+    def _holding(self, request: Request) -> Holding | None:
+        return self._slots.get(request.request_id, request.state)
+
+    def _up_to_date(self, request: Request, batch: set[str]) -> Holding | None:
+        """A slot with pages, whose cache if it is read belongs to the context.
+
+        Returns:
+            None for a request that asked for no drafts.
+        """
+        holding = self._holding(request)
+        if holding is not None and holding.is_read:
+            if holding.goes_on(request.context, request.sampled):
+                if environment.check_invariants():
+                    self._core.cache.check_slot(holding.slot)
+                return holding
+            self._release(request.request_id)
+            holding = None
+        return holding or self._start(request, batch)
+
+    def _start(self, request: Request, batch: set[str]) -> Holding | None:
+        """A slot with pages; if there is none, of requests outside the batch.
+
+        Raises:
+            PagePoolExhaustedError: too few pages are free even so.
+        """
+        params, config = request.state.sampling_params, self._core.config
+        settings = parse_request_settings(params and params.extra_args, config)
+        if settings.num_speculative_tokens == 0 or sampling.excludes_drafts(params):
+            return None
+        idle = self._slots.idle(batch)
+        while idle and not (
+            self._slots.num_free and self._core.has_room(settings.kv_budget)
+        ):
+            self._release(idle.pop(0))
+        temperature = 0.0
+        if config.draft_sample_method == "probabilistic":
+            temperature = sampling.draft_temperature(params)
+        holding = self._slots.take(
+            request.request_id,
+            request.state,
+            settings=settings,
+            temperature=temperature,
+        )
+        try:
+            self._core.start_request(holding.slot, settings.kv_budget)
+        except PagePoolExhaustedError:
+            self._slots.release(request.request_id)
+            raise
+        return holding
+
+    def _read(self, request: Request, holding: Holding, limit: int) -> int:
+        """Reads up to ``limit`` more tokens of a context; returns how many.
+
+        A row that has not sampled yet will have one more token when it drafts.
+        """
+        if limit <= 0 or (self._reading is not None and self._reading is not holding):
+            return 0
+        core, context = self._core, request.context
+        end = len(context) - (FIRST_WIDTH if request.sampled else FIRST_WIDTH - 1)
+        if self._reading is None:
+            core.start_reading(end, holding.settings.kv_budget)
+            self._reading = holding
+        num_read = 0
+        while unread := core.unread(end)[: limit - num_read]:
+            tokens = context[unread.start : unread.stop].astype(np.int64)
+            core.read(torch.from_numpy(tokens).to(core.device))
+            num_read += len(unread)
+        if not core.unread(end):
+            core.finish_reading(holding.slot)
+            self._reading, holding.is_read = None, True
+            holding.num_tokens, holding.num_cached = len(context), end
+        return num_read
+
+    def _draft_ready(
+        self, ready: list[tuple[Request, Holding]], limit: int
+    ) -> dict[int, list[int]]:
+        """Drafts by row, of those that lack no more than ``limit`` tokens together."""
+        try:
+            self._append(ready, limit)
+            ready = [each for each in ready if not _num_missing(*each)]
+            drafts = self._core_drafts(ready) if ready else []
+        except Exception as error:
+            self.probabilities = None
+            if len(ready) == 1:
+                self._drop(ready[0][0], error)
+                return {}
+            # One of them may be at fault: each by itself, and without probabilities,
+            # which are not needed for exactness.
+            alone = [self._draft_ready([each], limit) for each in ready]
+            self.probabilities = None
+            return {row: drafted for each in alone for row, drafted in each.items()}
+        sound = {}
+        for (request, holding), drafted in zip(ready, drafts, strict=True):
+            if NOT_FINITE in drafted:
+                self._drop(request, FloatingPointError("logits are not finite"))
+                continue
+            num_fed = len(drafted) - 1  # all but the last
+            if NOT_CONFIDENT in drafted:
+                drafted = drafted[: drafted.index(NOT_CONFIDENT)]
+            drafted = drafted[: _max_drafts(request, holding)]
+            holding.drafted(len(request.context), drafted[:num_fed])
+            sound[request.row] = drafted
+        return sound
+
+    def _append(self, ready: list[tuple[Request, Holding]], limit: int) -> None:
+        """Feeds tokens that came without drafts, to as many requests at once as can."""
+        while limit > 0:
+            groups = defaultdict(list)
+            for request, holding in ready:
+                if missing := _num_missing(request, holding):
+                    width = min(missing, self._core.max_append)
+                    groups[width].append((request, holding))
+            if not groups:
+                return
+            for width, group in groups.items():
+                starts = [holding.num_cached for _, holding in group]
+                tokens = [
+                    request.context[start : start + width]
+                    for (request, _), start in zip(group, starts, strict=True)
+                ]
+                self._core.append(
+                    self._tensor([holding.slot for _, holding in group]),
+                    self._tensor(np.stack(tokens)),
+                    self._tensor(starts),
+                )
+                for _, holding in group:
+                    holding.num_cached += width
+                limit -= width * len(group)
+
+    def _core_drafts(self, ready: list[tuple[Request, Holding]]) -> list[list[int]]:
+        """Tokens of each; ``NOT_FINITE`` or ``NOT_CONFIDENT`` where they are of no use.
+
+        As many for each, though some may propose fewer of them.
+        """
+        contexts = [request.context for request, _ in ready]
+        temperatures = [holding.temperature for _, holding in ready]
+        tokens, confidences, probabilities = self._core.draft(
+            self._tensor([holding.slot for _, holding in ready]),
+            self._tensor(np.stack([c[-FIRST_WIDTH:] for c in contexts])),
+            self._tensor([len(context) for context in contexts]),
+            max(_max_drafts(*each) for each in ready),
+            self._tensor(temperatures, torch.float32) if any(temperatures) else None,
+        )
+        if probabilities is not None:
+            ids = [request.request_id for request, _ in ready]
+            self.probabilities = ids, probabilities
+        threshold = self._core.config.draft_confidence_threshold
+        lengths = confident_lengths(confidences, threshold)[:, None]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        tokens = tokens.masked_fill(positions >= lengths, NOT_CONFIDENT)
+        return tokens.masked_fill(~confidences.isfinite(), NOT_FINITE).tolist()
+
+    def _tensor(self, data: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.as_tensor(data, dtype=dtype).to(self._core.device)
+
+    def _drop(self, request: Request, error: Exception) -> None:
+        """Ends the drafting of a request; for now only, if it waits for pages."""
+        if holding := self._holding(request):
+            self._core.cache.scrub(holding.slot)
+            self._release(request.request_id)
+        if not isinstance(error, PagePoolExhaustedError):
+            self._slots.give_up(request.request_id, request.state)
+        self._faults.report(f"request {request.request_id}", error)
+
+    def _release(self, request_id: str) -> None:
+        if self._slots.holds(request_id, self._reading):
+            self._reading = None
+        self._core.release_request(self._slots.release(request_id))
+
+
+def _max_drafts(request: Request, holding: Holding) -> int:
+    asked = holding.settings.num_speculative_tokens
+    return request.max_drafts if asked is None else min(asked, request.max_drafts)
+
+
+def _num_missing(request: Request, holding: Holding) -> int:
+    """Context tokens that the cache lacks, but for those that a draft feeds."""
+    return max(0, len(request.context) - FIRST_WIDTH - holding.num_cached)

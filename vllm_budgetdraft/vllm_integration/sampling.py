@@ -1,0 +1,32 @@
+"""What a request's sampling parameters mean for its drafts."""
+
+from typing import Any
+
+#: Temperatures below are greedy to vLLM.
+MIN_TEMPERATURE = 1e-5
+
+
+def excludes_drafts(params: Any) -> bool:
+    """Whether vLLM would go wrong on drafts of a request.
+
+    Model runner V1 applies min_p and logit_bias to the token that it samples last in a
+    step, and not where it verifies drafts.
+    """
+    return params is not None and bool(params.min_p or params.logit_bias)
+
+
+def draft_temperature(params: Any) -> float:
+    """Temperature to draw a request's drafts at; 0 to pick the likeliest instead.
+
+    It is 0 where a draft is withheld, or a token chosen, by what was drawn:
+
+    * vLLM cuts a draft that a grammar forbids before it verifies. Of drawn drafts, the
+      rest would no longer have the distribution that vLLM is told.
+    * With a seed, the target's token is the same whatever is drafted (see
+      ``patches.seeded_sampling``), so that the likeliest draft is the best one.
+    """
+    if params is None or params.temperature < MIN_TEMPERATURE:
+        return 0.0
+    if params.seed is not None or params.structured_outputs is not None:
+        return 0.0
+    return float(params.temperature)
