@@ -72,7 +72,10 @@ class WatchedEngine(Engine):
     def _check_slots(self) -> None:
         """Whoever may draft does, or waits for room or for its turn to read."""
         self.check_pages()
-        held, chunk = self.proposer._drafter._slots._held, self.core.config.draft_prefill_chunk
+        held, chunk = (
+            self.proposer._drafter._slots._held,
+            self.core.config.draft_prefill_chunk,
+        )
         for name, holding in held.items():
             assert holding.state is self.requests.get(name), name
             assert self._is_drafted_for(name), name

@@ -28,7 +28,7 @@ def run(args: Namespace) -> None:
 
     from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
-    _prepare_environment()
+    prepare_environment()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     methods = _speculative_configs(args)
     engine_args = {
@@ -124,7 +124,7 @@ def _plain_arguments(args: Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(args).items() if not callable(value)}
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """The same for every engine, before the first starts."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

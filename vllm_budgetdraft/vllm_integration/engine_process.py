@@ -30,6 +30,22 @@ class Generation:
     accepted_per_position: list[int]
 
 
+@dataclass(frozen=True)
+class BatchGeneration:
+    """Requests sent at once.
+
+    Attributes:
+        token_ids: what was generated, by request.
+        seconds: from the call to the last token.
+        num_draft_tokens, num_accepted_tokens: of all of them.
+    """
+
+    token_ids: list[list[int]]
+    seconds: float
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+
 class EngineProcess:
     """Runs ``LLM(**engine_args)`` in a child; its output goes to a log file."""
 
@@ -50,7 +66,18 @@ class EngineProcess:
         Raises:
             RuntimeError: the engine failed; the message has its last words.
         """
-        self._pipe.send((prompt_token_ids, max_tokens))
+        self._pipe.send((_generate, prompt_token_ids, max_tokens))
+        return self._receive()
+
+    def generate_batch(
+        self, prompts: list[list[int]], sampling: dict[str, Any]
+    ) -> BatchGeneration:
+        """Tokens of every prompt, with the same ``SamplingParams(**sampling)``.
+
+        Raises:
+            RuntimeError: the engine failed; the message has its last words.
+        """
+        self._pipe.send((_generate_batch, prompts, sampling))
         return self._receive()
 
     def close(self) -> None:
@@ -90,10 +117,10 @@ def _serve(pipe: Connection, engine_args: dict[str, Any], log_file: str) -> None
     pipe.send(None)
     while True:
         try:
-            prompt, max_tokens = pipe.recv()
+            function, *arguments = pipe.recv()
         except EOFError:
             return
-        pipe.send(_generate(llm, prompt, max_tokens))
+        pipe.send(function(llm, *arguments))
 
 
 def _generate(llm: Any, prompt: list[int], max_tokens: int) -> Generation:
@@ -122,10 +149,42 @@ def _generate(llm: Any, prompt: list[int], max_tokens: int) -> Generation:
     )
 
 
+def _generate_batch(
+    llm: Any, prompts: list[list[int]], sampling: dict[str, Any]
+) -> BatchGeneration:
+    import time
+
+    from vllm import SamplingParams
+
+    before = _metrics(llm)
+    start = time.perf_counter()
+    requests = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(**sampling),
+        use_tqdm=False,
+    )
+    seconds = time.perf_counter() - start
+    after = _metrics(llm)
+    names = ("num_draft_tokens", "num_accepted_tokens")
+    counters = [f"vllm:spec_decode_{name}" for name in names]
+    return BatchGeneration(
+        [list(request.outputs[0].token_ids) for request in requests],
+        seconds,
+        *(
+            after[counter].value - before[counter].value if counter in after else 0
+            for counter in counters
+        ),
+    )
+
+
 def _spec_decode_counters(llm: Any) -> list[int]:
     """Number of drafts so far, then accepted tokens by position."""
-    found = {metric.name: metric for metric in llm.get_metrics()}
+    found = _metrics(llm)
     if "vllm:spec_decode_num_drafts" not in found:
         return [0]
     accepted = found["vllm:spec_decode_num_accepted_tokens_per_pos"].values
     return [found["vllm:spec_decode_num_drafts"].value, *accepted]
+
+
+def _metrics(llm: Any) -> dict[str, Any]:
+    return {metric.name: metric for metric in llm.get_metrics()}

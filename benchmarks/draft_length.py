@@ -1,0 +1,175 @@
+"""Adaptive draft length against every fixed one, and against no speculation at all.
+
+One engine of plain vLLM, one of budgetdraft whose requests ask for 0, 1, 2, ... drafts,
+one that adapts, and one that adapts with a drafter of random weights. They take turns,
+each time in another order, at each batch size; all generate the same passages.
+
+    python -m benchmarks.draft_length --output benchmarks/results/draft-length.json
+
+About 15 minutes on 2 CPU cores.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from vllm_budgetdraft.demo.comparison import EXCERPT, PAUSE_SECONDS, prepare_environment
+from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft.vllm_integration.engine_process import (
+    BatchGeneration,
+    EngineProcess,
+)
+
+PLAIN, ADAPTIVE, RANDOM = "vllm", "adaptive", "adaptive, random drafter"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default="models/books-9m")
+    parser.add_argument("--drafter", default="models/books-9m-drafter")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[0, 1, 2, 4, 8])
+    parser.add_argument("--context-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+
+    prepare_environment()
+    methods = {PLAIN: None, ADAPTIVE: None, RANDOM: None} | {
+        f"{length} drafts": length for length in args.lengths
+    }
+    rows = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engines = {
+            name: stack.enter_context(EngineProcess(each, folder / f"{name}.log"))
+            for name, each in engine_args(args, folder).items()
+        }
+        for batch_size in args.batch_sizes:
+            runs = measured(engines, methods, batch_size, args)
+            rows += table(runs, batch_size)
+    document = {"results": rows, "provenance": provenance.collect(vars(args))}
+    Path(args.output).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def engine_args(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """Of each engine: plain, fixed lengths, adaptive, adaptive with random weights."""
+    config = AutoConfig.from_pretrained(args.drafter)
+    torch.manual_seed(0)
+    random_drafter = folder / "random"
+    AutoModelForCausalLM.from_config(config).save_pretrained(random_drafter)
+    common = {
+        "model": args.target,
+        "dtype": "float32",
+        "max_model_len": args.context_tokens + args.new_tokens,
+        "max_num_seqs": max(args.batch_sizes),
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+    }
+    ours = {
+        "method": "budgetdraft",
+        "model": args.drafter,
+        "num_speculative_tokens": max(args.lengths),
+    }
+    adaptive = ours | {"adaptive_draft_length": True}
+    configs = {
+        PLAIN: None,
+        "fixed": ours,
+        ADAPTIVE: adaptive,
+        RANDOM: adaptive | {"model": str(random_drafter)},
+    }
+    return {
+        name: common | {"speculative_config": each} for name, each in configs.items()
+    }
+
+
+def measured(
+    engines: dict[str, EngineProcess],
+    methods: dict[str, int | None],
+    batch_size: int,
+    args: argparse.Namespace,
+) -> dict[str, list[BatchGeneration]]:
+    """Runs of each method, each on the same passages, after one that warms up."""
+    runs: dict[str, list[BatchGeneration]] = {name: [] for name in methods}
+    order = list(methods)
+    for repeat, prompts in enumerate(passages(batch_size, args)):
+        for name in order:
+            length = methods[name]
+            sampling = {
+                "temperature": args.temperature,
+                "max_tokens": args.new_tokens,
+                "ignore_eos": True,
+            }
+            if length is not None:
+                sampling["extra_args"] = {"num_speculative_tokens": length}
+            time.sleep(PAUSE_SECONDS)
+            engine = engines[name if length is None else "fixed"]
+            run = engine.generate_batch(prompts, sampling)
+            if repeat:
+                runs[name].append(run)
+        order.append(order.pop(0))
+    return runs
+
+
+def passages(batch_size: int, args: argparse.Namespace) -> list[list[list[int]]]:
+    """By run, the first of which warms up, ``batch_size`` passages of the excerpt."""
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    text = EXCERPT.read_text(encoding="utf-8")
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = batch_size * (1 + args.repeats)
+    stride = (len(tokens) - args.context_tokens) // count
+    prompts = [
+        tokens[i * stride : i * stride + args.context_tokens] for i in range(count)
+    ]
+    return [prompts[run :: 1 + args.repeats] for run in range(1 + args.repeats)]
+
+
+def table(
+    runs: dict[str, list[BatchGeneration]], batch_size: int
+) -> list[dict[str, Any]]:
+    """Medians of each method, and of its ratio to plain vLLM's run of the same turn."""
+    print(f"\nbatch {batch_size}")
+    rows = []
+    for name, mine in runs.items():
+        speeds = [sum(map(len, run.token_ids)) / run.seconds for run in mine]
+        ratios = sorted(
+            base.seconds / run.seconds
+            for run, base in zip(mine, runs[PLAIN], strict=True)
+        )
+        steps = sum(map(len, (ids for run in mine for ids in run.token_ids)))
+        row = {
+            "batch_size": batch_size,
+            "method": name,
+            "output_throughput": statistics.median(speeds),
+            "ratio_to_plain": statistics.median(ratios),
+            "ratio_range": [ratios[0], ratios[-1]],
+            "drafts_per_token": sum(run.num_draft_tokens for run in mine) / steps,
+            "accepted_per_token": sum(run.num_accepted_tokens for run in mine) / steps,
+            "same_output": all(
+                run.token_ids == base.token_ids
+                for run, base in zip(mine, runs[PLAIN], strict=True)
+            ),
+        }
+        rows.append(row)
+        print(
+            f"{name:<26}{row['output_throughput']:>8.0f} tok/s"
+            f"{row['ratio_to_plain']:>7.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"  drafted {row['drafts_per_token']:.2f}"
+            f"  accepted {row['accepted_per_token']:.2f}  same {row['same_output']}",
+            flush=True,
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
