@@ -37,6 +37,8 @@ SETTINGS = {
     "observation_tokens": 5,
     "pooling_size": 3,
 }
+#: Drafts by batch size, none or fewer for some.
+SCHEDULES = [None, [(1, 1, 3), (2, 2, 1), (3, 3, 0)], [(1, 2, 0), (3, 3, 2)]]
 #: Two layers, the fewest whose cache depends on attention, and float64.
 BYTES_PER_TOKEN = (
     2 * 2 * 8 * models.SIZES["num_key_value_heads"] * models.SIZES["head_dim"]
@@ -83,6 +85,8 @@ class RequestEvents(RuleBasedStateMachine):
         position_mode=st.sampled_from(["absolute", "cache_relative"]),
         page_size=st.sampled_from([4, 3]),
         slots_in_pool=st.sampled_from([None, None, 2.5]),
+        schedule=st.sampled_from(SCHEDULES),
+        threshold=st.sampled_from([0.0, 0.0, 0.1]),
     )
     def serve(
         self,
@@ -90,6 +94,8 @@ class RequestEvents(RuleBasedStateMachine):
         position_mode: str,
         page_size: int,
         slots_in_pool: float | None,
+        schedule: list[tuple[int, int, int]] | None,
+        threshold: float,
     ) -> None:
         keeps_all = self.policy == "keep_all"
         folder, pool_memory_gib = self.folder, None
@@ -105,6 +111,8 @@ class RequestEvents(RuleBasedStateMachine):
             position_mode=position_mode,
             page_size=page_size,
             pool_memory_gib=pool_memory_gib,
+            num_speculative_tokens_per_batch_size=schedule,
+            draft_confidence_threshold=threshold,
             **SETTINGS,
         )
         for name, num_tokens in zip(NAMES, (30, 100, 60), strict=False):
@@ -198,9 +206,12 @@ class RequestEvents(RuleBasedStateMachine):
     def roll_back(self, data: st.DataObject, count: int, prefill_steps: int) -> None:
         """Tokens that were sampled already are computed again."""
         name = data.draw(st.sampled_from(self.sampling))
-        tokens = self.engine.tokens[name]
-        if name not in self.engine.twins:
+        tokens, twin = self.engine.tokens[name], self.engine.twins.get(name)
+        if twin is None:
             count = 1  # of a step without drafts
+        elif self.engine.core.config.num_speculative_tokens_per_batch_size:
+            # It may grow again before it is looked at.
+            count = min(count, len(tokens) - twin.num_known)
         del tokens[-min(count, len(tokens) - 1) :]
         self.rolled_back.add(name)
         self.prefill(name, prefill_steps)

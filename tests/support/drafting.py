@@ -10,7 +10,11 @@ from transformers import PreTrainedModel
 
 from tests.support.models import VOCAB_SIZE, random_tokens
 from vllm_budgetdraft.config import BudgetDraftConfig
-from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
+from vllm_budgetdraft.proposer.draft_proposer import (
+    FIRST_WIDTH,
+    DraftProposer,
+    Drafts,
+)
 
 
 def build_proposer(
@@ -19,6 +23,7 @@ def build_proposer(
     num_slots: int = 1,
     max_model_len: int = 512,
     dtype: torch.dtype = torch.float32,
+    seed: int = 0,
     **settings: Any,
 ) -> DraftProposer:
     config = BudgetDraftConfig(
@@ -30,6 +35,7 @@ def build_proposer(
         max_model_len=max_model_len,
         dtype=dtype,
         device="cpu",
+        seed=seed,
     )
 
 
@@ -71,14 +77,37 @@ class Requests:
         self.proposer.release_request(slot)
         del self.contexts[slot]
 
-    def draft(self, slots: list[int]) -> dict[int, list[int]]:
+    def draft(
+        self, slots: list[int], num_drafts: int | None = None
+    ) -> dict[int, list[int]]:
+        drafts = self.drafts(slots, num_drafts)
+        return dict(zip(slots, drafts.tokens.tolist(), strict=True))
+
+    def drafts(
+        self,
+        slots: list[int],
+        num_drafts: int | None = None,
+        temperatures: list[float] | None = None,
+    ) -> Drafts:
+        """A copy of what the proposer says."""
         contexts = [self.contexts[slot] for slot in slots]
         drafts = self.proposer.draft(
             torch.tensor(slots),
             torch.tensor([context[-FIRST_WIDTH:] for context in contexts]),
             torch.tensor([len(context) for context in contexts]),
+            num_drafts,
+            None if temperatures is None else torch.tensor(temperatures),
         )
-        return dict(zip(slots, drafts.tokens.tolist(), strict=True))
+        return Drafts(*(None if x is None else x.clone() for x in drafts))
+
+    def append(self, starts: dict[int, int], width: int) -> None:
+        """Feeds ``width`` tokens from position ``starts[slot]`` on, to each slot."""
+        tokens = [self.contexts[slot][s : s + width] for slot, s in starts.items()]
+        self.proposer.append(
+            torch.tensor(list(starts)),
+            torch.tensor(tokens),
+            torch.tensor(list(starts.values())),
+        )
 
     def verify(self, slot: int, drafts: list[int]) -> None:
         """Accepts none, some or all; the target's own token follows."""

@@ -1,6 +1,7 @@
 """One request's draft cache as lists of keys and values, with no page and no batch."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,8 @@ class ListTwin:
     Attributes:
         by_page: attention that each page has received.
         num_seen: tokens read, skipped or fed.
-        known: the context that it drafted for last, and the drafts.
+        known: the context that it drafted for last, and the drafts that came of it.
+        num_known: how long that context was.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class ListTwin:
         ]
         self.by_page = empty.new_zeros(self._num_pages)
         self._is_undecided = False
-        self.num_seen = 0
+        self.num_seen = self.num_known = 0
         self.known: list[int] = []
 
     @property
@@ -93,34 +95,50 @@ class ListTwin:
 
     def finish(self, context: list[int]) -> None:
         """Keeps what the policy does of the context, which has been read."""
-        self.known, self._num_known = list(context), len(context)
+        self.known, self.num_known = list(context), len(context)
         if self._num_held and not self._streams:
             self._select()
         for layer in self._layers:
             self._count(layer.received.sum(0))
 
     def goes_on(self, context: list[int], samples: bool) -> bool:
-        """Whether a context is that of the last draft, drafts, and one more token.
+        """Whether a context is that of the last draft, and longer if it samples."""
+        return len(context) >= self.num_known + samples
 
-        Where it is computed again, it only must not be shorter.
-        """
-        if not samples:
-            return len(context) >= self._num_known
-        is_longer = len(context) > self._num_known
-        return is_longer and self.known[: len(context) - 1] == context[:-1]
+    def num_cached(self, context: list[int]) -> int:
+        """How many of its first tokens it has seen and knows to be those."""
+        same = (a == b for a, b in zip(self.known, context, strict=False))
+        return min(sum(takewhile(bool, same)), self.num_seen)
 
-    def agrees(self, context: list[int], drafts: list[int]) -> bool:
-        """Whether it holds what belongs to a context, and would draft these."""
-        end = len(context) - FIRST_WIDTH
-        num_held = end - self._num_evicted
-        if self.known[:end] != context[:end] or not 0 <= num_held <= self._num_held:
+    def append(self, context: list[int], start: int, width: int) -> bool:
+        """Feeds some of a context; returns whether it lacked them, and none before."""
+        if start != self.num_cached(context):
             return False
-        self._cut(list(range(num_held)))
-        self.num_seen = end
-        self._make_room(len(context) + len(drafts) - 1)
-        choices = self._run(context[end:] + drafts[:-1])
-        self.known, self._num_known = context + drafts, len(context)
+        self._feed(start, context[start : start + width], start + width)
+        self.known = context[: start + width]
+        return True
+
+    def agrees(self, context: list[int], drafts: list[int], num_given: int) -> bool:
+        """Whether it holds what belongs to a context, and would draft these.
+
+        Args:
+            num_given: how many of them may be accepted.
+        """
+        start, end = len(context) - FIRST_WIDTH, len(context) + len(drafts) - 1
+        if self.num_cached(context) < start:
+            return False
+        choices = self._feed(start, context[start:] + drafts[:-1], end)
+        self.known, self.num_known = context + drafts[:num_given], len(context)
         return self._is_undecided or choices[FIRST_WIDTH - 1 :] == drafts
+
+    def _feed(self, start: int, tokens: list[int], end: int) -> list[int]:
+        """Forgets what is after ``start``, makes room up to ``end``, and runs."""
+        num_held = start - self._num_evicted
+        assert num_held >= 0, (start, self._num_evicted)
+        self._cut(list(range(num_held)))
+        self.num_seen = start
+        self._make_room(end)
+        return self._run(tokens)
 
     def _skip(self) -> None:
         if self._skipped and self.num_seen == self._skipped.start:

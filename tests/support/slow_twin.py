@@ -40,6 +40,11 @@ class SlowTwin:
         self._num_seen = 0
 
     @property
+    def attention(self) -> Tensor:
+        """What each page has received, [pages]."""
+        return self._by_page
+
+    @property
     def num_held(self) -> int:
         return self._held[0][0].shape[1] if self._held else 0
 
@@ -76,14 +81,19 @@ class SlowTwin:
         self._received = list(received.gather(2, kept))
 
     @torch.inference_mode()
-    def draft(self, context: list[int]) -> list[int]:
-        num_drafts, end = self._config.num_speculative_tokens, len(context)
+    def append(self, context: list[int], start: int, width: int) -> None:
+        """Feeds tokens of a context, whose first ``start`` ones have been seen."""
+        self._go_back(start)
+        self._make_room(start + width)
+        self._run(context[start : start + width], counts_pages=True)
+
+    @torch.inference_mode()
+    def draft(self, context: list[int], num_drafts: int | None = None) -> list[int]:
+        num_drafts = num_drafts or self._config.num_speculative_tokens
+        end = len(context)
         # Rejected drafts are forgotten, and the tokens fed first are computed again.
-        known = end - FIRST_WIDTH - self.num_evicted
-        self._num_seen -= self.num_held - known
-        self._cut(range(known, self.num_held))
-        if end + num_drafts - 1 - self.num_evicted > self._capacity:
-            self._evict(growth=num_drafts + 1)
+        self._go_back(end - FIRST_WIDTH)
+        self._make_room(end + num_drafts - 1)
         drafts: list[int] = []
         fed = context[-FIRST_WIDTH:]
         for _ in range(num_drafts):
@@ -124,10 +134,17 @@ class SlowTwin:
     def _pages(self, num_tokens: int) -> Tensor:
         return torch.arange(num_tokens) // self._config.page_size
 
-    def _evict(self, growth: int) -> None:
+    def _go_back(self, end: int) -> None:
+        known = end - self.num_evicted
+        self._num_seen -= self.num_held - known
+        self._cut(range(known, self.num_held))
+
+    def _make_room(self, end: int) -> None:
+        if end - self.num_evicted <= self._capacity:
+            return
         size = self._config.page_size
         first = -(-self._policy.protected_tokens(self._budget) // size)
-        count = -(-growth // size)
+        count = -(-(self._config.num_speculative_tokens + 1) // size)
         pages = list(range(first, len(self._by_page)))
         if self._policy.accumulates_attention:
             older = pages[: max(len(pages) // 2, count)]

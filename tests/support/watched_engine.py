@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate, takewhile
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ class WatchedEngine(Engine):
             (core, "start_reading", self._start_reading),
             (core, "read", self._read),
             (core, "finish_reading", self._finish_reading),
+            (core, "append", self._append),
             (core, "draft", self._draft),
             (drafter, "_start", self._start),
             (drafter, "_read", self._read_for),
@@ -43,9 +46,10 @@ class WatchedEngine(Engine):
         self._half_read: tuple[str, ListTwin]
 
     def propose(self) -> dict[str, list[int]]:
-        self._num_read, self._lost = 0, set[str]()
-        self._drafted: dict[str, list[int]] = {}
-        self._wrong: dict[str, list[int]] = {}
+        self._num_read = self._num_appended = 0
+        self._lost = set[str]()
+        self._given: dict[str, list[int]] = {}
+        self._wrong: dict[str, str] = {}
         self._errors: dict[str, Exception] = {}
         drafts = super().propose()
         for name, error in self._errors.items():
@@ -72,15 +76,16 @@ class WatchedEngine(Engine):
     def _check_slots(self) -> None:
         """Whoever may draft does, or waits for room or for its turn to read."""
         self.check_pages()
-        held, chunk = (
-            self.proposer._drafter._slots._held,
-            self.core.config.draft_prefill_chunk,
-        )
+        held, chunk = self.proposer._drafter._slots._held, self._chunk
         for name, holding in held.items():
             assert holding.state is self.requests.get(name), name
             assert self._is_drafted_for(name), name
         assert self.twins.keys() <= held.keys()
         assert self._num_read <= chunk
+        if self.longest == 0:
+            assert not (self._num_read or self._num_appended or self._given)
+            return
+        assert self._num_appended < chunk + len(self.batch) * self.core.max_append
         running = self._running
         for name in running:
             if name not in held:
@@ -100,12 +105,35 @@ class WatchedEngine(Engine):
         names = {name for name in self.batch if self._room(name) > 0}
         return set(filter(self._is_drafted_for, names))
 
+    @property
+    def longest(self) -> int:
+        """Most drafts of this batch, by the schedule."""
+        config = self.core.config
+        lengths = [
+            length
+            for first, _, length in config.num_speculative_tokens_per_batch_size or []
+            if first <= len(self.batch)
+        ]
+        return min([config.num_speculative_tokens, *lengths[-1:]])
+
+    @property
+    def _chunk(self) -> int:
+        return self.core.config.draft_prefill_chunk
+
     def _due(self, name: str) -> list[int]:
         """What a request of the batch must be given."""
-        if name in self.prefilling or name not in self.twins or self._room(name) <= 0:
+        can_draft = name in self.twins and name not in self.prefilling
+        if not can_draft or self._most_drafts(name) <= 0:
             return []
+        if name not in self._given:  # it could not catch up in one step
+            assert self._num_appended >= self._chunk, name
+            return []
+        return self._given[name]
+
+    def _most_drafts(self, name: str) -> int:
         asked = self._asked(name).num_speculative_tokens
-        return self._drafted[name][:asked][: self._room(name)]
+        most = min(self.longest, self._room(name))
+        return most if asked is None else min(most, asked)
 
     def _asked(self, name: str) -> RequestSettings:
         return RequestSettings(**self.requests[name].sampling_params.extra_args)
@@ -162,19 +190,45 @@ class WatchedEngine(Engine):
         twin.finish(self.tokens[name])
         self.twins[name] = twin
 
+    def _append(
+        self, original: Callable, slots: Tensor, tokens: Tensor, starts: Tensor
+    ) -> None:
+        original(slots, tokens, starts)
+        self._num_appended += tokens.numel()
+        width = tokens.shape[1]
+        for slot, start in zip(slots.tolist(), starts.tolist(), strict=True):
+            name = self._name_of(slot)
+            assert start + width <= self._num_readable(name), name
+            if not self.twins[name].append(self.tokens[name], start, width):
+                self._wrong[name] = f"{width} tokens appended at {start}"
+
     def _draft(self, original: Callable, slots: Tensor, *rest: Any) -> Any:
         result = original(slots, *rest)
-        for slot, drafts in zip(slots.tolist(), result[0].tolist(), strict=True):
-            name = self._name_of(slot)
-            self._drafted[name] = drafts
+        names = [self._name_of(slot) for slot in slots.tolist()]
+        assert result.tokens.shape[1] == max(map(self._most_drafts, names)), names
+        rows = zip(
+            names,
+            slots.tolist(),
+            result.tokens.tolist(),
+            result.confidences.tolist(),
+            strict=True,
+        )
+        for name, slot, drafts, confidences in rows:
+            num_given = min(self._most_drafts(name), self._num_sure(confidences))
+            self._given[name] = drafts[:num_given]
             twin = self.twins.get(name)
-            if not (twin and twin.agrees(self.tokens[name], drafts)):
-                self._wrong[name] = drafts
+            if not (twin and twin.agrees(self.tokens[name], drafts, num_given)):
+                self._wrong[name] = f"drafts {drafts}"
             elif self.core.policy.accumulates_attention:
                 received = self.core.cache.attention[slot, : len(twin.by_page)]
                 if not received.double().allclose(twin.by_page, atol=1e-3):
-                    self._wrong[name] = drafts
+                    self._wrong[name] = "attention of its pages"
         return result
+
+    def _num_sure(self, confidences: list[float]) -> int:
+        products = accumulate(confidences, mul)
+        threshold = self.core.config.draft_confidence_threshold
+        return sum(takewhile(bool, (product >= threshold for product in products)))
 
     def _release(self, original: Callable, name: str) -> None:
         """Pages are taken from nobody who still needs them."""

@@ -48,31 +48,49 @@ def test_only_requests_outside_the_batch_are_idle_and_the_oldest_goes_first():
 
 
 @pytest.mark.parametrize(
-    ("context", "goes_on"),
+    ("context", "num_cached"),
     [
-        pytest.param([1, 2, 3, 9], True, id="nothing_accepted"),
-        pytest.param([1, 2, 3, 5, 9], True, id="one_accepted"),
-        pytest.param([1, 2, 3, 5, 6, 9], True, id="all_accepted"),
-        pytest.param([1, 2, 3, 8, 9], False, id="other_tokens_than_drafted"),
-        pytest.param([1, 2, 3, 5, 8, 9], False, id="other_second_token"),
-        pytest.param([1, 2, 3, 5, 6, 7, 9], False, id="grown_beyond_the_drafts"),
-        pytest.param([1, 2, 3], False, id="not_grown"),
-        pytest.param([1, 2], False, id="shrunk"),
+        pytest.param([1, 2, 3, 9], 3, id="nothing_accepted"),
+        pytest.param([1, 2, 3, 5, 9], 4, id="one_accepted"),
+        pytest.param([1, 2, 3, 5, 6, 9], 5, id="all_accepted"),
+        pytest.param([1, 2, 3, 5], 4, id="the_targets_own_token_was_drafted"),
+        pytest.param([1, 2, 3, 8, 6, 9], 3, id="other_first_token_than_drafted"),
+        pytest.param([1, 2, 3, 5, 8, 9], 4, id="other_second_token"),
+        pytest.param([1, 2, 3, 5, 6, 7, 8, 9], 5, id="grown_beyond_the_drafts"),
     ],
 )
-def test_a_context_goes_on_only_by_accepted_drafts_and_one_token(context, goes_on):
-    holding = Holding(slot=0, state=Request(), num_tokens=3, drafts=[5, 6])
-    assert holding.continues(np.array(context, dtype=np.int32), sampled=True) is goes_on
+def test_of_a_context_that_grew_the_drafts_that_it_begins_with_are_cached(
+    context, num_cached
+):
+    holding = Holding(0, Request(), num_tokens=3, num_cached=3, fed=[5, 6])
+    context = np.array(context, dtype=np.int32)
+    assert holding.goes_on(context, sampled=True)
+    assert holding.num_cached == num_cached
+    # Later tokens are not mistaken for drafts.
+    assert holding.goes_on(np.append(context, [5, 6]), sampled=True)
+    assert holding.num_cached == num_cached
 
 
-def test_a_request_that_has_not_drafted_yet_has_nothing_to_go_on_from():
-    holding = Holding(slot=0, state=Request())
-    assert not holding.continues(np.array([1, 2]), sampled=True)
+@pytest.mark.parametrize("context", [[1, 2, 3], [1, 2]])
+def test_the_cache_of_a_context_that_sampled_and_did_not_grow_is_of_no_use(context):
+    holding = Holding(0, Request(), num_tokens=3, num_cached=3, fed=[5, 6])
+    assert not holding.goes_on(np.array(context), sampled=True)
 
 
 def test_a_context_that_is_computed_again_goes_on_unless_it_was_rolled_back():
-    """It may grow by other tokens than the old ones before it samples again."""
-    holding = Holding(slot=0, state=Request(), num_tokens=3, drafts=[5, 6])
-    assert holding.continues(np.array([1, 2, 3]), sampled=False)
-    assert holding.continues(np.array([1, 2, 3, 5, 9]), sampled=False)
-    assert not holding.continues(np.array([1, 2]), sampled=False)
+    """What of it was drafted is seen once it samples again."""
+    holding = Holding(0, Request(), num_tokens=3, num_cached=3, fed=[5, 6])
+    assert not holding.goes_on(np.array([1, 2]), sampled=False)
+    assert holding.goes_on(np.array([1, 2, 3]), sampled=False)
+    assert holding.goes_on(np.array([1, 2, 3, 5, 9]), sampled=False)
+    assert holding.num_cached == 3
+    assert holding.goes_on(np.array([1, 2, 3, 5, 9]), sampled=True)
+    assert holding.num_cached == 4
+
+
+def test_a_draft_caches_its_context_and_goes_on_from_there():
+    holding = Holding(0, Request(), num_tokens=3, num_cached=2)
+    holding.drafted(5, [6, 7])
+    assert not holding.goes_on(np.arange(5), sampled=True)
+    assert holding.goes_on(np.array([1, 2, 3, 4, 5, 6, 9]), sampled=True)
+    assert holding.num_cached == 6

@@ -158,7 +158,7 @@ class AdaptiveLength:
 
         Args:
             num_requests: those that drafted.
-            is_undisturbed: whether nothing was read besides.
+            is_undisturbed: whether nobody who may draft did not, and none had to read.
         """
         assert self._step is not None
         self._step.num_drafting = num_requests
@@ -197,8 +197,7 @@ class AdaptiveLength:
     def _end(self, step: _Step, now: float, batch: Hashable) -> None:
         seconds = now - step.start
         self._credit += EXPLORATION * seconds
-        num_expected = step.batch_size if step.length else 0
-        is_typical = step.is_undisturbed and step.num_drafting == num_expected
+        is_typical = step.length == 0 or (step.num_drafting and step.is_undisturbed)
         is_timed = is_typical and batch is not None and step.batch == batch
         if is_timed:
             self.times.record(step.batch_size, step.length, seconds)
