@@ -74,6 +74,7 @@ def test_metrics_are_vllms_and_ours(server: Server, client: "OpenAI") -> None:
     assert metrics["vllm:spec_decode_num_draft_tokens_total"] > 0
     assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
     assert metrics["vllm_budgetdraft:pages_in_use"] > 0
+    assert metrics["vllm_budgetdraft:draft_length"] > 0
     # Of a counter with labels nothing is shown before it first counts.
     assert metrics["vllm_budgetdraft:draft_faults_total"] == 0
 

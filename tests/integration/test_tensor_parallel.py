@@ -1,4 +1,4 @@
-"""Two ranks: each drafts for itself, and they must agree."""
+"""Two ranks: one drafts for both, and they must stay the same model."""
 
 import multiprocessing
 import os
@@ -20,17 +20,26 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
-NUM_DRAFTS = 4
+PROMPT_TOKENS = (5, 40, 150, 300)
 
 
-def last_drafts(worker: Any) -> list[tuple[int, int, list[int]]]:
-    """Slot, context length and drafts of each request that a rank holds."""
-    held = worker.model_runner.drafter._drafter._slots._held
-    return [(h.slot, h.num_tokens, h.drafts) for _, h in sorted(held.items())]
+def contexts(worker: Any) -> list[list[int]]:
+    """What a rank takes for the contexts of its last batch."""
+    batch = worker.model_runner.input_batch
+    rows = len(PROMPT_TOKENS)
+    lengths = batch.num_tokens_no_spec[:rows].tolist()
+    return [batch.token_ids_cpu[row, :n].tolist() for row, n in enumerate(lengths)]
 
 
-def generate(folder: str) -> tuple[list[list[list[int]]], list[Any]]:
-    """Tokens without drafts and with them, and what each rank drafted last."""
+def keep_probabilities(worker: Any) -> None:
+    """Has ranks other than the first verify without the drafts' probabilities."""
+    drafter = worker.model_runner.drafter
+    if worker.rank:
+        drafter.take_probabilities = lambda: None
+
+
+def generate(folder: str) -> dict[str, tuple[list[list[int]], list[Any], float]]:
+    """Tokens, contexts by rank, and accepted tokens of several jobs."""
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -48,42 +57,58 @@ def generate(folder: str) -> tuple[list[list[list[int]]], list[Any]]:
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
         max_model_len=512,
-        max_num_seqs=3,
+        max_num_seqs=len(PROMPT_TOKENS),
+        disable_log_stats=False,
         speculative_config={
             "method": "budgetdraft",
             "model": folder,
-            "num_speculative_tokens": NUM_DRAFTS,
+            "num_speculative_tokens": 4,
             "kv_budget": 64,
+            "adaptive_draft_length": True,
         },
     )
-    prompts = [models.random_tokens(n, seed=n).tolist() for n in (5, 40, 150, 300)]
-    sampling = {
-        "temperature": 0.0,
-        "max_tokens": 40,
-        "ignore_eos": True,
-        "detokenize": False,
+    prompts = [models.random_tokens(n, seed=n).tolist() for n in PROMPT_TOKENS]
+    no_drafts = {"extra_args": {"num_speculative_tokens": 0}}
+    jobs: dict[str, dict[str, Any]] = {
+        "plain": {"temperature": 0.0, **no_drafts},
+        "greedy": {"temperature": 0.0},
+        "drawn": {"temperature": 0.7},
+        "not shared": {"temperature": 0.7},
     }
-    tokens = []
-    for asked in ({"num_speculative_tokens": 0}, None):
+    results = {}
+    for name, settings in jobs.items():
+        if name == "not shared":
+            llm.collective_rpc(keep_probabilities)
+        before = num_accepted(llm)
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
-            SamplingParams(**sampling, extra_args=asked),
+            SamplingParams(
+                max_tokens=60, ignore_eos=True, detokenize=False, **settings
+            ),
             use_tqdm=False,
         )
-        tokens.append([list(output.outputs[0].token_ids) for output in outputs])
-    drafted = llm.collective_rpc(last_drafts)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        accepted = num_accepted(llm) - before
+        results[name] = tokens, llm.collective_rpc(contexts), accepted
     llm.llm_engine.engine_core.shutdown()  # else its processes stay
-    return tokens, drafted
+    return results
 
 
-def test_both_ranks_draft_the_same_and_the_output_is_that_without_drafts(
-    tmp_path: Path,
-) -> None:
+def num_accepted(llm: Any) -> float:
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    return metrics["vllm:spec_decode_num_accepted_tokens"].value
+
+
+def test_ranks_accept_the_same_drafts(tmp_path: Path) -> None:
     folder = str(models.write_model(tmp_path, models.llama(**SIZES)))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as processes:
-        (plain, drafted), ranks = processes.submit(generate, folder).result()
-    assert drafted == plain
-    assert len(ranks) == 2
-    assert ranks[0] == ranks[1]
-    assert any(len(drafts) == NUM_DRAFTS for *_, drafts in ranks[0])
+        results = processes.submit(generate, folder).result()
+    assert results["greedy"][0] == results["plain"][0]
+    for name in ("greedy", "drawn"):
+        _, (first, second), accepted = results[name]
+        assert accepted > 0
+        assert first == second, name
+    # The test of the test: ranks whose probabilities differ go separate ways.
+    _, (first, second), _ = results["not shared"]
+    assert first != second

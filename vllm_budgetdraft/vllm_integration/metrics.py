@@ -17,3 +17,8 @@ PAGES_IN_USE = Gauge(
     "Pages of the draft cache that requests hold.",
     multiprocess_mode="mostrecent",
 )
+DRAFT_LENGTH = Gauge(
+    "vllm_budgetdraft:draft_length",
+    "Most tokens that a request might draft in the last step.",
+    multiprocess_mode="mostrecent",
+)

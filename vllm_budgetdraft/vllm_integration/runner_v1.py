@@ -134,8 +134,10 @@ class BudgetDraftProposer:
         Each rank verifies them by itself: with other probabilities, ranks would accept
         other tokens and no longer compute the same model.
         """
-        ids, probabilities = self._probabilities or ([], None)
-        shared = {"drafts": drafts, "ids": ids, "probabilities": probabilities}
+        shared: dict[str, Any] = {"drafts": drafts, "probabilities": None}
+        if self._probabilities is not None:
+            ids, probabilities = self._probabilities
+            shared |= {"ids": ids, "probabilities": probabilities.contiguous()}
         shared = get_tp_group().broadcast_tensor_dict(
             shared if self._is_leader else None, src=0
         )
@@ -151,6 +153,7 @@ class BudgetDraftProposer:
     ) -> dict[int, list[int]]:
         """Drafts by row, where there are any."""
         length = self._choose_length(sampled_token_ids)
+        metrics.DRAFT_LENGTH.set(length)
         live = self._runner.requests
         self._drafter.forget_ended(live)
         if length == 0:
