@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 
 #: Share of the time that trying other lengths than the best may cost.
-EXPLORATION = 0.01
-#: Steps without drafts that a new batch size begins with, to know what these take.
+EXPLORATION = 0.005
+#: Steps without drafts that a batch size far from all others begins with.
 FIRST_STEPS = 3
 #: Last steps of a length whose median is its time.
 NUM_SAMPLES = 9
@@ -69,24 +69,33 @@ class StepTimes:
         samples = self._samples.setdefault(batch_size, {})
         samples.setdefault(length, deque(maxlen=NUM_SAMPLES)).append(seconds)
 
+    def knows_about(self, batch_size: int) -> bool:
+        """Whether a batch size not far from this one was timed with and without."""
+        return any(
+            size <= 2 * batch_size <= 4 * size and _is_complete(self._medians(size))
+            for size in self._samples
+        )
+
     def estimate(self, batch_size: int, max_length: int) -> list[float] | None:
         """Seconds for length 0 to ``max_length``.
 
-        What is between two lengths that were timed is interpolated. A batch size of
-        which only length 0 was timed grows with the length as the nearest one does.
+        What is between two lengths that were timed is interpolated. A batch size that
+        was not timed both with and without drafts is like the nearest one that was,
+        times a factor if one of its lengths was timed.
 
         Returns:
-            None if too little was timed.
+            None if no batch size was timed with and without drafts.
         """
         known = self._medians(batch_size)
-        if 0 in known and len(known) > 1:
+        if _is_complete(known):
             return _interpolate(known, max_length)
-        sizes = sorted(self._samples, key=lambda size: abs(size - batch_size))
-        for size in sizes:
+        for size in sorted(self._samples, key=lambda size: abs(size - batch_size)):
             nearest = self._medians(size)
-            if 0 in nearest and len(nearest) > 1:
-                scale = known.get(0, nearest[0]) / nearest[0]
-                return [scale * x for x in _interpolate(nearest, max_length)]
+            if _is_complete(nearest):
+                like = _interpolate(nearest, max([max_length, *known]))
+                factors = [seconds / like[length] for length, seconds in known.items()]
+                factor = median(factors) if factors else 1.0
+                return [factor * seconds for seconds in like[: max_length + 1]]
         return None
 
     def _medians(self, batch_size: int) -> dict[int, float]:
@@ -111,12 +120,12 @@ class AdaptiveLength:
     """Chooses the length k with the most tokens per second, E(k) / T(k); or none.
 
     E is what ``Acceptance`` expects, T what ``StepTimes`` measured at this batch size,
-    in steps that did nothing but decode. What it costs: the first ``FIRST_STEPS`` of
-    each batch size go without drafts, and from then on every length is tried in turn,
-    as often as a share of ``EXPLORATION`` of the time pays for. A trial is charged what
-    it took beyond what its tokens are worth at the best length, whatever that was for:
-    drafting in vain, or reading prompts that nobody had read while there were no
-    drafts.
+    in steps that did nothing but decode. What it costs: a batch size far from all that
+    are known begins with ``FIRST_STEPS`` without drafts, and later every length is
+    tried in turn, as often as a share of ``EXPLORATION`` of the time pays for. A trial
+    is charged what it took beyond what its tokens are worth at the best length,
+    whatever that was for: drafting in vain, or reading prompts that nobody had read
+    while there were no drafts.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -167,10 +176,11 @@ class AdaptiveLength:
     def _choose(self, batch: Hashable, batch_size: int, max_length: int) -> int:
         if self._trial is not None:
             return self._trial
-        num_first = self._num_first.get(batch_size, 0)
-        if batch is not None and num_first < FIRST_STEPS:
-            self._num_first[batch_size] = num_first + 1
-            return 0
+        if batch is not None and not self.times.knows_about(batch_size):
+            num_first = self._num_first.get(batch_size, 0)
+            if num_first < FIRST_STEPS:
+                self._num_first[batch_size] = num_first + 1
+                return 0
         best, rate = self._best(batch_size, max_length)
         if rate and self._credit > 0:
             self._trial, self._num_trial_steps = self._next_trial(batch_size, best), 0
@@ -209,6 +219,10 @@ class AdaptiveLength:
             self._num_trial_steps += bool(step.num_drafting or not step.length)
             if is_timed or self._num_trial_steps == TRIAL_STEPS:
                 self._trial = None
+
+
+def _is_complete(known: dict[int, float]) -> bool:
+    return 0 in known and len(known) > 1
 
 
 def _ladder(max_length: int) -> list[int]:

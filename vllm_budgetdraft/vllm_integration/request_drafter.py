@@ -101,6 +101,7 @@ class RequestDrafter:
             try:
                 holding = self._up_to_date(request, batch)
                 if holding is None:
+                    self._slots.give_up(request.request_id, request.state)
                     continue
                 num_able += 1
                 if not holding.is_read:
