@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton decides when it is first imported, which nothing before this line does.
     os.environ["TRITON_INTERPRET"] = "1"
+# Threads that wait for each other actively crawl where anything else runs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from transformers import PreTrainedModel
 

@@ -20,8 +20,6 @@ class Request:
             extra_args=extra_args,
             temperature=0.0,
             seed=None,
-            min_p=0.0,
-            logit_bias=None,
             structured_outputs=None,
         )
 

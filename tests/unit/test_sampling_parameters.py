@@ -4,18 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_budgetdraft.vllm_integration.sampling import (
-    draft_temperature,
-    excludes_drafts,
-)
+from vllm_budgetdraft.vllm_integration.sampling import draft_temperature
 
 
 def parameters(**changes: object) -> SimpleNamespace:
     usual = {
         "temperature": 0.7,
         "seed": None,
-        "min_p": 0.0,
-        "logit_bias": None,
         "structured_outputs": None,
     }
     return SimpleNamespace(**usual | changes)
@@ -35,20 +30,6 @@ def test_drafts_are_drawn_unless_the_draw_decides_what_is_verified(changes, expe
     assert draft_temperature(parameters(**changes)) == expected
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, False),
-        ({"logit_bias": {}}, False),
-        ({"min_p": 0.1}, True),
-        ({"logit_bias": {3: 1.0}}, True),
-    ],
-)
-def test_what_verification_leaves_out_gets_no_drafts(changes, expected):
-    assert excludes_drafts(parameters(**changes)) is expected
-
-
 def test_a_request_without_parameters_drafts_greedily():
     """As a pooling request would, of which there are none beside drafts."""
     assert draft_temperature(None) == 0.0
-    assert not excludes_drafts(None)

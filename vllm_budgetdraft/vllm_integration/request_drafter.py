@@ -143,7 +143,7 @@ class RequestDrafter:
         """
         params, config = request.state.sampling_params, self._core.config
         settings = parse_request_settings(params and params.extra_args, config)
-        if settings.num_speculative_tokens == 0 or sampling.excludes_drafts(params):
+        if settings.num_speculative_tokens == 0:
             return None
         idle = self._slots.idle(batch)
         while idle and not (

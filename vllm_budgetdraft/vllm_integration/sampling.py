@@ -6,15 +6,6 @@ from typing import Any
 MIN_TEMPERATURE = 1e-5
 
 
-def excludes_drafts(params: Any) -> bool:
-    """Whether vLLM would go wrong on drafts of a request.
-
-    Model runner V1 applies min_p and logit_bias to the token that it samples last in a
-    step, and not where it verifies drafts.
-    """
-    return params is not None and bool(params.min_p or params.logit_bias)
-
-
 def draft_temperature(params: Any) -> float:
     """Temperature to draw a request's drafts at; 0 to pick the likeliest instead.
 

@@ -50,7 +50,7 @@ def apply(config_class: Any) -> None:
     def allow_every_processor(original: Callable) -> Callable:
         """Symptom: min_p and logit_bias are refused.
 
-        Reason and removal: see ``runner_v1.build_every_processor``.
+        Reason and removal: see ``rejection_sampler._apply_logit_bias``.
         """
 
         def _validate_spec_decode(self: Any, speculative_config: Any) -> None:

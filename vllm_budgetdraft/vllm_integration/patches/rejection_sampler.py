@@ -1,6 +1,7 @@
 """Verification of sampled tokens: what vLLM's rejection sampler gets wrong."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -18,8 +19,11 @@ def apply() -> None:
     """Patches the module and its class. Call it in the worker."""
     from vllm.v1.sample import rejection_sampler
 
+    sampler = rejection_sampler.RejectionSampler
     wrap_method(rejection_sampler, "expand_batch_to_tokens", _expand_every_type)
-    wrap_method(rejection_sampler.RejectionSampler, "forward", _keep_noise_in_order)
+    wrap_method(sampler, "apply_logits_processors", _apply_logit_bias)
+    wrap_method(rejection_sampler, "apply_sampling_constraints", _apply_min_p)
+    wrap_method(sampler, "forward", _keep_noise_in_order)
     wrap_method(rejection_sampler, "rejection_sample", _follow_the_seed)
 
 
@@ -45,6 +49,56 @@ def _expand_every_type(original: Callable) -> Callable:
         return expanded.masked_fill(expanded == replace_from, replace_to)
 
     return expand_batch_to_tokens
+
+
+def _apply_logit_bias(original: Callable) -> Callable:
+    """Symptom: logit_bias is refused under any speculation, or without effect.
+
+    Reason: vLLM builds no processor for it then, and verification applies none. See
+    also ``runner_v1.build_every_processor``. Remove both when it does.
+    """
+    from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor
+
+    def apply_logits_processors(
+        self: Any, logits: Tensor, sampling_metadata: Any, metadata: Any
+    ) -> Tensor:
+        ends = list(accumulate(metadata.num_draft_tokens, initial=0))
+        for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
+            if isinstance(processor, LogitBiasLogitsProcessor):
+                for row, biases in processor.biases.items():
+                    added = logits.new_tensor(list(biases.values()))
+                    logits[ends[row] : ends[row + 1], list(biases)] += added
+        return original(self, logits, sampling_metadata, metadata)
+
+    return apply_logits_processors
+
+
+def _apply_min_p(original: Callable) -> Callable:
+    """Symptom, reason and removal: as of logit_bias, for min_p.
+
+    It is due after the temperature, and before top_k and top_p.
+    """
+    from vllm.v1.sample import rejection_sampler
+    from vllm.v1.sample.logits_processor import MinPLogitsProcessor
+
+    def apply_sampling_constraints(
+        logits: Tensor, cu_num_draft_tokens: Tensor, sampling_metadata: Any
+    ) -> Tensor:
+        for processor in sampling_metadata.logitsprocs.argmax_invariant:
+            is_due = isinstance(processor, MinPLogitsProcessor) and len(logits)
+            if is_due and processor.min_p_count and not sampling_metadata.all_greedy:
+                scaled = replace(sampling_metadata, top_k=None, top_p=None)
+                logits = original(logits, cu_num_draft_tokens, scaled)
+                of_drafts = copy(processor)
+                of_drafts.min_p = rejection_sampler.expand_batch_to_tokens(
+                    processor.min_p[:, 0], cu_num_draft_tokens, len(logits)
+                )[:, None]
+                logits = of_drafts.apply(logits)
+                ones = torch.ones_like(sampling_metadata.temperature)
+                sampling_metadata = replace(sampling_metadata, temperature=ones)
+        return original(logits, cu_num_draft_tokens, sampling_metadata)
+
+    return apply_sampling_constraints
 
 
 class _SeededRows(dict[int, Generator]):
@@ -139,6 +193,7 @@ def _follow_the_seed(original: Callable) -> Callable:
         )
         if isinstance(seeded, _SeededRows):
             ends = list(accumulate(num_draft_tokens))
+            vocab_size = target_logits.shape[1]
             for row, state in seeded.before.items():
                 drafts = slice(ends[row] - num_draft_tokens[row], ends[row])
                 generator = seeded[row]
@@ -150,7 +205,7 @@ def _follow_the_seed(original: Callable) -> Callable:
                 output[row] = NO_TOKEN
                 output[row, :num_emitted] = tokens[:num_emitted]
                 generator.set_state(state)
-                seeded.draw(torch.zeros_like(target_logits[:num_emitted]), generator)
+                seeded.draw(target_logits.new_zeros(num_emitted, vocab_size), generator)
         return output
 
     return rejection_sample

@@ -59,12 +59,7 @@ def apply(proposer_class: type) -> None:
         return _sample
 
     def build_every_processor(original: Callable) -> Callable:
-        """Symptom: min_p and logit_bias are refused, or without effect.
-
-        Reason: vLLM leaves them out under speculation, for verification would not apply
-        them. Requests that use them get no drafts from us, see
-        ``sampling.excludes_drafts``. Remove when verification applies them.
-        """
+        """Symptom, reason and removal: see ``rejection_sampler._apply_logit_bias``."""
         from vllm.v1.sample.logits_processor import (
             BUILTIN_LOGITS_PROCESSORS,
             LogitsProcessors,
