@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.adapter import Engine
-from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.prompt_reader import PromptReader
 
 pytestmark = pytest.mark.vllm
 
@@ -27,13 +27,13 @@ def engine(drafter_folder) -> Engine:
 def read_per_step(monkeypatch) -> list[int]:
     """Append 0 before a step; afterwards it is the number of tokens read in it."""
     counts: list[int] = []
-    original = DraftProposer.read
+    original = PromptReader.read
 
     def read(self, tokens):
         counts[-1] += len(tokens)
         return original(self, tokens)
 
-    monkeypatch.setattr(DraftProposer, "read", read)
+    monkeypatch.setattr(PromptReader, "read", read)
     return counts
 
 

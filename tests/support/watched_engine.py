@@ -29,8 +29,8 @@ class WatchedEngine(Engine):
         super().__init__(folder, dtype=torch.float64, **settings)
         core, drafter = self.core, self.proposer._drafter
         for owner, name, watcher in (
-            (core, "start_reading", self._start_reading),
-            (core, "read", self._read),
+            (core.reader, "start", self._start_reading),
+            (core.reader, "read", self._read),
             (core, "finish_reading", self._finish_reading),
             (core, "append", self._append),
             (core, "draft", self._draft),

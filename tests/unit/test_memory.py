@@ -54,7 +54,7 @@ def test_the_pool_is_slots_times_capacity_times_bytes_per_token(
     assert plan.cache == pool_bytes(proposer)
     assert plan.cache_per_request == capacity * per_token
     assert plan.full_cache_per_request == max_model_len * per_token
-    prompt = proposer.prompt
+    prompt = proposer.reader.prompt
     assert plan.prompt_scratch == bytes_in(prompt.keys, prompt.values)
     # In float32, the attention of each key: 3 layers, 2 KV heads.
     counts = 3 * 2 * 4 * prompt.max_tokens * ("heavy" in str(settings))

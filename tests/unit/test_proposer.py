@@ -141,7 +141,7 @@ def test_a_prompt_read_streaming_never_holds_more_than_budget_and_chunk(
         page_size=8,
         recent_window=20,
     )
-    assert proposer.prompt.max_tokens == 40 + 50
+    assert proposer.reader.prompt.max_tokens == 40 + 50
     requests = Requests(proposer)
     twin = SlowTwin(hugging_face_drafter, proposer.policy, proposer.config, 1000)
     requests.start(0, 700)

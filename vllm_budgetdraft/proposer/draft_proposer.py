@@ -15,13 +15,10 @@ from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.eviction.base import (
-    EvictionPolicy,
-    PromptStates,
-    check_selection,
-)
+from vllm_budgetdraft.eviction.base import EvictionPolicy
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.proposer.memory import MemoryPlan
+from vllm_budgetdraft.proposer.prompt_reader import PromptReader
 
 #: Tokens fed in the first step of a draft. After a full acceptance the cache lacks the
 #: last draft token and the bonus token; otherwise it lacks the bonus token alone, and
@@ -53,6 +50,7 @@ class DraftProposer:
     Attributes:
         config: settled, see ``settle``.
         kv_budget: most prompt tokens that a request keeps.
+        reader: of the one context that is being read, up to ``finish_reading``.
         max_drafts: k.
         max_append: most tokens of a request that one ``append`` takes.
     """
@@ -72,18 +70,14 @@ class DraftProposer:
         self.operations = operations
         self.policy = policy
         self.cache = cache
-        self.prompt = prompt
         self.config = config
         self.max_model_len = max_model_len
         self.kv_budget = config.budget(max_model_len)
         self.max_drafts = config.num_speculative_tokens
         self.max_append = min(self.max_drafts + 1, MAX_WIDTH)
-        self._streams = config.draft_prefill == "streaming"
+        self.reader = PromptReader(drafter, policy, prompt, config, self.kv_budget)
         self._is_relative = config.position_mode == "cache_relative"
         self.device = cache.num_evicted.device
-        self._seen = 0
-        self._skipped = range(0)
-        self._prompt_budget = self.kv_budget
         widths = range(-FIRST_WIDTH, max(self.max_drafts, self.max_append))
         self._offsets = torch.tensor(widths, device=self.device)
         num_slots = cache.num_evicted.shape[0]
@@ -185,7 +179,9 @@ class DraftProposer:
     def scratch_bytes(self) -> int:
         """Of prompts being read, counts of attention, and drafts' distributions."""
         others = (self._page_mass, self._probabilities)
-        return self.prompt.num_bytes + sum(x.nbytes for x in others if x is not None)
+        return self.reader.prompt.num_bytes + sum(
+            x.nbytes for x in others if x is not None
+        )
 
     def start_request(self, slot: int, kv_budget: int | None = None) -> None:
         """Gives a slot its pages.
@@ -224,82 +220,26 @@ class DraftProposer:
                 tokens, which the next ``draft`` feeds. May be empty.
             kv_budget: as given to ``start_request``.
         """
-        self.start_reading(len(tokens), kv_budget)
-        while unread := self.unread(len(tokens)):
+        reader = self.reader
+        reader.start(len(tokens), kv_budget)
+        while unread := reader.unread(len(tokens)):
             chunk = unread[: self.config.draft_prefill_chunk]
-            self.read(tokens[chunk.start : chunk.stop])
+            reader.read(tokens[chunk.start : chunk.stop])
         self.finish_reading(slot)
-
-    def start_reading(self, num_tokens: int, kv_budget: int | None = None) -> None:
-        """Begins another context; of one that was not finished nothing is left.
-
-        Args:
-            num_tokens: its length, as far as it is known.
-            kv_budget: as given to ``start_request``.
-        """
-        self.prompt.restart()
-        self._prompt_budget = self.kv_budget if kv_budget is None else kv_budget
-        self._skipped = range(0)
-        if self._streams:
-            self._skipped = self.policy.unread(num_tokens, self._prompt_budget)
-        self._seen = 0
-        self._skip()
-
-    def unread(self, end: int) -> range:
-        """Positions to be read next, of a context that ends at ``end``."""
-        before_gap = self._seen < self._skipped.start
-        return range(self._seen, self._skipped.start if before_gap else end)
-
-    @torch.inference_mode()
-    def read(self, tokens: Tensor) -> None:
-        """Reads the next tokens of a context.
-
-        Args:
-            tokens: int64, at the first of the positions that are ``unread``.
-        """
-        prompt = self.prompt
-        while len(tokens):
-            room = prompt.max_tokens - prompt.num_held
-            assert room > 0, (prompt.max_tokens, len(tokens))
-            chunk, tokens = tokens[:room], tokens[room:]
-            start = prompt.num_held if self._is_relative else self._seen
-            positions = torch.arange(start, start + len(chunk), device=self.device)
-            self.drafter(chunk, prompt.chunk(*self.drafter.rotary(positions)))
-            self._seen += len(chunk)
-            if self._streams:
-                prompt.keep(self._select())
-        self._skip()
 
     @torch.inference_mode()
     def finish_reading(self, slot: int) -> None:
         """Moves what the policy keeps of the context that was read into a slot."""
-        prompt = self.prompt
+        prompt = self.reader.prompt
         if prompt.num_held:
-            streamed = self._streams  # and chosen after every chunk
-            kept = self._states().all_positions() if streamed else self._select()
             self.cache.load_prompt(
-                slot, prompt.keys, prompt.values, kept, self._seen, prompt.attention
+                slot,
+                prompt.keys,
+                prompt.values,
+                self.reader.kept(),
+                self.reader.num_seen,
+                prompt.attention,
             )
-
-    def _skip(self) -> None:
-        if self._skipped and self._seen == self._skipped.start:
-            self._seen = self._skipped.stop
-
-    def _select(self) -> Tensor:
-        """Rows of the prompt buffer to keep, [num_layers, num_kv_heads, num_kept].
-
-        Raises:
-            ValueError: the policy's choice is none.
-        """
-        states = self._states()
-        kept = self.policy.select(states, self._prompt_budget)
-        check_selection(kept, states, self._prompt_budget)
-        return kept
-
-    def _states(self) -> PromptStates:
-        prompt = self.prompt
-        keys = prompt.keys_as_read().transpose(1, 2)
-        return PromptStates(keys, prompt.last_queries(), prompt.attention)
 
     @torch.inference_mode()
     def append(
@@ -424,7 +364,7 @@ class DraftProposer:
 
     def warm_up(self) -> None:
         """Runs every operation once, on slot 0, which must be idle."""
-        length = min(self.config.draft_prefill_chunk, self.prompt.max_tokens)
+        length = min(self.config.draft_prefill_chunk, self.reader.prompt.max_tokens)
         length = max(length, FIRST_WIDTH)  # no context that drafts is shorter
         tokens = torch.zeros(length, dtype=torch.int64, device=self.device)
         slots = torch.zeros(1, dtype=torch.int64, device=self.device)

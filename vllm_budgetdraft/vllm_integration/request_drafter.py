@@ -176,14 +176,14 @@ class RequestDrafter:
         core, context = self._core, request.context
         end = len(context) - (FIRST_WIDTH if request.sampled else FIRST_WIDTH - 1)
         if self._reading is None:
-            core.start_reading(end, holding.settings.kv_budget)
+            core.reader.start(end, holding.settings.kv_budget)
             self._reading = holding
         num_read = 0
-        while unread := core.unread(end)[: limit - num_read]:
+        while unread := core.reader.unread(end)[: limit - num_read]:
             tokens = context[unread.start : unread.stop].astype(np.int64)
-            core.read(torch.from_numpy(tokens).to(core.device))
+            core.reader.read(torch.from_numpy(tokens).to(core.device))
             num_read += len(unread)
-        if not core.unread(end):
+        if not core.reader.unread(end):
             core.finish_reading(holding.slot)
             self._reading, holding.is_read = None, True
             holding.num_tokens, holding.num_cached = len(context), end
