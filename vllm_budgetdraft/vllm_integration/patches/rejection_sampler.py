@@ -24,7 +24,11 @@ def apply() -> None:
     wrap_method(sampler, "apply_logits_processors", _apply_logit_bias)
     wrap_method(rejection_sampler, "apply_sampling_constraints", _apply_min_p)
     wrap_method(sampler, "forward", _keep_noise_in_order)
-    wrap_method(rejection_sampler, "rejection_sample", _follow_the_seed)
+    wrap_method(
+        rejection_sampler,
+        "rejection_sample",
+        lambda original: _follow_the_seed(_take_placeholders_for_drafts(original)),
+    )
 
 
 def _expand_every_type(original: Callable) -> Callable:
@@ -152,6 +156,40 @@ class _Draw:
         generators = dict.fromkeys(range(len(logits)), generator)
         tokens, _ = self.sampler(logits.clone(), generators, None, None)
         return tokens
+
+
+def _take_placeholders_for_drafts(original: Callable) -> Callable:
+    """Symptom: on a CPU, the first token after a prompt of one token has another
+    distribution if others are decoding.
+
+    Reason: the scheduler pads such a prompt with drafts of -1, which the model is given
+    as 0 and GPUs reject; the CPU kernels look for them beside the row. Remove when they
+    reject them.
+    """
+
+    def rejection_sample(
+        draft_token_ids: Tensor,
+        num_draft_tokens: list[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: Tensor,
+        draft_probs: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        if draft_token_ids.device.type == "cpu" and (draft_token_ids < 0).any():
+            # Drafts without probabilities are exact whatever they are.
+            draft_token_ids, draft_probs = draft_token_ids.clamp(min=0), None
+        return original(
+            draft_token_ids,
+            num_draft_tokens,
+            max_spec_len,
+            cu_num_draft_tokens,
+            draft_probs,
+            *args,
+            **kwargs,
+        )
+
+    return rejection_sample
 
 
 def _follow_the_seed(original: Callable) -> Callable:
