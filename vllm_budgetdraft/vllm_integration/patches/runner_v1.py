@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from vllm_budgetdraft.vllm_integration.patching import wrap_method
 
 
@@ -57,6 +59,28 @@ def apply(proposer_class: type) -> None:
             return original(self, logits, spec_decode_metadata)
 
         return _sample
+
+    def prepare_without_drafts(original: Callable) -> Callable:
+        """The other half of ``sample_without_drafts``: indices that nobody will use."""
+        from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+        def _calc_spec_decode_metadata(
+            self: Any, num_draft_tokens: Any, cu_num_scheduled_tokens: Any
+        ) -> Any:
+            if ours(self) is None or num_draft_tokens.any():
+                return original(self, num_draft_tokens, cu_num_scheduled_tokens)
+            last = torch.from_numpy(cu_num_scheduled_tokens - 1).to(self.device)
+            return SpecDecodeMetadata(
+                draft_token_ids=last[:0],
+                num_draft_tokens=num_draft_tokens.tolist(),
+                cu_num_draft_tokens=last[:0],
+                cu_num_sampled_tokens=last[:0],
+                target_logits_indices=last[:0],
+                bonus_logits_indices=last[:0],
+                logits_indices=last,
+            )
+
+        return _calc_spec_decode_metadata
 
     def build_every_processor(original: Callable) -> Callable:
         """Symptom, reason and removal: see ``rejection_sampler._apply_logit_bias``."""
@@ -126,5 +150,6 @@ def apply(proposer_class: type) -> None:
     wrap_method(GPUModelRunner, "_input_fits_in_drafter", per_request_limit)
     wrap_method(GPUModelRunner, "profile_run", profile_drafter)
     wrap_method(GPUModelRunner, "_sample", sample_without_drafts)
+    wrap_method(GPUModelRunner, "_calc_spec_decode_metadata", prepare_without_drafts)
     wrap_method(gpu_model_runner, "build_logitsprocs", build_every_processor)
     rejection_sampler.apply()
