@@ -64,6 +64,9 @@ POLICIES = {
     "fails": f"{__name__}:{FailsAtSomeKeys.__name__}",
 }
 NAMES = [f"request {i}" for i in range(6)]
+STEPS = st.tuples(
+    st.integers(0, NUM_DRAFTS), st.sampled_from([0, 0, 0, 0, 1, 2, 3, 4, 8, 30])
+)
 PREFILL_STEPS = st.sampled_from([0, 0, 0, 1, 4])
 ASKS = [{}, {}, {"kv_budget": 17}, {"kv_budget": 9, "num_speculative_tokens": 2}]
 ASKS += [{"num_speculative_tokens": n} for n in (2, 1, 0)]
@@ -218,11 +221,14 @@ class RequestEvents(RuleBasedStateMachine):
         if not prefill_steps:
             self.append(name, 1)
 
-    @rule(accepted=st.lists(st.integers(0, NUM_DRAFTS), min_size=1, max_size=12))
-    def steps(self, accepted: list[int]) -> None:
-        """So many drafts are accepted in each, if there are as many."""
+    @rule(steps=st.lists(STEPS, min_size=1, max_size=12))
+    def steps(self, steps: list[tuple[int, int]]) -> None:
+        """So many drafts are accepted in each, if there are as many.
+
+        As many tokens follow as the second number says, in steps that nobody sees.
+        """
         engine = self.engine
-        for count in accepted:
+        for accepted, unseen in steps:
             for name, drafts in engine.propose().items():
                 if name in engine.prefilling:
                     self.steps_left[name] -= 1
@@ -231,8 +237,8 @@ class RequestEvents(RuleBasedStateMachine):
                     engine.prefilling.discard(name)
                 else:
                     self.rolled_back.discard(name)
-                engine.tokens[name] += drafts[:count]
-                self.append(name, 1)
+                engine.tokens[name] += drafts[:accepted]
+                self.append(name, 1 + unseen)
 
     def teardown(self) -> None:
         """With every request gone, every page is free."""
@@ -269,7 +275,7 @@ EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES
 
 @EVERY_POLICY
 def test_whatever_happens_drafts_are_those_of_the_right_cache(policy, tmp_path):
-    run(policy, tmp_path, examples=15)
+    run(policy, tmp_path, examples=20)
 
 
 @pytest.mark.slow

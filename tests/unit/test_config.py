@@ -69,6 +69,26 @@ def settings(**changes):
             id="unknown_position_mode",
         ),
         pytest.param(
+            {"draft_sample_method": "sampled"},
+            ["draft_sample_method='sampled'", "'greedy' or 'probabilistic'"],
+            id="unknown_sample_method",
+        ),
+        pytest.param(
+            {"draft_confidence_threshold": 1.0},
+            ["draft_confidence_threshold=1.0", "less than 1"],
+            id="threshold_that_nothing_reaches",
+        ),
+        pytest.param(
+            {"draft_confidence_threshold": -0.1},
+            ["draft_confidence_threshold=-0.1", "greater than or equal to 0"],
+            id="threshold_below_zero",
+        ),
+        pytest.param(
+            {"adaptive_draft_length": "perhaps"},
+            ["adaptive_draft_length='perhaps'", "valid boolean"],
+            id="not_a_boolean",
+        ),
+        pytest.param(
             {"page_size": "sixteen"},
             ["page_size='sixteen'", "valid integer"],
             id="not_a_number",
@@ -82,6 +102,62 @@ def test_a_setting_that_cannot_work_is_refused_with_value_limit_and_remedy(
         settings(**changes)
     for part in mentions:
         assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mentions"),
+    [
+        pytest.param([], ["the list is empty", "give a range"], id="empty"),
+        pytest.param(
+            [(2, 4, 1)], ["(2, 4, 1)", "begin it at batch size 1"], id="begins_at_2"
+        ),
+        pytest.param(
+            [(0, 4, 1)], ["(0, 4, 1)", "begin it at batch size 1"], id="begins_at_0"
+        ),
+        pytest.param(
+            [(1, 4, 2), (4, 8, 1)],
+            ["(4, 8, 1) is not (first, last, length)", "4 < first"],
+            id="overlap",
+        ),
+        pytest.param(
+            [(5, 6, 2), (1, 9, 3)],
+            ["(5, 6, 2) is not (first, last, length)", "9 < first"],
+            id="overlap_out_of_order",
+        ),
+        pytest.param(
+            [(1, 3, 2), (6, 5, 1)],
+            ["(6, 5, 1) is not (first, last, length)", "first <= last"],
+            id="ends_before_it_begins",
+        ),
+        pytest.param(
+            [(1, 4, -1)],
+            ["(1, 4, -1) is not (first, last, length)", "length >= 0"],
+            id="negative_length",
+        ),
+        pytest.param([(1, 4)], [".0.2' is missing"], id="not_a_triple"),
+        pytest.param([(1, 4, 2, 7)], [".0=", "3 items"], id="four_numbers"),
+        pytest.param([(1, 4, "few")], [".0.2='few'", "integer"], id="not_a_number"),
+        pytest.param({"1": 4}, ["={'1': 4}", "valid list"], id="not_a_list"),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_refused_with_the_range_and_remedy(
+    schedule, mentions
+):
+    with pytest.raises(ConfigurationError) as refusal:
+        settings(num_speculative_tokens_per_batch_size=schedule)
+    for part in ("num_speculative_tokens_per_batch_size", *mentions):
+        assert part in str(refusal.value)
+
+
+def test_a_schedule_may_come_in_any_order_and_with_gaps():
+    schedule = [[33, 256, 0], [1, 8, 9], [12, 12, 2]]
+    config = settings(num_speculative_tokens_per_batch_size=schedule)
+    assert config.num_speculative_tokens_per_batch_size == [
+        (1, 8, 9),
+        (12, 12, 2),
+        (33, 256, 0),
+    ]
+    assert settings().num_speculative_tokens_per_batch_size is None
 
 
 def test_a_missing_model_is_named():

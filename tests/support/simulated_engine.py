@@ -1,0 +1,117 @@
+"""An engine of a clock and dice, whose draft length ``AdaptiveLength`` chooses."""
+
+from collections.abc import Callable
+from random import Random
+
+from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
+
+#: Step time as a share of its mean varies by so much.
+NOISE = 0.05
+#: An outlier takes so many times as long.
+OUTLIER = 50
+
+
+def expected_tokens(chances: list[float], length: int) -> float:
+    """Of a step that verifies so many drafts; chances are of those before accepted."""
+    total = chance = 1.0
+    for each in chances[:length]:
+        chance *= each
+        total += chance
+    return total
+
+
+class SimulatedEngine:
+    """Requests that decode together, and never end.
+
+    Attributes:
+        adaptive: what chooses.
+        chances: of each draft, that it is accepted if those before it are.
+        lengths: of every step.
+        now: its clock.
+    """
+
+    def __init__(
+        self,
+        seconds: Callable[[int, int], float],
+        chances: list[float],
+        batch_size: int,
+        *,
+        append_seconds: float,
+        outliers: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            seconds: mean time of a step, of batch size and draft length.
+            append_seconds: to feed as many tokens as one call does to every request.
+            outliers: share of the steps.
+        """
+        self.adaptive = AdaptiveLength(len(chances))
+        self.chances, self.lengths, self.now = chances, list[int](), 0.0
+        self._seconds, self._append_seconds = seconds, append_seconds
+        self._outliers, self._random = outliers, Random(0)
+        self._num_started = 0
+        # By request, tokens that came since its draft cache was fed.
+        self._missing: dict[int, int] = {}
+        self._outcomes: list[tuple[int, int]] = []
+        self.resize(batch_size)
+
+    def resize(self, batch_size: int) -> None:
+        """The newest requests end, or others come."""
+        for request in list(self._missing)[batch_size:]:
+            del self._missing[request]
+        del self._outcomes[batch_size:]
+        while len(self._missing) < batch_size:
+            self._num_started += 1
+            self._missing[self._num_started] = 0
+
+    def wait(self, seconds: float) -> None:
+        """Every request ends, and after a while as many others come."""
+        batch_size = len(self._missing)
+        self.resize(0)
+        self.now += seconds
+        self.resize(batch_size)
+
+    def run(self, num_steps: int, max_length: int | None = None) -> float:
+        """Tokens per second of what was chosen, but for the noise of both."""
+        tokens = seconds = 0.0
+        for _ in range(num_steps):
+            length, took = self._step(max_length)
+            tokens += len(self._missing) * expected_tokens(self.chances, length)
+            seconds += took
+        return tokens / seconds
+
+    def best(self) -> tuple[int, float]:
+        """The best length at this batch size, and its tokens per second."""
+        batch_size = len(self._missing)
+        rates = [
+            batch_size * expected_tokens(self.chances, k) / self._seconds(batch_size, k)
+            for k in range(len(self.chances) + 1)
+        ]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        return best, rates[best]
+
+    def _step(self, max_length: int | None) -> tuple[int, float]:
+        adaptive, batch = self.adaptive, tuple(self._missing)
+        batch_size = len(batch)
+        adaptive.acceptance.record(self._outcomes)
+        most = len(self.chances) if max_length is None else max_length
+        length = adaptive.choose(self.now, batch, batch_size, most)
+        self.lengths.append(length)
+        took, self._outcomes = self._seconds(batch_size, length), []
+        if length:
+            missing = max(self._missing.values())
+            adaptive.drafted(batch_size, is_undisturbed=missing == 0)
+            took += -(-missing // (len(self.chances) + 1)) * self._append_seconds
+            self._outcomes = [(length, self._accepted(length)) for _ in batch]
+        for request, missing in self._missing.items():
+            self._missing[request] = 0 if length else missing + 1
+        noise = self._random.lognormvariate(0, NOISE)
+        is_outlier = self._random.random() < self._outliers
+        self.now += took * noise * (OUTLIER if is_outlier else 1)
+        return length, took
+
+    def _accepted(self, length: int) -> int:
+        for accepted in range(length):
+            if self._random.random() >= self.chances[accepted]:
+                return accepted
+        return length

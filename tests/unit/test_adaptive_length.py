@@ -1,0 +1,269 @@
+"""The draft length that pays best, found by an engine of a clock and dice."""
+
+from random import Random
+
+import pytest
+
+from tests.support.simulated_engine import SimulatedEngine, expected_tokens
+from vllm_budgetdraft.proposer.adaptive_length import (
+    FIRST_STEPS,
+    NUM_SAMPLES,
+    TRIAL_STEPS,
+    Acceptance,
+    AdaptiveLength,
+    StepTimes,
+)
+
+MAX_LENGTH = 8
+LADDER = {0, 1, 2, 3, 4, 6, 8}
+#: Milliseconds of a step by batch size and draft length.
+SHAPES = {
+    "cheap": lambda size, k: 10 + 0.05 * size + (0.3 + 0.02 * size) * k,
+    "costs_to_begin": lambda size, k: (
+        10 + 0.05 * size + (1.5 if k else 0) + (0.6 + 0.03 * size) * k
+    ),
+    "bound_by_compute": lambda size, k: 10 + 0.4 * size * (k + 1) + 0.5 * k,
+    "expensive": lambda size, k: 10 + 0.05 * size + (5 + 0.2 * size) * k,
+}
+EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES)
+
+
+def engine_of(
+    shape: str, chance: float, batch_size: int, **settings
+) -> SimulatedEngine:
+    chances = [chance] * MAX_LENGTH
+    return SimulatedEngine(
+        SHAPES[shape], chances, batch_size, append_seconds=1.0, **settings
+    )
+
+
+@EVERY_SHAPE
+@pytest.mark.parametrize("chance", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("batch_size", [1, 8, 32])
+def test_the_best_length_is_found(shape, chance, batch_size):
+    engine = engine_of(shape, chance, batch_size)
+    best, rate = engine.best()
+    engine.run(1000)
+    assert engine.run(2000) > 0.97 * rate, (best, engine.lengths[-100:])
+
+
+@EVERY_SHAPE
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_drafting_in_vain_ends(shape, batch_size):
+    engine = engine_of(shape, 0.0, batch_size)
+    best, rate = engine.best()
+    assert best == 0
+    engine.run(1000)
+    assert engine.run(4000) > 0.97 * rate
+
+
+@pytest.mark.xfail(
+    strict=True, reason="forgets that drafts were in vain while there are none"
+)
+@pytest.mark.parametrize("shape", ["cheap", "costs_to_begin", "bound_by_compute"])
+def test_drafting_in_vain_ends_for_a_single_request(shape):
+    engine = engine_of(shape, 0.0, 1)
+    engine.run(1000)
+    assert engine.run(4000) > 0.97 * engine.best()[1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("shape", ["cheap", "bound_by_compute"])
+def test_acceptance_that_rises_or_falls_is_noticed(shape, batch_size):
+    engine = engine_of(shape, 0.0, batch_size)
+    engine.run(1000)
+    for chance, num_steps in ((0.9, 5000), (0.3, 300), (0.9, 300), (0.0, 300)):
+        engine.chances = [chance] * MAX_LENGTH
+        engine.run(num_steps)
+        assert engine.run(1000) > 0.94 * engine.best()[1], chance
+
+
+@pytest.mark.parametrize("shape", ["cheap", "expensive"])
+def test_steps_that_take_fifty_times_as_long_do_not_change_what_is_best(shape):
+    """One in a hundred; what is chosen is judged by what it takes without them."""
+    engine = engine_of(shape, 0.6, 4, outliers=0.01)
+    engine.run(1000)
+    assert engine.run(3000) > 0.96 * engine.best()[1]
+
+
+@pytest.mark.xfail(strict=True, reason="a trial is charged whatever it took by chance")
+def test_steps_that_take_fifty_times_as_long_do_not_end_trials():
+    engine = engine_of("cheap", 0.6, 4, outliers=0.01)
+    engine.run(4000)
+    assert set(engine.lengths[1000:]) >= LADDER
+
+
+@pytest.mark.xfail(strict=True, reason="time without requests is charged")
+def test_a_server_that_waits_in_between_learns_as_if_it_did_not():
+    """An hour after each request that takes a hundred steps."""
+
+    def run_and_wait(times: int) -> float:
+        rates = []
+        for _ in range(times):
+            rates.append(engine.run(100))
+            engine.wait(3.6e6)
+        return sum(rates[-10:]) / 10
+
+    engine = engine_of("expensive", 0.0, 1)
+    assert run_and_wait(20) > 0.97 * engine.best()[1]
+    engine.chances = [0.9] * MAX_LENGTH
+    assert run_and_wait(150) > 0.95 * engine.best()[1]
+
+
+def test_every_length_of_a_ladder_is_tried_however_well_one_does():
+    engine = engine_of("cheap", 0.9, 4)
+    engine.run(3000)
+    assert engine.lengths[-50:].count(8) > 40
+    assert set(engine.lengths[1000:]) >= LADDER
+
+
+def test_no_more_is_drafted_than_is_allowed_in_that_step():
+    engine = engine_of("cheap", 0.9, 4)
+    for max_length in (2, 0, 5):
+        engine.run(500, max_length)
+        assert max(engine.lengths[-500:]) == max_length
+    engine.run(300)
+    assert engine.lengths[-50:].count(8) > 40
+
+
+def test_a_batch_size_near_a_known_one_begins_as_that_one_does():
+    engine = engine_of("expensive", 0.9, 6)
+    engine.run(2000)
+    for batch_size in (7, 5, 12, 3):
+        engine.resize(batch_size)
+        engine.run(TRIAL_STEPS)  # of the trial that may have begun
+        assert engine.run(20) > 0.8 * engine.best()[1]
+        assert engine.lengths[-20:].count(0) < FIRST_STEPS
+
+
+def test_a_batch_size_far_from_all_others_begins_without_drafts():
+    engine = engine_of("expensive", 0.9, 6)
+    for batch_size in (6, 32, 1):
+        engine.resize(batch_size)
+        engine.run(TRIAL_STEPS + FIRST_STEPS)
+        assert engine.lengths[-FIRST_STEPS - TRIAL_STEPS :].count(0) >= FIRST_STEPS
+        engine.run(1000)
+
+
+@pytest.mark.parametrize(
+    ("batches", "num_drafting", "is_undisturbed", "is_timed"),
+    [
+        pytest.param(["ab", "ab"], 2, True, True, id="decodes"),
+        pytest.param(["ab", "ab"], 1, True, True, id="one_may_not_draft"),
+        pytest.param(["ab", "ab"], 2, False, False, id="reads_besides"),
+        pytest.param(["ab", "ab"], 0, True, False, id="nobody_drafts"),
+        pytest.param([None, "ab"], 2, True, False, id="prefilled_before"),
+        pytest.param(["ab", None], 2, True, False, id="prefilled_within"),
+        pytest.param(["ab", "ac"], 2, True, False, id="another_request"),
+    ],
+)
+def test_only_steps_that_do_nothing_but_decode_are_timed(
+    batches, num_drafting, is_undisturbed, is_timed
+):
+    adaptive = AdaptiveLength(MAX_LENGTH)
+    adaptive.times.record(2, 0, 3.0)
+    now = 0.0
+    while adaptive.choose(now, batches[0], 2, MAX_LENGTH) == 0:
+        now += 3.0
+    adaptive.drafted(num_drafting, is_undisturbed)
+    adaptive.choose(now + 5.0, batches[1], 2, MAX_LENGTH)
+    assert (adaptive.times.estimate(2, MAX_LENGTH) is not None) == is_timed
+
+
+def times_of(samples: dict[int, dict[int, list[float]]]) -> StepTimes:
+    times = StepTimes()
+    for batch_size, by_length in samples.items():
+        for length, seconds in by_length.items():
+            for each in seconds:
+                times.record(batch_size, length, each)
+    return times
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "expected"),
+    [
+        pytest.param({}, 4, None, id="nothing"),
+        pytest.param({4: {0: [1.0]}}, 4, None, id="only_none"),
+        pytest.param({4: {2: [1.0], 4: [2.0]}}, 4, None, id="none_is_missing"),
+        pytest.param(
+            {4: {0: [1.0], 2: [3.0], 3: [3.5]}}, 4, [1, 2, 3, 3.5, 4], id="in_between"
+        ),
+        pytest.param(
+            {4: {0: [1.0], 2: [3.0], 3: [2.5]}}, 4, [1, 2, 3, 2.5, 2.5], id="falls"
+        ),
+        pytest.param(
+            {4: {0: [1.0, 90.0, 1.5], 4: [5.5, 5.5, 0.0]}},
+            4,
+            [1.5, 2.5, 3.5, 4.5, 5.5],
+            id="medians",
+        ),
+        pytest.param(
+            {4: {0: [1.0], 4: [5.0]}, 9: {0: [1.0], 4: [9.0]}},
+            6,
+            [1, 2, 3, 4, 5],
+            id="as_the_nearest",
+        ),
+        pytest.param(
+            {4: {0: [1.0], 4: [5.0]}, 6: {0: [2.0]}},
+            6,
+            [2, 4, 6, 8, 10],
+            id="as_the_nearest_by_a_factor",
+        ),
+        pytest.param(
+            {4: {0: [1.0], 4: [5.0]}, 6: {2: [6.0]}},
+            6,
+            [2, 4, 6, 8, 10],
+            id="a_factor_of_another_length",
+        ),
+        pytest.param(
+            {4: {0: [1.0], 4: [5.0]}, 6: {8: [18.0]}},
+            6,
+            [2, 4, 6, 8, 10],
+            id="a_factor_of_a_longer_length",
+        ),
+    ],
+)
+def test_times_of_every_length_are_estimated_from_some(samples, batch_size, expected):
+    assert times_of(samples).estimate(batch_size, 4) == expected
+
+
+def test_old_times_are_forgotten():
+    old, new = [9.0] * 50, [2.0] * (NUM_SAMPLES // 2 + 1)
+    times = times_of({1: {0: [1.0], 1: old + new}})
+    assert times.estimate(1, 1) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("batch_size", [3, 5, 16, 17, 1])
+def test_a_batch_size_is_known_by_one_half_to_twice_as_large(batch_size):
+    times = times_of({8: {0: [1.0], 2: [2.0]}, 64: {0: [1.0]}})
+    assert times.knows_about(batch_size) == (4 <= batch_size <= 16)
+
+
+def test_tokens_of_a_step_follow_the_acceptance_of_each_draft():
+    acceptance = Acceptance(5)
+    assert acceptance.expected_tokens(3) == [1, 2, 3, 4]  # until the first outcome
+    chances, rng = [0.9, 0.6, 0.95, 0.7], Random(0)
+    for _ in range(500):
+        outcomes = []
+        for _ in range(16):
+            verified = rng.randint(1, 4)
+            accepted = 0
+            while accepted < verified and rng.random() < chances[accepted]:
+                accepted += 1
+            outcomes.append((verified, accepted))
+        acceptance.record(outcomes)
+    expected = [expected_tokens(chances, length) for length in range(5)]
+    assert acceptance.expected_tokens(4) == pytest.approx(expected, rel=0.03)
+    # Of the fifth nothing is known but that it is like the fourth.
+    *_, two, three, four, five = acceptance.expected_tokens(5)
+    assert (five - four) / (four - three) == pytest.approx(
+        (four - three) / (three - two)
+    )
+
+
+def test_what_was_accepted_long_ago_counts_little():
+    acceptance = Acceptance(1)
+    for accepted in (1, 0):
+        for _ in range(200):
+            acceptance.record([(1, accepted)])
+        assert acceptance.expected_tokens(1)[1] == pytest.approx(1 + accepted, abs=0.06)
