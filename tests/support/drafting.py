@@ -91,14 +91,16 @@ class Requests:
     ) -> Drafts:
         """A copy of what the proposer says."""
         contexts = [self.contexts[slot] for slot in slots]
-        drafts = self.proposer.draft(
+        tokens, confidences, probabilities = self.proposer.draft(
             torch.tensor(slots),
             torch.tensor([context[-FIRST_WIDTH:] for context in contexts]),
             torch.tensor([len(context) for context in contexts]),
             num_drafts,
             None if temperatures is None else torch.tensor(temperatures),
         )
-        return Drafts(*(None if x is None else x.clone() for x in drafts))
+        if probabilities is not None:
+            probabilities = probabilities.clone()
+        return Drafts(tokens.clone(), confidences.clone(), probabilities)
 
     def append(self, starts: dict[int, int], width: int) -> None:
         """Feeds ``width`` tokens from position ``starts[slot]`` on, to each slot."""

@@ -102,7 +102,7 @@ class ListTwin:
             self._count(layer.received.sum(0))
 
     def goes_on(self, context: list[int], samples: bool) -> bool:
-        """Whether a context is that of the last draft, and longer if it samples."""
+        """Whether a context is as long as the last one; longer, if it samples."""
         return len(context) >= self.num_known + samples
 
     def num_cached(self, context: list[int]) -> int:

@@ -68,6 +68,7 @@ class SimulatedEngine:
         """Every request ends, and after a while as many others come."""
         batch_size = len(self._missing)
         self.resize(0)
+        self.adaptive.forget_step()
         self.now += seconds
         self.resize(batch_size)
 

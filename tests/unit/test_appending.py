@@ -30,11 +30,12 @@ def catch_up(requests: Requests, rng: Random) -> Iterator[tuple[int, int, int]]:
     missing = {}
     for slot, context in requests.contexts.items():
         start = len(context) - FIRST_WIDTH
-        context += [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([0, 1, 2, 9]))]
+        count = rng.choice([0, 1, 2, 9, 40])
+        context += [rng.randrange(VOCAB_SIZE) for _ in range(count)]
         missing[slot] = range(start, len(context) - FIRST_WIDTH)
     while behind := [slot for slot in missing if missing[slot]]:
-        width = min(len(missing[rng.choice(behind)]), requests.proposer.max_append)
-        width = rng.randint(1, width)
+        widest = min(len(missing[rng.choice(behind)]), requests.proposer.max_append)
+        width = rng.choice([1, rng.randint(1, widest), widest])
         able = [slot for slot in behind if len(missing[slot]) >= width]
         starts = {
             slot: missing[slot].start
@@ -54,6 +55,7 @@ def test_after_tokens_without_drafts_drafts_are_greedy_generation(
     proposer = build_proposer(
         drafter_folder,
         num_slots=4,
+        max_model_len=1000,
         eviction_policy="keep_all",
         num_speculative_tokens=num_drafts,
     )
@@ -67,7 +69,7 @@ def test_after_tokens_without_drafts_drafts_are_greedy_generation(
             context = requests.contexts[slot]
             assert is_greedy(hugging_face_drafter, context, drafts), (slot, context)
             requests.verify(slot, drafts)
-    assert {1, min(proposer.max_append, 4)} <= widths
+    assert {1, proposer.max_append} <= widths
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
@@ -126,7 +128,7 @@ def test_feeding_evicts_and_counts_as_over_an_explicit_list_of_keys(
         twin.ingest(torch.tensor(requests.contexts[slot][:-FIRST_WIDTH]))
         twins.append(twin)
     evicted_by_feeding = set()
-    goal = PROMPT_TOKENS[0] + 5 * proposer.config.recent_window
+    goal = PROMPT_TOKENS[0] + 12 * proposer.config.recent_window
     while len(requests.contexts[0]) < goal or len(evicted_by_feeding) < 4:
         for slot, start, width in catch_up(requests, rng):
             num_evicted = twins[slot].num_evicted
@@ -141,7 +143,7 @@ def test_feeding_evicts_and_counts_as_over_an_explicit_list_of_keys(
             if proposer.cache.attention is not None:
                 received = proposer.cache.attention[slot]
                 torch.testing.assert_close(
-                    received, twins[slot].attention, rtol=0, atol=1e-3
+                    received, twins[slot].attention, rtol=1e-5, atol=1e-3
                 )
             requests.verify(slot, drafts)
         proposer.cache.check_invariants()

@@ -24,8 +24,9 @@ class Acceptance:
     MEMORY, MIN_WEIGHT = 0.98, 4.0
 
     def __init__(self, max_length: int) -> None:
-        self._verified = [0.0] * max_length
-        self._accepted = [0.0] * max_length
+        # As if one draft of every position had been seen, and accepted.
+        self._verified = [1.0] * max_length
+        self._accepted = [1.0] * max_length
 
     def record(self, outcomes: list[tuple[int, int]]) -> None:
         """
@@ -45,16 +46,14 @@ class Acceptance:
     def expected_tokens(self, max_length: int) -> list[float]:
         """E(0) to E(max_length): 1 + a_1 + a_1 a_2 + ... + a_1 ... a_k.
 
-        a_i is the chance that draft i is accepted if those before it are. As long as it
-        is unknown it is thought to be that of the draft before, and a_1 to be 1.
+        a_i is the chance that draft i is accepted if those before it are.
         """
         expected = [1.0]
-        chance = rate = 1.0
+        chance = 1.0
         for verified, accepted in zip(
             self._verified[:max_length], self._accepted[:max_length], strict=True
         ):
-            rate = (accepted + rate) / (verified + 1)
-            chance *= rate
+            chance *= accepted / verified
             expected.append(expected[-1] + chance)
         return expected
 
@@ -161,6 +160,10 @@ class AdaptiveLength:
         length = min(self._choose(batch, batch_size, max_length), max_length)
         self._step = _Step(now, batch, batch_size, length, self.is_trying)
         return length
+
+    def forget_step(self) -> None:
+        """Says that nobody knows when the last step ended: its requests are over."""
+        self._step = None
 
     def drafted(self, num_requests: int, is_undisturbed: bool) -> None:
         """What became of the last choice.

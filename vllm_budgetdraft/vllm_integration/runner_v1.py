@@ -36,6 +36,7 @@ class BudgetDraftProposer:
         self._drafter: RequestDrafter
         self._runner: Any
         self._verified: dict[str, int] = {}
+        self._last_batch: set[str] = set()
         self._probabilities: tuple[list[str], Tensor] | None = None
         self._adaptive: AdaptiveLength | None = None
         if self._config.adaptive_draft_length:
@@ -192,6 +193,9 @@ class BudgetDraftProposer:
         if self._adaptive is None:
             return length
         ids = self._runner.input_batch.req_ids
+        if self._last_batch.isdisjoint(ids):
+            self._adaptive.forget_step()
+        self._last_batch = set(ids)
         self._adaptive.acceptance.record(
             [
                 (self._verified[request_id], len(sampled) - 1)
