@@ -41,7 +41,7 @@ class ListTwin:
         by_page: attention that each page has received.
         num_seen: tokens read, skipped or fed.
         known: the context that it drafted for last, and the drafts that came of it.
-        num_known: how long that context was.
+        num_known: how long the context was when drafts were asked for last.
     """
 
     def __init__(

@@ -84,8 +84,15 @@ def test_a_context_that_is_computed_again_goes_on_unless_it_was_rolled_back():
     assert holding.goes_on(np.array([1, 2, 3]), sampled=False)
     assert holding.goes_on(np.array([1, 2, 3, 5, 9]), sampled=False)
     assert holding.num_cached == 3
-    assert holding.goes_on(np.array([1, 2, 3, 5, 9]), sampled=True)
+    assert holding.goes_on(np.array([1, 2, 3, 5, 9, 4]), sampled=True)
     assert holding.num_cached == 4
+
+
+def test_a_context_that_was_rolled_back_before_it_drafted_again_does_not_go_on():
+    holding = Holding(0, Request(), num_tokens=3, num_cached=3)
+    assert holding.goes_on(np.arange(20), sampled=True)
+    holding.num_cached = 12  # as many as could be fed in one step
+    assert not holding.goes_on(np.arange(9), sampled=False)
 
 
 def test_a_draft_caches_its_context_and_goes_on_from_there():

@@ -18,7 +18,7 @@ class Holding:
         temperature: that its drafts are drawn at; 0 to pick the likeliest.
         is_read: whether its context is in its cache, which from then on grows by
             drafting.
-        num_tokens: context length when it was read or drafted for last.
+        num_tokens: context length when it was last looked at.
         num_cached: first tokens of that context that the cache holds.
         fed: drafts that the cache holds after the context.
     """
@@ -47,6 +47,7 @@ class Holding:
                     break
                 self.num_cached += 1
             self.fed = []
+        self.num_tokens = len(context)
         return True
 
     def drafted(self, num_tokens: int, fed: list[int]) -> None:
