@@ -1,16 +1,17 @@
 """Adaptive draft length against every fixed one, and against no speculation at all.
 
 One engine of plain vLLM, one of budgetdraft whose requests ask for 0, 1, 2, ... drafts,
-one that adapts, and one that adapts with a drafter of random weights. They take turns,
-each time in another order, at each batch size; all generate the same passages.
+one that adapts, and one that adapts with a drafter of random weights. They take turns
+in random order at each batch size; all go on from the same passages.
 
     python -m benchmarks.draft_length --output benchmarks/results/draft-length.json
 
-About 15 minutes on 2 CPU cores.
+About 25 minutes on 2 CPU cores.
 """
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -38,10 +39,10 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--lengths", type=int, nargs="+", default=[0, 1, 2, 4, 8])
-    parser.add_argument("--context-tokens", type=int, default=512)
+    parser.add_argument("--context-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=11)
     args = parser.parse_args()
 
     prepare_environment()
@@ -101,9 +102,9 @@ def measured(
 ) -> dict[str, list[BatchGeneration]]:
     """Runs of each method, each on the same passages, after one that warms up."""
     runs: dict[str, list[BatchGeneration]] = {name: [] for name in methods}
-    order = list(methods)
+    rng = random.Random(0)
     for repeat, prompts in enumerate(passages(batch_size, args)):
-        for name in order:
+        for name in rng.sample(list(methods), len(methods)):
             length = methods[name]
             sampling = {
                 "temperature": args.temperature,
@@ -117,7 +118,6 @@ def measured(
             run = engine.generate_batch(prompts, sampling)
             if repeat:
                 runs[name].append(run)
-        order.append(order.pop(0))
     return runs
 
 
@@ -137,33 +137,40 @@ def passages(batch_size: int, args: argparse.Namespace) -> list[list[list[int]]]
 def table(
     runs: dict[str, list[BatchGeneration]], batch_size: int
 ) -> list[dict[str, Any]]:
-    """Medians of each method, and of its ratio to plain vLLM's run of the same turn."""
-    print(f"\nbatch {batch_size}")
+    """Of each method: medians, and of its ratios to others in the same turn."""
+
+    def ratios_to(base: str, name: str) -> list[float]:
+        turns = zip(runs[base], runs[name], strict=True)
+        return sorted(other.seconds / mine.seconds for other, mine in turns)
+
+    to_plain = {name: ratios_to(PLAIN, name) for name in runs}
+    fixed = [name for name in runs if name not in (PLAIN, ADAPTIVE, RANDOM)]
+    best = max(fixed, key=lambda name: statistics.median(to_plain[name]))
+    print(f"\nbatch {batch_size}; the best fixed length: {best}")
     rows = []
     for name, mine in runs.items():
-        speeds = [sum(map(len, run.token_ids)) / run.seconds for run in mine]
-        ratios = sorted(
-            base.seconds / run.seconds
-            for run, base in zip(mine, runs[PLAIN], strict=True)
-        )
-        steps = sum(map(len, (ids for run in mine for ids in run.token_ids)))
+        outputs = [run.token_ids for run in mine]
+        num_tokens = [sum(map(len, each)) for each in outputs]
+        speeds = [n / run.seconds for n, run in zip(num_tokens, mine, strict=True)]
+        drafted = sum(run.num_draft_tokens for run in mine)
+        accepted = sum(run.num_accepted_tokens for run in mine)
         row = {
             "batch_size": batch_size,
             "method": name,
             "output_throughput": statistics.median(speeds),
-            "ratio_to_plain": statistics.median(ratios),
-            "ratio_range": [ratios[0], ratios[-1]],
-            "drafts_per_token": sum(run.num_draft_tokens for run in mine) / steps,
-            "accepted_per_token": sum(run.num_accepted_tokens for run in mine) / steps,
-            "same_output": all(
-                run.token_ids == base.token_ids
-                for run, base in zip(mine, runs[PLAIN], strict=True)
-            ),
+            "ratio_to_plain": statistics.median(to_plain[name]),
+            "quartiles_to_plain": statistics.quantiles(to_plain[name])[::2],
+            "ratio_to_best_fixed": statistics.median(ratios_to(best, name)),
+            "drafts_per_token": drafted / sum(num_tokens),
+            "accepted_per_token": accepted / sum(num_tokens),
+            "same_output": outputs == [run.token_ids for run in runs[PLAIN]],
         }
         rows.append(row)
+        low, high = row["quartiles_to_plain"]
         print(
-            f"{name:<26}{row['output_throughput']:>8.0f} tok/s"
-            f"{row['ratio_to_plain']:>7.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"{name:<25}{row['output_throughput']:>6.0f} tok/s"
+            f"{row['ratio_to_plain']:>6.2f}x plain ({low:.2f} to {high:.2f})"
+            f"{row['ratio_to_best_fixed']:>6.2f}x best"
             f"  drafted {row['drafts_per_token']:.2f}"
             f"  accepted {row['accepted_per_token']:.2f}  same {row['same_output']}",
             flush=True,

@@ -129,6 +129,10 @@ class RequestEvents(RuleBasedStateMachine):
     def sampling(self) -> list[str]:
         return [n for n in self.engine.requests if n not in self.engine.prefilling]
 
+    @property
+    def running(self) -> list[str]:
+        return [name for name in self.sampling if name not in self.engine.waiting]
+
     def start(self, name: str, num_tokens: int, request: Request) -> None:
         """An id that is in use ends and begins anew within a step."""
         self.num_started += 1
@@ -204,22 +208,23 @@ class RequestEvents(RuleBasedStateMachine):
         names = sorted(set(self.sampling) - self.rolled_back)
         self.append(data.draw(st.sampled_from(names)), count)
 
-    @precondition(lambda self: self.sampling)
+    @precondition(lambda self: self.running)
     @rule(data=st.data(), count=st.integers(1, 9), prefill_steps=PREFILL_STEPS)
     def roll_back(self, data: st.DataObject, count: int, prefill_steps: int) -> None:
         """Tokens that were sampled already are computed again."""
-        name = data.draw(st.sampled_from(self.sampling))
+        name = data.draw(st.sampled_from(self.running))
         tokens, twin = self.engine.tokens[name], self.engine.twins.get(name)
         if twin is None:
             count = 1  # of a step without drafts
         elif self.engine.core.config.num_speculative_tokens_per_batch_size:
             # It may grow again before it is looked at.
-            count = min(count, len(tokens) - twin.num_known)
+            count = max(1, min(count, len(tokens) - twin.num_known))
         del tokens[-min(count, len(tokens) - 1) :]
         self.rolled_back.add(name)
         self.prefill(name, prefill_steps)
         if not prefill_steps:
             self.append(name, 1)
+            self.steps([(0, 0)])
 
     @rule(steps=st.lists(STEPS, min_size=1, max_size=12))
     def steps(self, steps: list[tuple[int, int]]) -> None:

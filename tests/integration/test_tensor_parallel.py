@@ -34,6 +34,7 @@ def contexts(worker: Any) -> list[list[int]]:
 def keep_probabilities(worker: Any) -> None:
     """Has ranks other than the first verify without the drafts' probabilities."""
     drafter = worker.model_runner.drafter
+    drafter._adaptive = None  # which might find that no drafts are faster
     if worker.rank:
         drafter.take_probabilities = lambda: None
 

@@ -62,17 +62,21 @@ class StepTimes:
     """How long a step takes, by batch size and draft length."""
 
     def __init__(self) -> None:
-        self._samples: dict[int, dict[int, deque[float]]] = {}
+        self._samples: dict[tuple[int, int], deque[float]] = {}
+        self._medians: dict[int, dict[int, float]] = {}
 
     def record(self, batch_size: int, length: int, seconds: float) -> None:
-        samples = self._samples.setdefault(batch_size, {})
-        samples.setdefault(length, deque(maxlen=NUM_SAMPLES)).append(seconds)
+        samples = self._samples.setdefault(
+            (batch_size, length), deque(maxlen=NUM_SAMPLES)
+        )
+        samples.append(seconds)
+        self._medians.setdefault(batch_size, {})[length] = median(samples)
 
     def knows_about(self, batch_size: int) -> bool:
         """Whether a batch size not far from this one was timed with and without."""
         return any(
-            size <= 2 * batch_size <= 4 * size and _is_complete(self._medians(size))
-            for size in self._samples
+            size <= 2 * batch_size <= 4 * size and _is_complete(known)
+            for size, known in self._medians.items()
         )
 
     def estimate(self, batch_size: int, max_length: int) -> list[float] | None:
@@ -85,21 +89,17 @@ class StepTimes:
         Returns:
             None if no batch size was timed with and without drafts.
         """
-        known = self._medians(batch_size)
+        known = self._medians.get(batch_size, {})
         if _is_complete(known):
             return _interpolate(known, max_length)
-        for size in sorted(self._samples, key=lambda size: abs(size - batch_size)):
-            nearest = self._medians(size)
+        for size in sorted(self._medians, key=lambda size: abs(size - batch_size)):
+            nearest = self._medians[size]
             if _is_complete(nearest):
                 like = _interpolate(nearest, max([max_length, *known]))
                 factors = [seconds / like[length] for length, seconds in known.items()]
                 factor = median(factors) if factors else 1.0
                 return [factor * seconds for seconds in like[: max_length + 1]]
         return None
-
-    def _medians(self, batch_size: int) -> dict[int, float]:
-        samples = self._samples.get(batch_size, {})
-        return {length: median(times) for length, times in sorted(samples.items())}
 
 
 @dataclass
@@ -240,7 +240,7 @@ def _ladder(max_length: int) -> list[int]:
 
 def _interpolate(known: dict[int, float], max_length: int) -> list[float]:
     """0 to ``max_length``, straight between neighbours and on beyond the last two."""
-    lengths = list(known)
+    lengths = sorted(known)
     result = []
     for length in range(max_length + 1):
         index = min(bisect_left(lengths, length, 1), len(lengths) - 1)
