@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--lengths", type=int, nargs="+", default=[0, 1, 2, 4, 8])
     parser.add_argument("--context-tokens", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=11, help="turns")
     args = parser.parse_args()
 
     prepare_environment()
@@ -57,7 +57,10 @@ def main() -> None:
             for name, each in engine_args(args, folder).items()
         }
         for batch_size in args.batch_sizes:
-            runs = measured(engines, methods, batch_size, args)
+            # Small batches are sooner done, and differ more from run to run.
+            repeats = args.repeats * (2 if batch_size < 16 else 1)
+            prompts = passages(batch_size, repeats, args)
+            runs = measured(engines, methods, prompts, args)
             rows += table(runs, batch_size)
     document = {"results": rows, "provenance": provenance.collect(vars(args))}
     Path(args.output).write_text(json.dumps(document, indent=2) + "\n")
@@ -97,13 +100,13 @@ def engine_args(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, A
 def measured(
     engines: dict[str, EngineProcess],
     methods: dict[str, int | None],
-    batch_size: int,
+    turns: list[list[list[int]]],
     args: argparse.Namespace,
 ) -> dict[str, list[BatchGeneration]]:
-    """Runs of each method, each on the same passages, after one that warms up."""
+    """Runs of each method, on the passages of each turn; the first one warms up."""
     runs: dict[str, list[BatchGeneration]] = {name: [] for name in methods}
     rng = random.Random(0)
-    for repeat, prompts in enumerate(passages(batch_size, args)):
+    for turn, prompts in enumerate(turns):
         for name in rng.sample(list(methods), len(methods)):
             length = methods[name]
             sampling = {
@@ -116,22 +119,25 @@ def measured(
             time.sleep(PAUSE_SECONDS)
             engine = engines[name if length is None else "fixed"]
             run = engine.generate_batch(prompts, sampling)
-            if repeat:
+            if turn:
                 runs[name].append(run)
     return runs
 
 
-def passages(batch_size: int, args: argparse.Namespace) -> list[list[list[int]]]:
-    """By run, the first of which warms up, ``batch_size`` passages of the excerpt."""
+def passages(
+    batch_size: int, repeats: int, args: argparse.Namespace
+) -> list[list[list[int]]]:
+    """Of each turn, and one to warm up, ``batch_size`` passages of the excerpt."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     text = EXCERPT.read_text(encoding="utf-8")
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = batch_size * (1 + args.repeats)
-    stride = (len(tokens) - args.context_tokens) // count
+    turns = 1 + repeats
+    stride = (len(tokens) - args.context_tokens) // (batch_size * turns)
     prompts = [
-        tokens[i * stride : i * stride + args.context_tokens] for i in range(count)
+        tokens[i * stride : i * stride + args.context_tokens]
+        for i in range(batch_size * turns)
     ]
-    return [prompts[run :: 1 + args.repeats] for run in range(1 + args.repeats)]
+    return [prompts[turn::turns] for turn in range(turns)]
 
 
 def table(

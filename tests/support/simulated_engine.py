@@ -9,6 +9,8 @@ from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 NOISE = 0.05
 #: An outlier takes so many times as long.
 OUTLIER = 50
+#: How much of its drift a step hands on to the next one.
+DRIFT_MEMORY = 0.99
 
 
 def expected_tokens(chances: list[float], length: int) -> float:
@@ -38,17 +40,20 @@ class SimulatedEngine:
         *,
         append_seconds: float,
         outliers: float = 0.0,
+        drift: float = 0.0,
     ) -> None:
         """
         Args:
             seconds: mean time of a step, of batch size and draft length.
             append_seconds: to feed as many tokens as one call does to every request.
             outliers: share of the steps.
+            drift: standard deviation of the slow part of the noise, a logarithm.
         """
         self.adaptive = AdaptiveLength(len(chances))
         self.chances, self.lengths, self.now = chances, list[int](), 0.0
         self._seconds, self._append_seconds = seconds, append_seconds
         self._outliers, self._random = outliers, Random(0)
+        self._drift, self._slowness = drift, 0.0
         self._num_started = 0
         # By request, tokens that came since its draft cache was fed.
         self._missing: dict[int, int] = {}
@@ -106,7 +111,9 @@ class SimulatedEngine:
             self._outcomes = [(length, self._accepted(length)) for _ in batch]
         for request, missing in self._missing.items():
             self._missing[request] = 0 if length else missing + 1
-        noise = self._random.lognormvariate(0, NOISE)
+        change = self._random.gauss(0, self._drift * (1 - DRIFT_MEMORY**2) ** 0.5)
+        self._slowness = DRIFT_MEMORY * self._slowness + change
+        noise = self._random.lognormvariate(self._slowness, NOISE)
         is_outlier = self._random.random() < self._outliers
         self.now += took * noise * (OUTLIER if is_outlier else 1)
         return length, took

@@ -1,0 +1,117 @@
+"""Distances between the drafter's predictions q and the target's p, per position.
+
+Each takes logarithms of probabilities [..., V] and returns [...]. alpha, the chance that
+a draft from q is accepted when p verifies it, is sum_i min(p_i, q_i).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Label of a position without one, as ``torch`` and ``transformers`` have it.
+IGNORED = -100
+#: eta of ``lk_hybrid_loss``; what the LK paper found best for drafters that are models.
+HYBRID_DECAY = 3.0
+#: Below this alpha is taken for it: a disjoint q must not give an infinite loss.
+MIN_ALPHA = 1e-5
+
+
+def ce_loss(log_q: Tensor, labels: Tensor) -> Tensor:
+    """-log q(x*), with x* the target's choice: BudgetDraft, equations 5 and 6.
+
+    Args:
+        labels: [...] int64; the loss is 0 where they are ``IGNORED``.
+    """
+    flat = F.nll_loss(
+        log_q.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    return flat.view(labels.shape)
+
+
+def kl_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || q) = sum_i p_i (log p_i - log q_i); its gradient in logits is q - p."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def acceptance(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """alpha = sum_i min(p_i, q_i)."""
+    return torch.minimum(log_q, log_p).exp().sum(-1)
+
+
+def tv_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """TV(p, q) = 1 - alpha.
+
+    Its gradient in logits is q_j (sum of q_i where q_i < p_i, less 1 where q_j < p_j):
+    next to nothing for a q that knows nothing, so it goes on from a trained drafter.
+    """
+    return 1 - acceptance(log_q, log_p)
+
+
+def lk_alpha_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """-log alpha (LK losses, https://arxiv.org/abs/2602.23881).
+
+    Its gradient is that of TV over alpha; where p is certain it is the cross-entropy.
+    """
+    return -acceptance(log_q, log_p).clamp_min(MIN_ALPHA).log()
+
+
+def lk_hybrid_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """w KL + (1 - w) TV, with w = exp(-eta alpha), not differentiated (LK losses).
+
+    Of each position by itself: KL where the drafter is far off, TV where it is near.
+    """
+    tv = tv_loss(log_q, log_p)
+    weight = torch.exp(HYBRID_DECAY * (tv.detach() - 1))
+    return weight * kl_loss(log_q, log_p) + (1 - weight) * tv
+
+
+#: By name, those that compare distributions; "ce" compares with labels.
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": kl_loss,
+    "tv": tv_loss,
+    "lk_alpha": lk_alpha_loss,
+    "lk_hybrid": lk_hybrid_loss,
+}
+
+
+def with_rest(log_p: Tensor) -> Tensor:
+    """Some probabilities and, behind them, what all others have together.
+
+    An objective of p and q that were both cut so is a lower bound of the whole one's
+    KL and TV, near it where the rest is small.
+
+    Args:
+        log_p: [..., n], of distinct events, summing to at most 1.
+
+    Returns:
+        [..., n + 1].
+    """
+    # 1e-7, about the rounding of float32 near 1, keeps the rest's logarithm finite.
+    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-7).log()
+    return torch.cat([log_p, rest], -1)
+
+
+def decayed_weights(block: int, decay: float) -> Tensor:
+    """decay ** i for the i-th token of a draft, [block], of mean 1."""
+    weights = decay ** torch.arange(block, dtype=torch.float32)
+    return weights / weights.mean()
+
+
+def dpace_weights(label_probabilities: Tensor, smoothing: float) -> Tensor:
+    """What each position of a draft adds to its accepted length (D-PACE).
+
+    w_j = sum_{k >= j} prod_{i <= k} s_i, with s_i = (1 - a) q_i + a; of mean 1 in all
+    (https://arxiv.org/abs/2605.18810).
+
+    Args:
+        label_probabilities: [..., block], q of each label; not differentiated.
+        smoothing: a, in [0, 1].
+
+    Returns:
+        [..., block].
+    """
+    steps = (1 - smoothing) * label_probabilities.detach() + smoothing
+    weights = steps.cumprod(-1).flip(-1).cumsum(-1).flip(-1)
+    return weights / weights.mean()
