@@ -46,6 +46,7 @@ def main() -> None:
     args = parser.parse_args()
 
     prepare_environment()
+    document = {"provenance": provenance.collect(vars(args))}
     methods = {PLAIN: None, ADAPTIVE: None, RANDOM: None} | {
         f"{length} drafts": length for length in args.lengths
     }
@@ -62,8 +63,8 @@ def main() -> None:
             prompts = passages(batch_size, repeats, args)
             runs = measured(engines, methods, prompts, args)
             rows += table(runs, batch_size)
-    document = {"results": rows, "provenance": provenance.collect(vars(args))}
-    Path(args.output).write_text(json.dumps(document, indent=2) + "\n")
+    text = json.dumps({"results": rows, **document}, indent=2)
+    Path(args.output).write_text(text + "\n", encoding="utf-8")
 
 
 def engine_args(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:

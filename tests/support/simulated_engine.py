@@ -11,6 +11,8 @@ NOISE = 0.05
 OUTLIER = 50
 #: How much of its drift a step hands on to the next one.
 DRIFT_MEMORY = 0.99
+#: Steps of a burst, which all take so many times as long.
+BURST_STEPS, BURST = 20, 1.8
 
 
 def expected_tokens(chances: list[float], length: int) -> float:
@@ -41,6 +43,8 @@ class SimulatedEngine:
         append_seconds: float,
         outliers: float = 0.0,
         drift: float = 0.0,
+        bursts: float = 0.0,
+        seed: int = 0,
     ) -> None:
         """
         Args:
@@ -48,12 +52,14 @@ class SimulatedEngine:
             append_seconds: to feed as many tokens as one call does to every request.
             outliers: share of the steps.
             drift: standard deviation of the slow part of the noise, a logarithm.
+            bursts: share of the steps that begin one.
         """
         self.adaptive = AdaptiveLength(len(chances))
         self.chances, self.lengths, self.now = chances, list[int](), 0.0
         self._seconds, self._append_seconds = seconds, append_seconds
-        self._outliers, self._random = outliers, Random(0)
+        self._outliers, self._random = outliers, Random(seed)
         self._drift, self._slowness = drift, 0.0
+        self._bursts, self._burst_left = bursts, 0
         self._num_started = 0
         # By request, tokens that came since its draft cache was fed.
         self._missing: dict[int, int] = {}
@@ -115,7 +121,11 @@ class SimulatedEngine:
         self._slowness = DRIFT_MEMORY * self._slowness + change
         noise = self._random.lognormvariate(self._slowness, NOISE)
         is_outlier = self._random.random() < self._outliers
-        self.now += took * noise * (OUTLIER if is_outlier else 1)
+        self._burst_left -= 1
+        if self._bursts and self._random.random() < self._bursts:
+            self._burst_left = BURST_STEPS
+        burst = BURST if self._burst_left > 0 else 1
+        self.now += took * noise * burst * (OUTLIER if is_outlier else 1)
         return length, took
 
     def _accepted(self, length: int) -> int:

@@ -1,6 +1,7 @@
 """The draft length that pays best, found by an engine of a clock and dice."""
 
 from random import Random
+from statistics import mean
 
 import pytest
 
@@ -33,20 +34,33 @@ def engine_of(
 ) -> SimulatedEngine:
     chances = [chance] * MAX_LENGTH
     return SimulatedEngine(
-        SHAPES[shape], chances, batch_size, append_seconds=1.0, **settings
+        SHAPES[shape], chances, batch_size, **{"append_seconds": 1.0, **settings}
     )
+
+
+def mean_share(shape: str, chance: float, batch_size: int, **settings) -> float:
+    """Of the most tokens per second, what is reached on average of a few dice."""
+    shares = []
+    for seed in range(3):
+        engine = engine_of(shape, chance, batch_size, seed=seed, **settings)
+        engine.run(1000)
+        shares.append(engine.run(2000) / engine.best()[1])
+    return mean(shares)
 
 
 @EVERY_SHAPE
 @pytest.mark.parametrize("chance", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("batch_size", [1, 8, 32])
 def test_the_best_length_is_found(shape, chance, batch_size):
-    engine = engine_of(shape, chance, batch_size)
-    best, rate = engine.best()
-    engine.run(1000)
     # One request alone says little about acceptance in as many steps.
-    share = 0.97 if batch_size > 1 else 0.93
-    assert engine.run(2000) > share * rate, (best, engine.lengths[-100:])
+    least = 0.97 if batch_size > 1 else 0.93
+    assert mean_share(shape, chance, batch_size) > least
+
+
+@EVERY_SHAPE
+@pytest.mark.parametrize("chance", [0.0, 0.6])
+def test_a_machine_that_is_slow_for_moments_does_not_mislead_for_long(shape, chance):
+    assert mean_share(shape, chance, 4, bursts=0.005, drift=0.1) > 0.96
 
 
 @EVERY_SHAPE
@@ -69,12 +83,16 @@ def test_drafting_in_vain_ends_for_a_single_request(shape):
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("shape", ["cheap", "bound_by_compute"])
 def test_acceptance_that_rises_or_falls_is_noticed(shape, batch_size):
-    engine = engine_of(shape, 0.0, batch_size)
-    engine.run(1000)
+    engines = [engine_of(shape, 0.0, batch_size, seed=seed) for seed in range(3)]
+    for engine in engines:
+        engine.run(1000)
     for chance, num_steps in ((0.9, 5000), (0.3, 300), (0.9, 300), (0.0, 300)):
-        engine.chances = [chance] * MAX_LENGTH
-        engine.run(num_steps)
-        assert engine.run(1000) > 0.94 * engine.best()[1], chance
+        shares = []
+        for engine in engines:
+            engine.chances = [chance] * MAX_LENGTH
+            engine.run(num_steps)
+            shares.append(engine.run(1000) / engine.best()[1])
+        assert mean(shares) > 0.94, chance
 
 
 @pytest.mark.parametrize("shape", ["cheap", "expensive"])
@@ -229,6 +247,28 @@ def test_old_times_are_forgotten():
     old, new = [9.0] * 50, [2.0] * (NUM_SAMPLES // 2 + 1)
     times = times_of({1: {0: [1.0], 1: old + new}})
     assert times.estimate(1, 1) == [1.0, 2.0]
+
+
+def test_old_times_of_a_length_give_way_to_two_new_ones():
+    times = times_of({1: {0: [9.0] * NUM_SAMPLES, 1: [3.0] * (NUM_SAMPLES + 1)}})
+    times.record(1, 0, 2.0)
+    times.record(1, 0, 2.0)
+    assert times.estimate(1, 1) == [2.0, 3.0]
+
+
+def test_one_odd_time_of_a_length_that_was_left_changes_nothing():
+    times = times_of({1: {0: [2.0] * NUM_SAMPLES, 1: [3.0] * (NUM_SAMPLES + 1)}})
+    times.record(1, 0, 90.0)
+    assert times.estimate(1, 1) == [2.0, 3.0]
+
+
+def test_lengths_that_cost_little_to_try_are_tried_often():
+    """Each is given the same share of what trials may cost."""
+    engine = engine_of("expensive", 0.0, 4, append_seconds=0.0)
+    engine.run(20000)
+    counts = [engine.lengths[5000:].count(length) for length in (1, 2, 4, 8)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > 3 * counts[-1] > 0
 
 
 @pytest.mark.parametrize("batch_size", [3, 5, 16, 17, 1])

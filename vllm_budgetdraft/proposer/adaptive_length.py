@@ -1,17 +1,18 @@
 """The draft length that pays best, learnt from step times and acceptance."""
 
 from bisect import bisect_left
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 
 #: Share of the time that trying other lengths than the best may cost.
 EXPLORATION = 0.005
 #: Steps without drafts that a batch size far from all others begins with.
 FIRST_STEPS = 3
-#: Last steps of a length whose median is its time.
-NUM_SAMPLES = 9
+#: Last steps of a length whose median is its time; of one that was not chosen for as many
+#: steps, the fewer ones that still count.
+NUM_SAMPLES, NUM_OLD_SAMPLES = 9, 2
 #: Drafting steps after which a trial ends though none of them could be timed.
 TRIAL_STEPS = 3
 
@@ -64,13 +65,20 @@ class StepTimes:
     def __init__(self) -> None:
         self._samples: dict[tuple[int, int], deque[float]] = {}
         self._medians: dict[int, dict[int, float]] = {}
+        self._num_recorded = 0
+        self._last: dict[tuple[int, int], int] = {}
 
     def record(self, batch_size: int, length: int, seconds: float) -> None:
-        samples = self._samples.setdefault(
-            (batch_size, length), deque(maxlen=NUM_SAMPLES)
-        )
+        key = batch_size, length
+        samples = self._samples.setdefault(key, deque(maxlen=NUM_SAMPLES))
+        self._num_recorded += 1
+        if self._num_recorded - self._last.get(key, 0) > NUM_SAMPLES:
+            # The machine may have been slower then, or contexts shorter.
+            while len(samples) > NUM_OLD_SAMPLES:
+                samples.popleft()
+        self._last[key] = self._num_recorded
         samples.append(seconds)
-        self._medians.setdefault(batch_size, {})[length] = median(samples)
+        self._medians.setdefault(batch_size, {})[length] = median_low(samples)
 
     def knows_about(self, batch_size: int) -> bool:
         """Whether a batch size not far from this one was timed with and without."""
@@ -110,7 +118,6 @@ class _Step:
     batch: Hashable
     batch_size: int
     length: int
-    is_trial: bool
     num_drafting: int = 0
     is_undisturbed: bool = False
 
@@ -120,11 +127,11 @@ class AdaptiveLength:
 
     E is what ``Acceptance`` expects, T what ``StepTimes`` measured at this batch size,
     in steps that did nothing but decode. What it costs: a batch size far from all that
-    are known begins with ``FIRST_STEPS`` without drafts, and later every length is
-    tried in turn, as often as a share of ``EXPLORATION`` of the time pays for. A trial
-    is charged what it took beyond what its tokens are worth at the best length,
-    whatever that was for: drafting in vain, or reading prompts that nobody had read
-    while there were no drafts.
+    are known begins with ``FIRST_STEPS`` without drafts, and later lengths are tried as
+    often as a share of ``EXPLORATION`` of the time pays for, of which each has the
+    same part. A trial is charged what it took beyond what its tokens are worth at the
+    best length, whatever that was for: drafting in vain, or reading prompts that nobody
+    had read while there were no drafts.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -136,8 +143,8 @@ class AdaptiveLength:
         self._credit = 0.0
         self._trial: int | None = None
         self._num_trial_steps = 0
-        # Of each batch size, the lengths to try, the next one first.
-        self._turns: dict[int, list[int]] = {}
+        # What trials have cost, by batch size and length.
+        self._costs: defaultdict[tuple[int, int], float] = defaultdict(float)
 
     @property
     def is_trying(self) -> bool:
@@ -158,7 +165,7 @@ class AdaptiveLength:
         if self._step is not None:
             self._end(self._step, now, batch)
         length = min(self._choose(batch, batch_size, max_length), max_length)
-        self._step = _Step(now, batch, batch_size, length, self.is_trying)
+        self._step = _Step(now, batch, batch_size, length)
         return length
 
     def forget_step(self) -> None:
@@ -201,11 +208,9 @@ class AdaptiveLength:
         return best, rates[best]
 
     def _next_trial(self, batch_size: int, best: int) -> int:
-        turns = self._turns.setdefault(batch_size, _ladder(self._max_length))
-        length = next(length for length in turns if length != best)
-        turns.remove(length)
-        turns.append(length)
-        return length
+        """The one whose trials have cost the least."""
+        others = [length for length in _ladder(self._max_length) if length != best]
+        return min(others, key=lambda length: self._costs[batch_size, length])
 
     def _end(self, step: _Step, now: float, batch: Hashable) -> None:
         seconds = now - step.start
@@ -214,10 +219,12 @@ class AdaptiveLength:
         is_timed = is_typical and batch is not None and step.batch == batch
         if is_timed:
             self.times.record(step.batch_size, step.length, seconds)
-        if step.is_trial:
+        if self._trial is not None:
             _, rate = self._best(step.batch_size, self._max_length)
             tokens = self.acceptance.expected_tokens(step.length)[-1]
-            self._credit -= max(0.0, seconds - tokens / rate) if rate else 0.0
+            cost = max(0.0, seconds - tokens / rate) if rate else 0.0
+            self._credit -= cost
+            self._costs[step.batch_size, self._trial] += cost
             # Where it did nothing yet it waits, for a prompt to be read.
             self._num_trial_steps += bool(step.num_drafting or not step.length)
             if is_timed or self._num_trial_steps == TRIAL_STEPS:
