@@ -1,7 +1,7 @@
 """Distances between the drafter's predictions q and the target's p, per position.
 
-Each takes logarithms of probabilities [..., V] and returns [...]. alpha, the chance that
-a draft from q is accepted when p verifies it, is sum_i min(p_i, q_i).
+Each takes logarithms of probabilities [..., V] and returns [...]. alpha, the chance
+that a draft from q is accepted when p verifies it, is sum_i min(p_i, q_i).
 """
 
 from collections.abc import Callable
@@ -102,8 +102,8 @@ def decayed_weights(block: int, decay: float) -> Tensor:
 def dpace_weights(label_probabilities: Tensor, smoothing: float) -> Tensor:
     """What each position of a draft adds to its accepted length (D-PACE).
 
-    w_j = sum_{k >= j} prod_{i <= k} s_i, with s_i = (1 - a) q_i + a; of mean 1 in all
-    (https://arxiv.org/abs/2605.18810).
+    w_j = sum_{k >= j} prod_{i <= k} s_i, with s_i = (1 - a) q_i + a, over the number of
+    positions (https://arxiv.org/abs/2605.18810).
 
     Args:
         label_probabilities: [..., block], q of each label; not differentiated.
@@ -113,5 +113,5 @@ def dpace_weights(label_probabilities: Tensor, smoothing: float) -> Tensor:
         [..., block].
     """
     steps = (1 - smoothing) * label_probabilities.detach() + smoothing
-    weights = steps.cumprod(-1).flip(-1).cumsum(-1).flip(-1)
-    return weights / weights.mean()
+    reached = steps.cumprod(-1)
+    return reached.flip(-1).cumsum(-1).flip(-1) / steps.shape[-1]
