@@ -10,8 +10,8 @@ from statistics import median, median_low
 EXPLORATION = 0.005
 #: Steps without drafts that a batch size far from all others begins with.
 FIRST_STEPS = 3
-#: Last steps of a length whose median is its time, and how many of them still count when
-#: it was not chosen for as many steps.
+#: Last steps of a length whose median is its time, and how many of them still count
+#: when it was not chosen for as many steps.
 NUM_SAMPLES, NUM_OLD_SAMPLES = 9, 2
 #: Drafting steps after which a trial ends though none of them could be timed.
 TRIAL_STEPS = 3
