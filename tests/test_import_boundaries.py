@@ -27,12 +27,13 @@ MAY_IMPORT_OURS = {
 CORE = set(MAY_IMPORT_OURS)
 MAY_IMPORT_OURS |= {
     "proposer": CORE,
-    "training": CORE,
+    "training": CORE | {"evaluation"},
     "evaluation": CORE | {"proposer"},
     "vllm_integration": CORE | {"proposer"},
 }
-EVERYTHING = set(MAY_IMPORT_OURS) | {"demo"}
-MAY_IMPORT_OURS |= {"cli": EVERYTHING, "demo": EVERYTHING, "__main__": EVERYTHING}
+USER_FACING = ("cli", "demo", "generation", "__main__")
+EVERYTHING = set(MAY_IMPORT_OURS) | set(USER_FACING)
+MAY_IMPORT_OURS |= dict.fromkeys(USER_FACING, EVERYTHING)
 
 #: What each package may import of others, beside the standard library. The rest may
 #: import anything but vLLM.
@@ -46,7 +47,7 @@ MAY_IMPORT_OTHERS = {
     "attention": {"torch", "xformers"},
     "drafter": {"torch", "transformers", "safetensors"},
 }
-MAY_IMPORT_VLLM = {"vllm_integration", "cli", "demo"}
+MAY_IMPORT_VLLM = {"vllm_integration", "cli", "demo", "generation"}
 
 
 def source_files() -> list[Path]:

@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_train(commands)
+    _add_generate(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -69,6 +70,19 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
         add_help=False,
     )
     train.set_defaults(run=_train, takes_rest=True)
+
+
+def _add_generate(commands) -> None:  # type: ignore[no-untyped-def]
+    from vllm_budgetdraft import generation
+
+    generate = commands.add_parser(
+        "generate",
+        help="have a target write on from texts, for training",
+        description=generation.__doc__,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    generation.add_arguments(generate)
+    generate.set_defaults(run=generation.run, takes_rest=False)
 
 
 def _train(args: Namespace) -> None:

@@ -19,3 +19,7 @@ class UnsupportedVllmError(BudgetDraftError, RuntimeError):
 
 class PagePoolExhaustedError(BudgetDraftError, RuntimeError):
     """A request needs pages and none are free."""
+
+
+class TrainingError(BudgetDraftError, RuntimeError):
+    """A training run cannot go on, for a reason outside of it."""

@@ -1,138 +1,162 @@
-import math
+"""The chunked loss is the plain one, whatever the objective and the weights."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.support import models
-from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.drafter.checkpoint import load_drafter
-from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.eviction.catalogue import make_policy
-from vllm_budgetdraft.training.arguments import ViewArguments
-from vllm_budgetdraft.training.losses import IGNORED, agreement, ce_loss, kl_loss
-from vllm_budgetdraft.training.trainer import MultiViewLoss
-from vllm_budgetdraft.training.views import continuation_hidden, read_prefix
+from vllm_budgetdraft.training.losses import (
+    ObjectiveSettings,
+    multi_view_loss,
+    view_losses,
+)
+from vllm_budgetdraft.training.objectives import IGNORED, OBJECTIVES
+from vllm_budgetdraft.training.teacher import LiveTeacher, StoredTeacher, ask
 
-# Two positions of one sequence, three tokens; probabilities, so that hands can count.
-DRAFTER = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]]).log()
-TARGET = torch.tensor([[[0.25, 0.5, 0.25], [0.0625, 0.875, 0.0625]]]).log()
-
-
-LABELS = TARGET.argmax(-1)
+VIEWS, POSITIONS, WIDTH, VOCABULARY = 3, 24, 8, 30
+WEIGHTS = torch.tensor([1.0, 0.25, 0.25])
+POSITION_WEIGHTS = ("uniform", "decay", "dpace")
 
 
-def test_ce_is_minus_log_of_what_the_drafter_gives_the_targets_choice():
-    by_hand = -(math.log(0.25) + math.log(0.8)) / 2
-    assert ce_loss(DRAFTER, LABELS).item() == pytest.approx(by_hand, rel=1e-6)
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_kl_goes_from_the_target_to_the_drafter_and_is_a_mean_over_positions():
-    first = 0.25 * math.log(0.25 / 0.5) + 0.5 * math.log(0.5 / 0.25)
-    second = 0.875 * math.log(0.875 / 0.8) + 0.125 * math.log(0.0625 / 0.1)
-    by_hand = (first + second) / 2
-    assert kl_loss(DRAFTER, TARGET).item() == pytest.approx(by_hand, rel=1e-5)
-
-
-def test_constants_added_to_the_logits_change_no_loss():
-    torch.testing.assert_close(ce_loss(DRAFTER + 3, LABELS), ce_loss(DRAFTER, LABELS))
-    torch.testing.assert_close(
-        kl_loss(DRAFTER + 3, TARGET - 5), kl_loss(DRAFTER, TARGET)
+def live() -> LiveTeacher:
+    return LiveTeacher(
+        random(POSITIONS, 5, seed=2), random(VOCABULARY, 5, seed=3), None
     )
 
 
-def test_kl_of_equal_distributions_is_zero():
-    assert kl_loss(TARGET, TARGET).item() == pytest.approx(0.0, abs=1e-7)
+def stored() -> StoredTeacher:
+    log_p = (2 * random(POSITIONS, VOCABULARY, seed=4)).log_softmax(-1)
+    top = log_p.topk(6)
+    return StoredTeacher(top.indices[:, 1], top.indices, top.values)
 
 
-def test_agreement_is_the_share_of_equal_choices():
-    assert agreement(DRAFTER, LABELS).item() == 0.5
-
-
-def test_positions_without_a_label_count_for_nothing():
-    labels = LABELS.clone()
-    labels[0, 0] = IGNORED
-    assert ce_loss(DRAFTER, labels).item() == pytest.approx(-math.log(0.8), rel=1e-6)
-    assert agreement(DRAFTER, labels).item() == 1.0
-
-
-@pytest.fixture
-def drafter(drafter_folder):
-    drafter = load_drafter(drafter_folder, max_positions=256)
-    return drafter.train().requires_grad_(True)
-
-
-@pytest.fixture(scope="module")
-def target():
-    return models.random_model(models.llama(num_hidden_layers=2), seed=1)
-
-
-PREFIX_TOKENS = 120
-TOKENS = models.random_tokens(2 * 150).view(2, 150)
-PREFIX, CONTINUATION = TOKENS[:, :PREFIX_TOKENS], TOKENS[:, PREFIX_TOKENS:]
-
-
-def multi_view_loss(drafter, target, **changes) -> torch.Tensor:
-    views = ViewArguments(**{"budget_weights": [1.0], **changes})
-    return MultiViewLoss(drafter, target, views, EvictionSettings())(
-        PREFIX, CONTINUATION
-    )["loss"]
-
-
-def view_losses(drafter, target, objective: str, budget: int) -> tuple[float, float]:
-    """L_A and L_C, put together from their parts."""
-    target_logits = target(TOKENS).logits[:, PREFIX_TOKENS:]
-    full = read_prefix(drafter, PREFIX, make_policy(EvictionSettings()))
-    losses = []
-    for view in (full, full.sparse(make_policy(EvictionSettings()), budget)):
-        hidden = continuation_hidden(drafter, CONTINUATION, PREFIX_TOKENS, view)
-        logits = drafter.logits(hidden)
-        if objective == "ce":
-            losses.append(ce_loss(logits, target_logits.argmax(-1)).item())
-        else:
-            losses.append(kl_loss(logits, target_logits).item())
-    return losses[0], losses[1]
-
-
-@pytest.mark.parametrize("objective", ["ce", "kl"])
-def test_the_loss_is_that_of_the_full_view_plus_the_weighted_one_of_the_sparse(
-    drafter, target, objective
-):
-    full, sparse = view_losses(drafter, target, objective, budget=64)
-    assert abs(full - sparse) > 1e-3, "both views say the same"
-    loss = multi_view_loss(
-        drafter, target, objective=objective, budgets=[64], sparse_weight=0.3
+def loss_and_gradients(teacher, settings, chunk_tokens, hidden=None):
+    hidden = random(VIEWS, POSITIONS, WIDTH) if hidden is None else hidden
+    hidden = hidden.requires_grad_()
+    head = random(VOCABULARY, WIDTH, seed=1).requires_grad_()
+    counted = torch.arange(POSITIONS) % 5 != 2
+    loss, means = multi_view_loss(
+        hidden, head, teacher, counted, WEIGHTS, settings, chunk_tokens
     )
-    assert loss.item() == pytest.approx(full + 0.3 * sparse, rel=1e-5)
+    (3 * loss).backward()  # so that the gradient that comes in is not 1
+    return loss.detach(), means, hidden.grad, head.grad
 
 
-@pytest.mark.parametrize("budget", [PREFIX_TOKENS, 512])
-def test_a_budget_that_holds_the_prefix_adds_no_sparse_loss(drafter, target, budget):
-    full, _ = view_losses(drafter, target, "ce", budget)
-    loss = multi_view_loss(drafter, target, budgets=[budget], sparse_weight=100.0)
-    assert loss.item() == pytest.approx(full, rel=1e-5)
+@pytest.mark.parametrize("teacher", [live(), stored()], ids=["live", "stored"])
+@pytest.mark.parametrize("position_weights", POSITION_WEIGHTS)
+@pytest.mark.parametrize("objective", ["ce", *OBJECTIVES])
+def test_in_chunks_it_is_the_same(objective, position_weights, teacher):
+    settings = ObjectiveSettings(objective, position_weights, draft_tokens=4)
+    whole = loss_and_gradients(teacher, settings, 0)
+    for chunk_tokens in (4, 16, 1000):
+        for found, expected in zip(
+            loss_and_gradients(teacher, settings, chunk_tokens), whole, strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_labels_known_beforehand_take_the_place_of_the_targets_own_pass(
-    drafter, target
-):
-    views = ViewArguments(budgets=[64], budget_weights=[1.0])
-    module = MultiViewLoss(drafter, target, views, EvictionSettings())
-    labels = target(TOKENS).logits[:, PREFIX_TOKENS:].argmax(-1)
-    known = module(PREFIX, CONTINUATION, labels)["loss"]
-    torch.testing.assert_close(known, module(PREFIX, CONTINUATION)["loss"])
-    others = module(PREFIX, CONTINUATION, (labels + 1) % models.VOCAB_SIZE)["loss"]
-    assert abs(known - others) > 0.1
+def test_it_is_the_weighted_sum_of_the_views_means_over_what_counts():
+    settings = ObjectiveSettings("kl")
+    teacher, hidden = live(), random(VIEWS, POSITIONS, WIDTH)
+    head = random(VOCABULARY, WIDTH, seed=1)
+    counted = torch.zeros(POSITIONS, dtype=torch.bool)
+    counted[[3, 7]] = True
+    loss, means = multi_view_loss(hidden, head, teacher, counted, WEIGHTS, settings, 8)
+    log_p = teacher.compare(slice(0, POSITIONS), hidden)[1]
+    log_q = (hidden @ head.T).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    expected = (kl[:, 3] + kl[:, 7]) / 2
+    torch.testing.assert_close(means.losses, expected)
+    torch.testing.assert_close(loss, (WEIGHTS * expected).sum())
 
 
-def test_the_target_gets_no_gradients_and_is_no_part_of_what_is_saved(drafter, target):
-    views = ViewArguments(budgets=[64], budget_weights=[1.0])
-    module = MultiViewLoss(drafter, target, views, EvictionSettings())
-    module(PREFIX, CONTINUATION)["loss"].backward()
-    assert all(p.grad is None for p in target.parameters())
-    assert {id(p) for p in module.parameters()} == {id(p) for p in drafter.parameters()}
-    assert all(p.grad is not None for p in drafter.parameters())
+def test_agreements_and_acceptances_are_shares_of_what_counts():
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6], [1.0, 0, 0]])
+    teacher = LiveTeacher((p + 1e-9).log(), torch.eye(3), None)
+    hidden = torch.tensor([[[0.5, 0.25, 0.25], [0.8, 0.1, 0.1], [0.0, 1.0, 0.0]]])
+    counted = torch.tensor([True, True, False])
+    _, means = multi_view_loss(
+        (hidden + 1e-9).log(),
+        torch.eye(3),
+        teacher,
+        counted,
+        torch.ones(1),
+        ObjectiveSettings("tv"),
+        0,
+    )
+    assert means.agreements.tolist() == [0.5]
+    assert means.acceptances.tolist() == [pytest.approx((1 + 0.4) / 2, rel=1e-5)]
 
 
-def test_a_budget_too_small_for_the_policy_is_refused(drafter, target):
-    with pytest.raises(ConfigurationError, match=r"budgets=\[64, 15\].*16.*raise"):
-        multi_view_loss(drafter, target, budgets=[64, 15], budget_weights=[0.5, 0.5])
+def test_nothing_that_counts_is_no_loss():
+    counted = torch.zeros(POSITIONS, dtype=torch.bool)
+    hidden = random(VIEWS, POSITIONS, WIDTH).requires_grad_()
+    loss, _ = multi_view_loss(
+        hidden,
+        random(VOCABULARY, WIDTH, seed=1),
+        live(),
+        counted,
+        WEIGHTS,
+        ObjectiveSettings("kl"),
+        8,
+    )
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bfloat16_logits_have_a_float32_loss(objective):
+    settings = ObjectiveSettings(objective)
+    logits = random(1, POSITIONS, VOCABULARY).bfloat16()
+    rows, counted = slice(0, POSITIONS), torch.ones(POSITIONS, dtype=torch.bool)
+    found = view_losses(logits, live(), rows, counted, settings)
+    expected = view_losses(logits.float(), live(), rows, counted, settings)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_weights_of_a_draft_fall_or_follow_what_the_drafter_knows():
+    hidden, teacher = random(1, POSITIONS, WIDTH), live()
+    logits = hidden @ random(VOCABULARY, WIDTH, seed=1).T
+    counted = torch.ones(POSITIONS, dtype=torch.bool)
+    uniform = ObjectiveSettings("ce", draft_tokens=4)
+
+    def loss(settings, *places):
+        only = torch.zeros(POSITIONS, dtype=torch.bool)
+        only[list(places)] = True
+        rows = slice(0, POSITIONS)
+        return view_losses(logits, teacher, rows, only & counted, settings)[0].item()
+
+    decay = replace(uniform, position_weights="decay", decay=0.5)
+    ratios = [loss(decay, i) / loss(uniform, i) for i in range(8)]
+    assert ratios[:4] == pytest.approx([r / 0.46875 for r in (1, 0.5, 0.25, 0.125)])
+    assert ratios[4:] == pytest.approx(ratios[:4])
+
+
+def test_a_live_teacher_is_the_target():
+    config = models.llama(num_hidden_layers=2)
+    target = models.random_model(config)
+    tokens = torch.stack([models.random_tokens(20), models.random_tokens(20, seed=1)])
+    teacher = ask(target, tokens, 6)
+    expected = target(tokens).logits[:, -6:].flatten(0, 1).log_softmax(-1)
+    _, log_p = teacher.compare(slice(2, 9), torch.zeros(1))
+    torch.testing.assert_close(log_p, expected[2:9], rtol=1e-4, atol=1e-5)
+    assert torch.equal(teacher.labels(slice(2, 9)), expected[2:9].argmax(-1))
+
+
+def test_a_stored_teacher_compares_what_was_stored_and_the_rest():
+    log_p = random(4, VOCABULARY).log_softmax(-1)
+    top = log_p.topk(3)
+    written = torch.tensor([5, IGNORED, 7, 8])
+    teacher = StoredTeacher(written, top.indices, top.values)
+    labels = teacher.labels(slice(0, 4))
+    assert labels.tolist() == [top.indices[0, 0], IGNORED, *top.indices[2:, 0]]
+    q, p = teacher.compare(slice(1, 3), log_p[None, 1:3])
+    assert p.shape == (2, 4) and q.shape == (1, 2, 4)
+    torch.testing.assert_close(q[0], p)
+    assert StoredTeacher(written).labels(slice(0, 4)).tolist() == written.tolist()

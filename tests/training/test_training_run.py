@@ -1,18 +1,24 @@
-"""``python -m vllm_budgetdraft.training`` from its arguments to its folders."""
+"""Whole runs, from the command line."""
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 
 from tests.support import models
 from tests.support.books import write_books, write_target
+from vllm_budgetdraft.drafter import checkpoint
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
-from vllm_budgetdraft.training.__main__ import main
-from vllm_budgetdraft.training.views import PrefixCache, continuation_hidden
+from vllm_budgetdraft.training.__main__ import PRESETS, main, with_config
+from vllm_budgetdraft.training.views import View, continuation_hidden
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +26,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_target(folder / "target")
     write_books(folder / "books.jsonl")
+    write_books(folder / "leaflets.jsonl", num_words=10)
     return folder
 
 
-def train(inputs: Path, output: Path, *more: str, steps: int) -> None:
+def options(inputs: Path, output: Path, steps: int) -> list[str]:
     arguments = f"""
-        --target {inputs / "target"} --books {inputs / "*.jsonl"}
+        --target {inputs / "target"} --texts {inputs / "books.jsonl"}
         --hidden_size 48 --intermediate_size 64 --num_hidden_layers 2
         --num_attention_heads 6 --num_key_value_heads 2
         --prefix_tokens 40 --continuation_tokens 24
@@ -34,12 +41,19 @@ def train(inputs: Path, output: Path, *more: str, steps: int) -> None:
         --lr_scheduler_type constant --logging_steps 1 --save_steps 2
         --report_to none --disable_tqdm true --use_cpu --output_dir {output}
     """
-    main([*arguments.split(), *more])
+    return arguments.split()
+
+
+def train(inputs: Path, output: Path, *more: str, steps: int) -> None:
+    main([*options(inputs, output, steps), *more])
+
+
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
 def losses(checkpoint: Path) -> list[float]:
-    history = json.loads((checkpoint / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in history["log_history"] if "loss" in entry]
+    return [entry["loss"] for entry in history(checkpoint) if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +65,29 @@ def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_short_run_lowers_the_loss(trained):
-    history = losses(trained / "checkpoint-5")
-    assert len(history) == 5
-    assert history[-1] < history[0] - 0.2
+    found = losses(trained / "checkpoint-5")
+    assert len(found) == 5
+    assert found[-1] < found[0] - 0.2
+
+
+def test_the_log_tells_of_every_view(trained):
+    views = {
+        key
+        for entry in history(trained / "checkpoint-5")
+        for key in entry
+        if key.startswith(("losses_", "agreements_"))
+    }
+    assert views == {
+        f"{metric}_{view}"
+        for metric in ("losses", "agreements")
+        for view in ("full", "budget_24", "budget_32")
+    }
 
 
 def test_a_trained_folder_loads_here_and_in_transformers_alike(trained, inputs):
     drafter = load_drafter(trained, max_positions=128)
     tokens = models.random_tokens(60)[None]
-    hidden = continuation_hidden(drafter, tokens, 0, PrefixCache([], [], [], []))
+    (hidden,) = continuation_hidden(drafter, tokens, [View([], [], 0)])
     theirs = models.read_model(trained)(tokens).logits
     assert (drafter.logits(hidden) - theirs).abs().max() < 1e-4
     assert drafter.config.architectures == ["LlamaForCausalLM"]
@@ -70,25 +98,42 @@ def test_a_trained_folder_loads_here_and_in_transformers_alike(trained, inputs):
         assert (trained / name).read_bytes() == expected
 
 
-def test_a_run_leaves_what_is_needed_to_repeat_it(trained):
-    arguments = json.loads((trained / "run.json").read_text())
+@pytest.mark.parametrize("folder", ["", "checkpoint-2", "checkpoint-5"])
+def test_a_run_and_every_checkpoint_say_how_to_repeat_it(trained, folder):
+    arguments = json.loads((trained / folder / "run.json").read_text())
     assert arguments["budgets"] == [24, 32] and arguments["learning_rate"] == 0.02
-    assert "vllm_budgetdraft.training" in (trained / "train_command.txt").read_text()
+    command = (trained / folder / "train_command.txt").read_text()
+    assert "vllm_budgetdraft.training" in command and "--budgets 24 32" in command
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, inputs, tmp_path):
-    shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2")
-    resume = ("--resume_from_checkpoint", str(tmp_path / "checkpoint-2"))
-    train(inputs, tmp_path, *resume, steps=5)
-    assert losses(tmp_path / "checkpoint-5") == pytest.approx(
-        losses(trained / "checkpoint-5"), rel=1e-4
-    )
-    expected = load_file(trained / "checkpoint-5" / "model.safetensors")
-    for name, weight in load_file(tmp_path / "model.safetensors").items():
-        # The final folder is rounded to bfloat16, checkpoints are not.
-        torch.testing.assert_close(
-            weight, expected[name].bfloat16(), rtol=1e-2, atol=1e-4
-        )
+def test_the_card_tells_of_data_views_and_objective(trained):
+    card = (trained / "README.md").read_text()
+    for part in ("books.jsonl", "24, 32 tokens", "`ce`", "5 steps of 8", "40 tokens"):
+        assert part in card, part
+    assert "Not measured" in card
+
+
+def same_weights(first: Path, second: Path) -> None:
+    expected = load_file(second / "model.safetensors")
+    found = load_file(first / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("which", ["checkpoint-2", "true"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    trained, inputs, tmp_path, which
+):
+    """To the bit; what was not written to its end is not gone on from."""
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(trained / name, tmp_path / name)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    resume = str(tmp_path / which) if which != "true" else which
+    train(inputs, tmp_path, "--resume_from_checkpoint", resume, steps=5)
+    assert losses(tmp_path / "checkpoint-5") == losses(trained / "checkpoint-5")
+    same_weights(tmp_path / "checkpoint-5", trained / "checkpoint-5")
+    same_weights(tmp_path, trained)
 
 
 def test_training_goes_on_from_a_drafter_that_was_trained_before(
@@ -96,3 +141,227 @@ def test_training_goes_on_from_a_drafter_that_was_trained_before(
 ):
     train(inputs, tmp_path, "--drafter", str(trained), steps=1)
     assert losses(tmp_path / "checkpoint-1")[0] < losses(trained / "checkpoint-5")[0]
+
+
+def test_a_drafter_can_begin_as_layers_of_the_target(inputs, tmp_path):
+    models.write_model(tmp_path / "deep", models.llama(num_hidden_layers=3), seed=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(inputs / "target" / name, tmp_path / "deep")
+    slices = ("--target", str(tmp_path / "deep"), "--target_layers", "2", "0")
+    train(inputs, tmp_path, *slices, "--learning_rate", "0", steps=1)
+    found = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    target = load_file(tmp_path / "deep" / "model.safetensors")
+    for ours, theirs in (("layers.0.", "layers.2."), ("layers.1.", "layers.0.")):
+        names = [name for name in found if ours in name]
+        assert len(names) == 9
+        for name in names:
+            assert torch.equal(found[name], target[name.replace(ours, theirs)].float())
+    assert torch.equal(
+        found["model.embed_tokens.weight"], target["model.embed_tokens.weight"]
+    )
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint-1" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"),
+        ("--gradient_checkpointing", "true"),
+        ("--loss_chunk_tokens", "0"),
+        ("--loss_chunk_tokens", "40"),
+    ],
+    ids=["accumulation", "checkpointing", "whole_logits", "small_chunks"],
+)
+def test_what_saves_memory_changes_no_step(inputs, tmp_path, more):
+    always = ("--optim", "sgd", "--budgets", "24", "--budget_weights", "1")
+    for name, options in (("plain", ()), ("saving", more)):
+        train(inputs, tmp_path / name, *always, *options, steps=1)
+    plain, saving = (final_weights(tmp_path / name) for name in ("plain", "saving"))
+    for name, weight in saving.items():
+        torch.testing.assert_close(weight, plain[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--objective", "lk_hybrid", "--position_weights", "dpace"),
+        ("--objective", "lk_alpha", "--position_weights", "decay"),
+        ("--objective", "kl", "--views_per_step", "2"),
+        ("--objective", "tv", "--sparse_weight", "0"),
+        ("--position_mode", "cache_relative", "--draft_prefill", "streaming"),
+        ("--prefix_gradient", "true", "--draft_prefill_chunk", "16"),
+        ("--bf16", "true"),
+    ],
+    ids=lambda more: "_".join(more),
+)
+def test_every_kind_of_run_runs_and_serving_is_told(inputs, tmp_path, more):
+    train(inputs, tmp_path, *more, steps=2)
+    (entry, *_) = history(tmp_path / "checkpoint-2")
+    assert entry["loss"] > 0
+    told = load_drafter(tmp_path, max_positions=64).config.budgetdraft
+    pairs = dict(zip(more[::2], more[1::2], strict=True))
+    assert told["position_mode"] == pairs.get("--position_mode", "absolute")
+    if "--views_per_step" in pairs:
+        assert {"losses_budget_24", "losses_budget_32"} <= entry.keys()
+    if "--sparse_weight" in pairs:
+        assert not any("budget" in key for key in entry)
+
+
+def test_two_processes_train_as_one_does(inputs, tmp_path):
+    """With torchrun: the mean of the gradients, and the windows of one step."""
+    together = options(inputs, tmp_path / "two", 2)
+    together[together.index("--per_device_train_batch_size") + 1] = "4"
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
+    }
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [sys.executable, *command, "-m", "vllm_budgetdraft.training", *together],
+        check=True,
+        env=environment,
+        timeout=300,
+    )
+    train(inputs, tmp_path / "one", steps=2)
+    expected = load_file(tmp_path / "one" / "checkpoint-2" / "model.safetensors")
+    found = load_file(tmp_path / "two" / "checkpoint-2" / "model.safetensors")
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=2e-4)
+
+
+def test_the_best_drafter_of_a_run_is_kept(inputs, tmp_path):
+    evaluates = f"""
+        --eval_strategy steps --eval_steps 2 --eval_texts {inputs / "books.jsonl"}
+        --eval_contexts 40 60 --eval_budgets 24 32 --eval_temperatures 0 1
+        --eval_prompts 2 --eval_new_tokens 12 --eval_draft_tokens 3
+    """.split()
+    train(inputs, tmp_path, *evaluates, steps=6)
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    measured = {
+        entry["step"]: entry["eval_acceptance_length"]
+        for entry in state["log_history"]
+        if "eval_acceptance_length" in entry
+    }
+    assert measured.keys() == {2, 4, 6}
+    assert all(1 <= length <= 4 for length in measured.values())
+    best = max(measured, key=measured.get)
+    assert state["best_global_step"] == best
+    kept = load_file(tmp_path / "model.safetensors")
+    weights = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    for name, weight in kept.items():
+        assert torch.equal(weight, weights[name].bfloat16()), name
+    card = (tmp_path / "README.md").read_text()
+    assert f"step {best}" in card and "| 1 | 60 |" in card
+    assert not (tmp_path / "being_evaluated").exists()
+
+
+def test_a_config_is_read_and_the_command_line_wins(inputs, tmp_path):
+    config = tmp_path / "run.yaml"
+    given = {"objective": "kl", "max_steps": 3, "budgets": [24, 28], "bf16": False}
+    config.write_text(yaml.safe_dump(given))
+    found = with_config(["--config", str(config), "--max_steps", "1"])
+    assert found[-2:] == ["--max_steps", "1"]
+    train(inputs, tmp_path / "run", "--config", str(config), steps=2)
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["objective"] == "kl" and told["max_steps"] == 2
+
+
+@pytest.mark.parametrize("preset", [path.stem for path in PRESETS.glob("*.yaml")])
+def test_presets_hold_known_options(preset, inputs, tmp_path, capsys):
+    """They get as far as the window, which is longer than this target's positions."""
+    own = ("--target", str(inputs / "target"), "--output_dir", str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["--config", preset, *own, "--use_cpu"])
+    assert "make windows of" in capsys.readouterr().err
+
+
+def test_the_paper_is_a_preset():
+    found = with_config(["--config", "paper"])
+    place = found.index("--budgets")
+    assert found[place + 1 : place + 5] == ["256", "512", "1024", "2048"]
+    assert "ce" in found and "16128" in found
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["no", "texts"], "nothing to train on"),
+        (["--max_steps", "-1"], "say after how many steps"),
+        (["--prefix_tokens", "4000"], "beyond the target's"),
+        (["--budgets", "4", "32"], "raise it or lower sink_tokens"),
+        (["--budgets", "32"], "one weight for each budget"),
+        (["--texts", "leaflets.jsonl"], "fewer than the 64"),
+        (["--texts", "no_such.jsonl"], "names no file"),
+        (["--drafter", "other"], "vocab_size"),
+        (["--target_layers", "7"], "choose some of them"),
+        (["--resume_from_checkpoint", "true"], "no complete checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "not written to its end"),
+        (["--config", "nowhere.yaml"], "a preset (paper)"),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], "give held-out texts"),
+        (
+            ["--position_weights", "dpace", "--draft_tokens", "7"],
+            "no multiple of draft_tokens=7",
+        ),
+        (
+            ["--position_weights", "decay", "--loss_chunk_tokens", "12"],
+            "loss_chunk_tokens=12",
+        ),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_trained_is_refused(inputs, tmp_path, capsys, more, message):
+    if "other" in more:
+        models.write_model(tmp_path / "other", models.llama(vocab_size=77))
+    files = {"leaflets.jsonl": inputs, "no_such.jsonl": inputs, "other": tmp_path}
+    more = [str(files[each] / each) if each in files else each for each in more]
+    given = options(inputs, tmp_path / "run", 1)
+    if more == ["no", "texts"]:
+        more = []
+        del given[2:4]
+    with pytest.raises(SystemExit) as stop:
+        main([*given, *more])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    def full(*args, **kwargs):
+        if "checkpoint-4" in str(args[1]):
+            Path(args[1]).write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save_file(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(SystemExit):
+        train(inputs, tmp_path, steps=5)
+    assert "no space left" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint-4").exists()
+    monkeypatch.undo()
+    train(inputs, tmp_path, "--resume_from_checkpoint", "true", steps=5)
+    assert len(losses(tmp_path / "checkpoint-5")) == 5
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(
+    inputs, tmp_path, monkeypatch
+):
+    from vllm_budgetdraft.training import model
+
+    original, calls = model.multi_view_loss, []
+
+    def sometimes_nan(*args):
+        calls.append(args)
+        loss, means = original(*args)
+        return loss * (float("nan") if len(calls) == 2 else 1.0), means
+
+    monkeypatch.setattr(model, "multi_view_loss", sometimes_nan)
+    train(inputs, tmp_path, "--save_steps", "1", steps=3)
+    counts = [e["skipped_steps"] for e in history(tmp_path / "checkpoint-3")[:3]]
+    assert counts == [0, 1, 1]
+    same_weights(tmp_path / "checkpoint-2", tmp_path / "checkpoint-1")
+    weights = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())

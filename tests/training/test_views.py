@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from budgetdraft_kernels.reference import rotate
 from tests.support import models
-from tests.support.drafting import build_proposer, held_by, ingested
+from tests.support.drafting import build_proposer, held_by
 from tests.support.policies import EVERY_SECOND
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.eviction.catalogue import make_policy
-from vllm_budgetdraft.training.views import continuation_hidden, read_prefix
+from vllm_budgetdraft.training.views import PrefixViews, View, continuation_hidden
 
-BUDGET = 64
+BUDGET, CHUNK = 64, 50
 SETTINGS = {
     "chunk_retrieval": {},
     "chunk_retrieval_by_queries": {"chunk_score": "last_queries"},
@@ -22,8 +23,9 @@ SETTINGS = {
     "of_the_user": {"eviction_policy": EVERY_SECOND},
 }
 KEEP_ALL = make_policy(EvictionSettings(eviction_policy="keep_all"))
-OBSERVING = make_policy(EvictionSettings(chunk_score="last_queries"))
 every_policy = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+every_mode = pytest.mark.parametrize("position_mode", ["absolute", "cache_relative"])
+every_prefill = pytest.mark.parametrize("draft_prefill", ["full", "streaming"])
 
 
 @pytest.fixture
@@ -33,87 +35,173 @@ def drafter(drafter_folder):
     return drafter.train().requires_grad_(True)
 
 
-def read_both(drafter, drafter_folder, prefixes, settings):
+@torch.no_grad()
+def views_of(drafter, prefixes, policy, position_mode="absolute", draft_prefill="full"):
+    return PrefixViews(
+        drafter,
+        policy,
+        prefixes,
+        is_relative=position_mode == "cache_relative",
+        streams=draft_prefill == "streaming",
+        chunk_tokens=CHUNK,
+    )
+
+
+def read_both(
+    drafter, drafter_folder, prefixes, position_mode, draft_prefill, settings
+):
     """What training and what serving keep of the same prefixes [B, P]."""
     proposer = build_proposer(
         drafter_folder,
         num_slots=len(prefixes),
         kv_budget=BUDGET,
-        draft_prefill_chunk=50,
+        draft_prefill_chunk=CHUNK,
+        position_mode=position_mode,
+        draft_prefill=draft_prefill,
         **settings,
     )
     for slot, tokens in enumerate(prefixes):
-        ingested(proposer, tokens, slot)
+        proposer.start_request(slot)
+        proposer.reader.start(len(tokens))
+        while unread := proposer.reader.unread(len(tokens)):
+            proposer.reader.read(tokens[unread.start : unread.stop][:CHUNK])
+        proposer.finish_reading(slot)
     policy = make_policy(proposer.config)
-    prefix = read_prefix(drafter, prefixes, policy)
-    return prefix.sparse(policy, BUDGET), proposer
+    views = views_of(drafter, prefixes, policy, position_mode, draft_prefill)
+    with torch.no_grad():
+        return views.sparse(BUDGET), proposer
 
 
 @every_policy
+@every_mode
+@every_prefill
 @pytest.mark.parametrize("prefix_tokens", [40, 301])
 def test_training_keeps_the_same_keys_and_values_as_serving(
-    drafter, drafter_folder, settings, prefix_tokens
+    drafter, drafter_folder, settings, prefix_tokens, position_mode, draft_prefill
 ):
     prefixes = models.random_tokens(2 * prefix_tokens).view(2, prefix_tokens)
-    view, proposer = read_both(drafter, drafter_folder, prefixes, settings)
+    view, proposer = read_both(
+        drafter, drafter_folder, prefixes, position_mode, draft_prefill, settings
+    )
+    is_relative = position_mode == "cache_relative"
+    assert view.first_position == (view.num_tokens if is_relative else prefix_tokens)
     for slot in range(2):
         assert view.num_tokens + int(proposer.cache.num_evicted[slot]) == prefix_tokens
-        for ours, theirs in zip(
-            (view.keys, view.values),
-            held_by(proposer, slot, view.num_tokens),
-            strict=True,
-        ):
+        keys, values = held_by(proposer, slot, view.num_tokens)
+        if is_relative:  # which are stored as they are
+            cos, sin = proposer.drafter.rotary(torch.arange(view.num_tokens))
+            keys = rotate(keys, cos[:, None], sin[:, None])
+        for ours, theirs in ((view.keys, keys), (view.values, values)):
             trained = torch.stack([layer[slot] for layer in ours]).transpose(1, 2)
-            # Serving reads in chunks; nothing else may differ.
             torch.testing.assert_close(trained, theirs, rtol=0, atol=1e-4)
 
 
 @every_policy
+@every_mode
+@every_prefill
 def test_training_predicts_from_a_sparse_view_what_serving_drafts(
-    drafter, drafter_folder, settings
+    drafter, drafter_folder, settings, position_mode, draft_prefill
 ):
     contexts = models.random_tokens(2 * 302).view(2, 302)
     prefixes, last = contexts[:, :-2], contexts[:, -2:]
-    view, proposer = read_both(drafter, drafter_folder, prefixes, settings)
+    view, proposer = read_both(
+        drafter, drafter_folder, prefixes, position_mode, draft_prefill, settings
+    )
     ends = torch.tensor([302, 302])
     drafts = proposer.draft(torch.arange(2), last, ends).tokens.clone()
 
     fed = torch.cat([last, drafts[:, :-1]], 1)
-    logits = drafter.logits(continuation_hidden(drafter, fed, 300, view))
-    assert torch.equal(logits[:, 1:].argmax(-1), drafts)
+    (hidden,) = continuation_hidden(drafter, fed, [view])
+    assert torch.equal(drafter.logits(hidden)[:, 1:].argmax(-1), drafts)
 
 
+@every_mode
 @pytest.mark.parametrize("prefix_tokens", [0, 1, 100])
 def test_the_full_view_is_a_plain_forward_pass(
-    drafter, hugging_face_drafter, prefix_tokens
+    drafter, hugging_face_drafter, prefix_tokens, position_mode
 ):
     tokens = models.random_tokens(2 * 130).view(2, 130)
-    prefix = read_prefix(drafter, tokens[:, :prefix_tokens], KEEP_ALL)
-    hidden = continuation_hidden(
-        drafter, tokens[:, prefix_tokens:], prefix_tokens, prefix
-    )
+    views = views_of(drafter, tokens[:, :prefix_tokens], KEEP_ALL, position_mode)
+    (hidden,) = continuation_hidden(drafter, tokens[:, prefix_tokens:], [views.full()])
     expected = hugging_face_drafter(tokens).logits[:, prefix_tokens:]
     assert (drafter.logits(hidden) - expected).abs().max() < 1e-4
 
 
-def test_a_sparse_view_leaves_the_full_one_as_it_was(drafter):
+@every_mode
+@every_prefill
+def test_views_together_are_what_they_are_alone(drafter, position_mode, draft_prefill):
+    tokens = models.random_tokens(2 * 230).view(2, 230)
+    policy = make_policy(EvictionSettings())
+    found = views_of(drafter, tokens[:, :200], policy, position_mode, draft_prefill)
+    with torch.no_grad():
+        views = [found.sparse(90), found.full(), found.sparse(BUDGET)]
+        together = continuation_hidden(drafter, tokens[:, 200:], views)
+        for view, hidden in zip(views, together, strict=True):
+            (alone,) = continuation_hidden(drafter, tokens[:, 200:], [view])
+            torch.testing.assert_close(hidden, alone, rtol=1e-4, atol=1e-5)
+    assert [view.num_tokens for view in views] == [88, 200, BUDGET]
+
+
+def test_sparse_views_leave_the_full_one_as_it_was(drafter):
     tokens = models.random_tokens(200)[None]
-    prefix = read_prefix(drafter, tokens, KEEP_ALL)
-    before = [keys.clone() for keys in prefix.keys]
-    prefix.sparse(make_policy(EvictionSettings()), BUDGET)
-    assert all(map(torch.equal, prefix.keys, before))
+    views = views_of(drafter, tokens, make_policy(EvictionSettings()))
+    before = [keys.clone() for keys in views.full().keys]
+    views.sparse(BUDGET)
+    assert all(map(torch.equal, views.full().keys, before))
+
+
+def backward(drafter, view: View, tokens, **changes) -> dict[str, torch.Tensor]:
+    drafter.zero_grad()
+    hidden = continuation_hidden(drafter, tokens, [view], **changes)
+    drafter.logits(hidden).square().mean().backward()
+    return {name: p.grad.clone() for name, p in drafter.named_parameters()}
 
 
 def test_gradients_reach_every_parameter_through_the_continuation_alone(drafter):
     tokens = models.random_tokens(130)[None]
-    prefix = read_prefix(drafter, tokens[:, :100], OBSERVING)
-    for tensors in (prefix.keys, prefix.values, prefix.queries):
-        assert len(tensors) == drafter.num_layers
-        assert not any(tensor.requires_grad for tensor in tensors)
-
-    hidden = continuation_hidden(drafter, tokens[:, 100:], 100, prefix)
-    drafter.logits(hidden).square().mean().backward()
-    for name, parameter in drafter.named_parameters():
-        assert parameter.grad is not None and parameter.grad.any(), name
+    policy = make_policy(EvictionSettings(chunk_score="last_queries"))
+    view = views_of(drafter, tokens[:, :100], policy).sparse(BUDGET)
+    assert not any(x.requires_grad for x in (*view.keys, *view.values))
+    gradients = backward(drafter, view, tokens[:, 100:])
+    assert all(gradient.any() for gradient in gradients.values())
     unread = sorted(set(range(models.VOCAB_SIZE)) - set(tokens[0, 100:].tolist()))
-    assert not drafter.embedding.grad[unread].any()
+    assert not gradients["embedding"][unread].any()
+
+
+@every_mode
+@pytest.mark.parametrize("settings", [{}, {"eviction_policy": "heavy_hitter"}])
+def test_gradients_flow_through_the_prefix_if_they_are_wanted(
+    drafter, position_mode, settings
+):
+    """Those of the full view are those of a plain forward pass."""
+    tokens = models.random_tokens(130)[None]
+    policy = make_policy(EvictionSettings(**settings))
+
+    def found() -> PrefixViews:
+        return PrefixViews(
+            drafter,
+            policy,
+            tokens[:, :100],
+            is_relative=position_mode == "cache_relative",
+            chunk_tokens=CHUNK,
+        )
+
+    full = backward(drafter, found().full(), tokens[:, 100:])
+    whole = continuation_hidden(drafter, tokens, [View([], [], 0)])[:, :, 100:]
+    drafter.zero_grad()
+    drafter.logits(whole).square().mean().backward()
+    for name, parameter in drafter.named_parameters():
+        torch.testing.assert_close(full[name], parameter.grad, rtol=1e-3, atol=1e-6)
+    sparse = backward(drafter, found().sparse(BUDGET), tokens[:, 100:])
+    read = sorted(set(tokens[0, :100].tolist()) - set(tokens[0, 100:].tolist()))
+    # All that was kept, and what it is made of; chunks leave some out.
+    assert sparse["embedding"][read].any(-1).float().mean() > 0.5
+
+
+def test_gradients_are_the_same_with_activations_computed_again(drafter):
+    tokens = models.random_tokens(130)[None]
+    view = views_of(drafter, tokens[:, :100], KEEP_ALL).full()
+    kept = backward(drafter, view, tokens[:, 100:])
+    again = backward(drafter, view, tokens[:, 100:], checkpoints=True)
+    for name, gradient in kept.items():
+        torch.testing.assert_close(again[name], gradient)

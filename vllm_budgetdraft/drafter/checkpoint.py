@@ -42,19 +42,26 @@ def load_drafter(
     max_positions: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    layers: list[int] | None = None,
 ) -> Drafter:
     """Loads a Llama-family drafter, for serving or further training.
 
+    Args:
+        layers: of the folder's model, those that the drafter has; all if None.
+
     Raises:
         UnsupportedDrafterError: see ``read_drafter_config``; or the weights are not in
-            safetensors, incomplete, or of other shapes than the config says.
+            safetensors, incomplete, or of other shapes than the config says; or the
+            model has no such layer.
     """
     config = read_drafter_config(folder)
     weights = _read_safetensors(Path(folder))
+    if layers is not None:
+        _choose_layers(config, layers)
     drafter = Drafter(config, max_positions)
     state = {}
     for name, parameter in drafter.state_dict().items():
-        names = _names_in_folder(name)
+        names = _names_in_folder(name, layers)
         missing = [part for part in names if part not in weights]
         if missing:
             raise UnsupportedDrafterError(f"{folder} lacks the weights {missing}")
@@ -76,11 +83,13 @@ def save_drafter(
     *,
     dtype: torch.dtype = torch.bfloat16,
     tokenizer_from: str | Path | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes a folder that loads here and as a plain ``transformers`` model.
 
     Args:
         tokenizer_from: folder whose tokenizer files are copied along.
+        state: weights to write instead of the drafter's, under the same names.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +97,7 @@ def save_drafter(
     config.dtype = dtype
     config.save_pretrained(folder)
     save_file(
-        hugging_face_state_dict(drafter, dtype),
+        hugging_face_state_dict(drafter, dtype, state),
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
@@ -98,13 +107,15 @@ def save_drafter(
             shutil.copyfile(source, folder / name)
 
 
-def hugging_face_state_dict(drafter: Drafter, dtype: torch.dtype) -> dict[str, Tensor]:
+def hugging_face_state_dict(
+    drafter: Drafter, dtype: torch.dtype, own: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The weights under the names and in the parts that ``transformers`` has."""
     q_rows, kv_rows = (
         heads * drafter.head_dim for heads in (drafter.num_heads, drafter.num_kv_heads)
     )
     state = {}
-    for name, value in drafter.state_dict().items():
+    for name, value in (own or drafter.state_dict()).items():
         parts: tuple[Tensor, ...] = (value,)
         if "qkv_" in name:
             parts = value.split((q_rows, kv_rows, kv_rows))
@@ -115,11 +126,23 @@ def hugging_face_state_dict(drafter: Drafter, dtype: torch.dtype) -> dict[str, T
     return state
 
 
-def _names_in_folder(name: str) -> list[str]:
+def _names_in_folder(name: str, chosen: list[int] | None = None) -> list[str]:
     if name in NAMES:
         return NAMES[name]
     layers, index, own_name = name.split(".")
-    return [f"model.{layers}.{index}.{part}" for part in LAYER_NAMES[own_name]]
+    place = int(index) if chosen is None else chosen[int(index)]
+    return [f"model.{layers}.{place}.{part}" for part in LAYER_NAMES[own_name]]
+
+
+def _choose_layers(config: PretrainedConfig, layers: list[int]) -> None:
+    last = config.num_hidden_layers - 1
+    if not layers or not all(0 <= layer <= last for layer in layers):
+        raise UnsupportedDrafterError(
+            f"layers={layers}: the model has layers 0 to {last}; choose some of them"
+        )
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
 
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:

@@ -90,7 +90,8 @@ def settle(
         ConfigurationError: the drafter was trained with another ``position_mode``, or
             cache_relative positions would leave its native range.
     """
-    recorded = (getattr(drafter, "budgetdraft", None) or {}).get("position_mode")
+    trained = getattr(drafter, "budgetdraft", None) or {}
+    recorded = trained.get("position_mode")
     mode = config.position_mode
     if mode == "auto":
         mode = recorded or "absolute"
@@ -102,7 +103,8 @@ def settle(
         )
     prefill = config.draft_prefill
     if prefill == "auto":
-        prefill = "streaming" if mode == "cache_relative" else "full"
+        usual = "streaming" if mode == "cache_relative" else "full"
+        prefill = trained.get("draft_prefill", usual)
     config = config.model_copy(update={"position_mode": mode, "draft_prefill": prefill})
     if mode == "cache_relative":
         native = drafter.max_position_embeddings

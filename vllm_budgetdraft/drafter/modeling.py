@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from vllm_budgetdraft.drafter.configuration import head_dim, rotary_frequencies
@@ -130,28 +131,39 @@ class Drafter(nn.Module):
         cos, sin = self.rotary_table
         return cos, sin
 
-    def forward(self, tokens: Tensor, attend: Attend) -> Tensor | None:
+    def forward(
+        self, tokens: Tensor, attend: Attend, *, checkpoints: bool = False
+    ) -> Tensor | None:
         """Final normed hidden states.
 
         Args:
             tokens: [B, T] int64.
             attend: see ``Attend``; layers after one that it answers with None do not
                 run.
+            checkpoints: whether each layer runs again for its gradients, and keeps no
+                activations until then; ``attend`` must then have no side effects.
 
         Returns:
             [B, T, hidden_size], or None if ``attend`` ended the pass.
         """
         x = F.embedding(tokens, self.embedding)
         for index, layer in enumerate(self.layers):
-            x = layer(x, index, attend)
+            if checkpoints:
+                x = checkpoint(layer, x, index, attend, use_reentrant=False)
+            else:
+                x = layer(x, index, attend)
             if x is None:
                 return None
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
+    @property
+    def head(self) -> Tensor:
+        """[vocab_size, hidden_size], the output matrix."""
+        return self.embedding if self.lm_head is None else self.lm_head
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] to [..., vocab_size]."""
-        head = self.embedding if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head)
+        return F.linear(hidden, self.head)
 
 
 def initialise(drafter: Drafter) -> None:

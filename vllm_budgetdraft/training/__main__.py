@@ -1,11 +1,20 @@
-"""``python -m vllm_budgetdraft.training``: trains a drafter for a target."""
+"""``python -m vllm_budgetdraft.training``: trains a drafter for a target.
+
+    python -m vllm_budgetdraft.training --config run.yaml --max_steps 100
+
+A config holds options by name; those of the command line come after, and win. The paper
+(https://arxiv.org/abs/2606.00144) is ``--config paper``.
+"""
 
 import dataclasses
+import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch.utils.data import default_collate
 from transformers import (
     AutoModelForCausalLM,
@@ -19,101 +28,312 @@ from transformers import (
 
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
+from vllm_budgetdraft.drafter.configuration import check_vocabulary
 from vllm_budgetdraft.drafter.modeling import Drafter, initialise
+from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
+from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance
 from vllm_budgetdraft.training.arguments import (
+    AcceptanceArguments,
     DataArguments,
     DrafterArguments,
     EvictionArguments,
+    ObjectiveArguments,
     ViewArguments,
 )
-from vllm_budgetdraft.training.data import TokenWindows, write_run_files
-from vllm_budgetdraft.training.trainer import DrafterTrainer, MultiViewLoss
+from vllm_budgetdraft.training.data import (
+    TokenWindows,
+    read_continuations,
+    read_texts,
+)
+from vllm_budgetdraft.training.model import MultiViewModel
+from vllm_budgetdraft.training.model_card import model_card
+from vllm_budgetdraft.training.trainer import DrafterTrainer, last_checkpoint
+
+PRESETS = Path(__file__).with_name("presets")
+PARTS = (
+    DrafterArguments,
+    DataArguments,
+    ViewArguments,
+    ObjectiveArguments,
+    EvictionArguments,
+    AcceptanceArguments,
+    TrainingArguments,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(
-        (
-            DrafterArguments,
-            DataArguments,
-            ViewArguments,
-            EvictionArguments,
-            TrainingArguments,
-        ),
-        description=__doc__,
-    )
-    parts = parser.parse_args_into_dataclasses(argv)
-    drafter_args, data_args, view_args, eviction_args, training_args = parts
+    """Runs it; a user's mistake ends it with status 2 and no traceback."""
+    try:
+        train(sys.argv[1:] if argv is None else argv)
+    except BudgetDraftError as error:
+        print(f"budgetdraft train: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def train(argv: list[str]) -> None:
+    """
+    Raises:
+        ConfigurationError, UnsupportedDrafterError: what was asked for is impossible.
+        TrainingError: the run cannot go on.
+    """
+    parser = HfArgumentParser(PARTS, description=__doc__)
+    parts = parser.parse_args_into_dataclasses(with_config(argv))
+    drafter_args, data, views, objective, eviction_args, acceptance, arguments = parts
     eviction = EvictionSettings(**dataclasses.asdict(eviction_args))
-    # The dataset cuts windows and knows no columns to remove.
-    training_args.remove_unused_columns = False
-    set_seed(training_args.seed)
+    # Windows have columns that no model's signature names.
+    arguments.remove_unused_columns = False
+    set_seed(arguments.seed)
 
     target = AutoModelForCausalLM.from_pretrained(
-        drafter_args.target, dtype=torch.bfloat16 if training_args.bf16 else None
-    )
-    drafter = make_drafter(drafter_args, target.config)
+        drafter_args.target, dtype=torch.bfloat16 if arguments.bf16 else None
+    ).to(arguments.device)
+    window = max(data.prefix_tokens) + data.continuation_tokens
+    _check_window(window, target.config, data, objective)
+    drafter = make_drafter(drafter_args, target.config, window)
     drafter.config.budgetdraft = {
         "target": Path(drafter_args.target).name,
-        "budgets": view_args.budgets,
-        "position_mode": "absolute",
+        "budgets": views.budgets,
+        "position_mode": views.position_mode,
+        "draft_prefill": views.draft_prefill,
+        "objective": objective.objective,
         **eviction.model_dump(),
     }
-    windows = TokenWindows(
-        books=data_args.books,
-        continuations=data_args.continuations,
-        tokenizer=AutoTokenizer.from_pretrained(drafter_args.target),
-        prefix_tokens=data_args.prefix_tokens,
-        continuation_tokens=data_args.continuation_tokens,
-        on_policy_fraction=data_args.on_policy_fraction,
-        batch_size=training_args.per_device_train_batch_size,
-        seed=training_args.seed,
-    )
-    output = Path(training_args.output_dir)
-    command = shlex.join(["python", "-m", "vllm_budgetdraft.training", *sys.argv[1:]])
-    settings = [dataclasses.asdict(part) for part in parts[:-1]]
-    settings.append(training_args.to_sanitized_dict())
-    write_run_files(
-        output, {k: v for part in settings for k, v in part.items()}, command
-    )
+    tokenizer = AutoTokenizer.from_pretrained(drafter_args.target)
+    options = {k: v for part in parts[:-1] for k, v in dataclasses.asdict(part).items()}
+    run = arguments.to_sanitized_dict()
+    run["windows_per_step"] = _windows_per_step(arguments)
+    run_files = {
+        "run.json": json.dumps(options | run, indent=2) + "\n",
+        "train_command.txt": shlex.join(
+            ["python", "-m", "vllm_budgetdraft.training", *argv]
+        )
+        + "\n",
+    }
+    held_out: HeldOutAcceptance | None = None
+    if arguments.eval_strategy != "no":
+        held_out = _held_out(acceptance, data, views, eviction, target, tokenizer)
+        _keep_best(arguments)
 
     trainer = DrafterTrainer(
-        model=MultiViewLoss(drafter, target, view_args, eviction),
-        args=training_args,
-        train_dataset=windows,
+        model=MultiViewModel(drafter, target, views, objective, eviction),
+        args=arguments,
+        train_dataset=_windows(data, arguments, tokenizer),
+        eval_dataset=[] if held_out else None,  # which is not asked
         data_collator=default_collate,
         tokenizer_from=drafter_args.target,
+        run_files=run_files,
+        measure=held_out.measure if held_out else None,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    save_drafter(drafter, output, tokenizer_from=drafter_args.target)
+    trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    if trainer.is_world_process_zero():
+        output = Path(arguments.output_dir)
+        save_drafter(drafter, output, tokenizer_from=drafter_args.target)
+        for name, text in run_files.items():
+            (output / name).write_text(text, encoding="utf-8")
+        card = model_card(drafter, options | run, trainer.state)
+        (output / "README.md").write_text(card, encoding="utf-8")
+
+
+def with_config(argv: list[str]) -> list[str]:
+    """The options of ``--config``, a YAML file or a preset, before all others.
+
+    Raises:
+        ConfigurationError: there is no such file, or it holds no options.
+    """
+    if "--config" not in argv:
+        return argv
+    place = argv.index("--config")
+    rest = argv[:place] + argv[place + 2 :]
+    name = argv[place + 1] if place + 1 < len(argv) else ""
+    preset = PRESETS / f"{name}.yaml"
+    path = preset if preset.is_file() else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
+        raise ConfigurationError(
+            f"--config {name!r} is no file; give a YAML file, or a preset ({known})"
+        )
+    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(options, dict):
+        raise ConfigurationError(f"{path} holds no options; write 'name: value' lines")
+    found = []
+    for key, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            found += [f"--{key}", *map(str, values)]
+    return found + rest
 
 
 def make_drafter(
-    arguments: DrafterArguments, target_config: PretrainedConfig
+    arguments: DrafterArguments, target: PretrainedConfig, window: int
 ) -> Drafter:
-    """The drafter to train: one from a folder, or a new small Llama."""
-    max_positions = target_config.max_position_embeddings
-    if arguments.drafter:
-        drafter = load_drafter(arguments.drafter, max_positions=max_positions)
+    """The drafter to train: one from a folder, slices of the target, or a new Llama.
+
+    Args:
+        window: tokens of the longest window.
+
+    Raises:
+        UnsupportedDrafterError: see ``load_drafter``; or it has another vocabulary.
+    """
+    if arguments.drafter or arguments.target_layers:
+        drafter = load_drafter(
+            arguments.drafter or arguments.target,
+            max_positions=window,
+            layers=None if arguments.drafter else arguments.target_layers,
+        )
+        check_vocabulary(drafter.config, target.vocab_size)
         return drafter.train().requires_grad_(True)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        vocab_size=target_config.vocab_size,
+        vocab_size=target.vocab_size,
         hidden_size=arguments.hidden_size,
         intermediate_size=arguments.intermediate_size,
         num_hidden_layers=arguments.num_hidden_layers,
         num_attention_heads=arguments.num_attention_heads,
         num_key_value_heads=arguments.num_key_value_heads,
-        max_position_embeddings=max_positions,
-        rms_norm_eps=target_config.rms_norm_eps,
-        rope_parameters=target_config.rope_parameters,
+        max_position_embeddings=target.max_position_embeddings,
+        rms_norm_eps=target.rms_norm_eps,
+        rope_parameters=target.rope_parameters,
         tie_word_embeddings=True,
-        bos_token_id=target_config.bos_token_id,
-        eos_token_id=target_config.eos_token_id,
-        pad_token_id=target_config.pad_token_id,
+        bos_token_id=target.bos_token_id,
+        eos_token_id=target.eos_token_id,
+        pad_token_id=target.pad_token_id,
     )
-    drafter = Drafter(config, max_positions)
+    drafter = Drafter(config, window)
     initialise(drafter)
     return drafter
+
+
+def _check_window(
+    window: int,
+    target: PretrainedConfig,
+    data: DataArguments,
+    objective: ObjectiveArguments,
+) -> None:
+    if window > target.max_position_embeddings:
+        raise ConfigurationError(
+            f"prefix_tokens={data.prefix_tokens} and continuation_tokens="
+            f"{data.continuation_tokens} make windows of {window} tokens, beyond the "
+            f"target's {target.max_position_embeddings} (max_position_embeddings); "
+            "shorten them"
+        )
+    if objective.position_weights != "uniform" and (
+        data.continuation_tokens % objective.draft_tokens
+    ):
+        raise ConfigurationError(
+            f"continuation_tokens={data.continuation_tokens} is no multiple of "
+            f"draft_tokens={objective.draft_tokens}, whose positions have weights "
+            "together; change one of them"
+        )
+
+
+def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) -> Any:
+    if not (data.texts or data.continuations):
+        raise ConfigurationError(
+            "neither texts nor continuations are given, and there is nothing to train "
+            "on; give --texts or --continuations"
+        )
+    if arguments.max_steps <= 0:
+        raise ConfigurationError(
+            f"max_steps={arguments.max_steps}: windows are drawn without end; say "
+            "after how many steps to stop"
+        )
+    windows_per_step = _windows_per_step(arguments)
+    texts = None
+    if data.texts:
+        texts = read_texts(
+            data.texts,
+            tokenizer,
+            column=data.text_column,
+            unwraps_lines=data.unwrap_lines,
+        )
+    return TokenWindows(
+        texts,
+        read_continuations(data.continuations) if data.continuations else None,
+        prefix_tokens=data.prefix_tokens,
+        continuation_tokens=data.continuation_tokens,
+        on_policy_fraction=data.on_policy_fraction,
+        windows_per_step=windows_per_step,
+        num_windows=windows_per_step * arguments.max_steps,
+        seed=arguments.data_seed or arguments.seed,
+    )
+
+
+def _windows_per_step(arguments: TrainingArguments) -> int:
+    return (
+        arguments.train_batch_size
+        * arguments.gradient_accumulation_steps
+        * arguments.world_size
+    )
+
+
+def _held_out(
+    acceptance: AcceptanceArguments,
+    data: DataArguments,
+    views: ViewArguments,
+    eviction: EvictionSettings,
+    target: Any,
+    tokenizer: Any,
+) -> HeldOutAcceptance:
+    if not acceptance.eval_texts:
+        raise ConfigurationError(
+            "eval_strategy is set, but eval_texts is not; give held-out texts"
+        )
+    texts = read_texts(
+        acceptance.eval_texts,
+        tokenizer,
+        column=data.text_column,
+        unwraps_lines=data.unwrap_lines,
+    )
+    return HeldOutAcceptance(
+        target,
+        texts,
+        contexts=acceptance.eval_contexts,
+        budgets=acceptance.eval_budgets,
+        temperatures=acceptance.eval_temperatures,
+        num_prompts=acceptance.eval_prompts,
+        new_tokens=acceptance.eval_new_tokens,
+        settings={
+            "num_speculative_tokens": acceptance.eval_draft_tokens,
+            "position_mode": views.position_mode,
+            "draft_prefill": views.draft_prefill,
+            "draft_prefill_chunk": views.draft_prefill_chunk,
+            **eviction.model_dump(),
+        },
+    )
+
+
+def _keep_best(arguments: TrainingArguments) -> None:
+    """In the end the drafter is the one with the longest acceptance length.
+
+    Each that is measured is saved, for any of them may be the best.
+    """
+    arguments.load_best_model_at_end = True
+    arguments.save_strategy = arguments.eval_strategy
+    arguments.save_steps = arguments.eval_steps
+    if arguments.metric_for_best_model in (None, "loss"):
+        arguments.metric_for_best_model = "acceptance_length"
+        arguments.greater_is_better = True
+
+
+def _checkpoint(arguments: TrainingArguments) -> str | None:
+    """``--resume_from_checkpoint true`` is the newest complete one."""
+    asked = arguments.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() != "true":
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise ConfigurationError(
+                f"--resume_from_checkpoint {asked} holds no trainer_state.json: it was "
+                "not written to its end; name another, or 'true' for the newest one"
+            )
+        return asked
+    newest = last_checkpoint(Path(arguments.output_dir))
+    if newest is None:
+        raise ConfigurationError(
+            f"--resume_from_checkpoint true: {arguments.output_dir} holds no complete "
+            "checkpoint; leave the option out to begin"
+        )
+    return str(newest)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, make_dataclass
 
 from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.training.objectives import OBJECTIVES
 
 
 @dataclass
@@ -12,7 +13,11 @@ class DrafterArguments:
     target: str = field(metadata={"help": "Folder of the target, whose tokenizer too."})
     drafter: str | None = field(
         default=None,
-        metadata={"help": "Folder of a drafter to go on from; a new one if unset."},
+        metadata={"help": "Folder of a drafter or small model to go on from."},
+    )
+    target_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Begin with these layers of the target, and its embeddings."},
     )
     hidden_size: int = field(default=192, metadata={"help": "Of a new drafter."})
     intermediate_size: int = field(default=416, metadata={"help": "Of a new drafter."})
@@ -25,17 +30,27 @@ class DrafterArguments:
 class DataArguments:
     """Where windows come from, and how they are cut."""
 
-    books: str = field(metadata={"help": "Glob of JSONL (.xz) files with 'text'."})
-    continuations: str | None = field(
-        default=None,
-        metadata={"help": "Glob of JSONL files with 'prompt' and 'continuation' ids."},
+    texts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Globs of JSONL, Parquet or text files (packed or not), folders, "
+            "or names of Hugging Face datasets."
+        },
+    )
+    text_column: str = field(default="text", metadata={"help": "Of the text."})
+    unwrap_lines: bool = field(
+        default=False, metadata={"help": "Join the hard-wrapped lines of paragraphs."}
+    )
+    continuations: list[str] = field(
+        default_factory=list,
+        metadata={"help": "The same, of what budgetdraft generate wrote."},
     )
     on_policy_fraction: float = field(
-        default=0.5, metadata={"help": "Share of windows that are continuations."}
+        default=0.5, metadata={"help": "Share of windows of continuations, if both."}
     )
     prefix_tokens: list[int] = field(
         default_factory=lambda: [3840],
-        metadata={"help": "Prefix lengths, one drawn per batch. 0: no sparse view."},
+        metadata={"help": "Prefix lengths, one drawn per step. 0: no sparse view."},
     )
     continuation_tokens: int = field(
         default=256, metadata={"help": "Tokens after the prefix that are trained on."}
@@ -44,20 +59,89 @@ class DataArguments:
 
 @dataclass
 class ViewArguments:
-    """The views and their loss: L = L_A + sparse_weight * L_C (BudgetDraft, eq. 4)."""
+    """The views: L = L_A + sparse_weight * L_C (BudgetDraft, eq. 4)."""
 
-    objective: str = field(
-        default="ce", metadata={"help": "Loss of both views.", "choices": ["ce", "kl"]}
+    sparse_weight: float = field(
+        default=0.5, metadata={"help": "lambda of eq. 4; 0 is the full view alone."}
     )
-    sparse_weight: float = field(default=0.5, metadata={"help": "lambda of eq. 4."})
     budgets: list[int] = field(
         default_factory=lambda: [256, 512, 1024, 2048],
-        metadata={"help": "KV budgets, one drawn per step (eq. 7)."},
+        metadata={"help": "KV budgets, drawn for each sparse view (eq. 7)."},
     )
     budget_weights: list[float] = field(
         default_factory=lambda: [0.4, 0.3, 0.2, 0.1],
         metadata={"help": "Probabilities of the budgets."},
     )
+    views_per_step: int = field(
+        default=1, metadata={"help": "Sparse views, of different budgets if possible."}
+    )
+    position_mode: str = field(
+        default="absolute",
+        metadata={
+            "help": "As in serving; the drafter remembers it.",
+            "choices": ["absolute", "cache_relative"],
+        },
+    )
+    draft_prefill: str = field(
+        default="full",
+        metadata={"help": "As in serving.", "choices": ["full", "streaming"]},
+    )
+    draft_prefill_chunk: int = field(
+        default=4096, metadata={"help": "As in serving; of each prefix."}
+    )
+    prefix_gradient: bool = field(
+        default=False,
+        metadata={"help": "Train through the prefix's keys and values too."},
+    )
+
+
+@dataclass
+class ObjectiveArguments:
+    """What is compared with the target, and where."""
+
+    objective: str = field(
+        default="ce",
+        metadata={"help": "Loss of every view.", "choices": ["ce", *OBJECTIVES]},
+    )
+    position_weights: str = field(
+        default="uniform",
+        metadata={
+            "help": "Of the positions of a draft: all alike, decay ** i, or D-PACE.",
+            "choices": ["uniform", "decay", "dpace"],
+        },
+    )
+    draft_tokens: int = field(
+        default=8, metadata={"help": "Positions of a draft, for position_weights."}
+    )
+    position_decay: float = field(
+        default=0.8, metadata={"help": "decay of position_weights."}
+    )
+    dpace_smoothing: float = field(default=0.5, metadata={"help": "a of D-PACE."})
+    loss_chunk_tokens: int = field(
+        default=1024,
+        metadata={"help": "Positions whose logits are held at once; 0 is all."},
+    )
+
+
+@dataclass
+class AcceptanceArguments:
+    """What ``eval_strategy`` measures: drafts that a target really verifies."""
+
+    eval_texts: list[str] = field(
+        default_factory=list, metadata={"help": "Held-out texts, as --texts."}
+    )
+    eval_contexts: list[int] = field(
+        default_factory=lambda: [1024, 4096], metadata={"help": "Prompt lengths."}
+    )
+    eval_budgets: list[int] = field(
+        default_factory=lambda: [128, 512], metadata={"help": "KV budgets."}
+    )
+    eval_temperatures: list[float] = field(
+        default_factory=lambda: [0.0], metadata={"help": "Of the target; 0: greedy."}
+    )
+    eval_prompts: int = field(default=6, metadata={"help": "Of each length."})
+    eval_new_tokens: int = field(default=128, metadata={"help": "Of each prompt."})
+    eval_draft_tokens: int = field(default=8, metadata={"help": "Drafted per step."})
 
 
 #: Who chooses the sparse view: serving's own settings, under the same names.

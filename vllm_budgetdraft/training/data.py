@@ -1,23 +1,75 @@
-"""Token windows for training: passages of books, and continuations by the target."""
+"""Token windows for training: of any text, and of what the target wrote itself."""
 
 import glob
-import json
-import lzma
-import random
+import re
+from bisect import bisect_right
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from random import Random
+from typing import Any
 
+import numpy as np
+import pyarrow.compute
 import torch
+from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from vllm_budgetdraft.training.losses import IGNORED
+from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.training.objectives import IGNORED
 
-#: Characters cut per token wanted; English needs about four.
-CHARACTERS_PER_TOKEN = 6
-#: Passages drawn in a row that may be too short before the books are held to be.
-MAX_DRAWS = 1000
+#: Readers of the ``datasets`` library by suffix; it unpacks .gz, .xz and .zst.
+READERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
+PACKED = (".gz", ".xz", ".zst")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def open_source(source: str) -> Dataset:
+    """Rows of a glob of files, of a folder that ``save_to_disk`` wrote, or of a name.
+
+    Raises:
+        ConfigurationError: there is nothing of that name, or of no known format.
+    """
+    if (Path(source) / "dataset_info.json").is_file():
+        return load_from_disk(source)
+    if files := _files(source):
+        reader = _reader(files[0])
+        if reader is None:
+            raise ConfigurationError(
+                f"{files[0]} has no known suffix; use one of {', '.join(READERS)}, "
+                f"packed ({', '.join(PACKED)}) or not"
+            )
+        return load_dataset(reader, data_files=files, split="train")
+    reason = "it is no name of one"
+    if HUB_NAME.fullmatch(source) and _reader(source) is None:
+        try:
+            return load_dataset(source, split="train")
+        except Exception as error:  # of the library's many kinds, and the network's
+            reason = str(error)
+    raise ConfigurationError(
+        f"{source!r} names no file here, and no dataset on the hub ({reason}); give a "
+        "file, a glob, a folder, or a dataset's name"
+    )
+
+
+def _files(source: str) -> list[str]:
+    if not Path(source).is_dir():
+        return sorted(glob.glob(source))
+    inside = sorted(str(path) for path in Path(source).iterdir())
+    by_reader = [[f for f in inside if _reader(f) == r] for r in READERS.values()]
+    return next(filter(None, by_reader), inside)
+
+
+def _reader(file: str) -> str | None:
+    suffixes = [suffix for suffix in Path(file).suffixes if suffix not in PACKED]
+    return READERS.get(suffixes[-1] if suffixes else "")
 
 
 def unwrap(text: str) -> str:
@@ -32,106 +84,248 @@ def unwrap(text: str) -> str:
     return "\n\n".join(map(join, text.split("\n\n")))
 
 
-def read_json_lines(pattern: str) -> Iterator[dict]:
-    """Records of every ``.jsonl`` or ``.jsonl.xz`` file that a glob names.
+def read_texts(
+    sources: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    column: str = "text",
+    unwraps_lines: bool = False,
+) -> Dataset:
+    """Documents with ``input_ids``, each ended by the tokenizer's end of text, if any.
+
+    Tokens are kept in the library's cache, and are not computed again.
 
     Raises:
-        FileNotFoundError: the glob names no file.
+        ConfigurationError: see ``open_source``; or a source has no such column.
     """
-    paths = sorted(glob.glob(pattern))
-    if not paths:
-        raise FileNotFoundError(f"no file matches {pattern!r}")
-    for path in paths:
-        opener = lzma.open if path.endswith(".xz") else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            yield from map(json.loads, file)
+    found = []
+    for source in sources:
+        rows = open_source(source)
+        if column not in rows.column_names:
+            raise ConfigurationError(
+                f"{source!r} has the columns {rows.column_names}, but no {column!r}; "
+                "name the column of the text with text_column"
+            )
+        encode = partial(
+            _encode, tokenizer=tokenizer, column=column, unwraps_lines=unwraps_lines
+        )
+        names = rows.column_names
+        found.append(
+            rows.map(encode, batched=True, batch_size=16, remove_columns=names)
+        )
+    return concatenate_datasets(found)
 
 
-def read_books(pattern: str) -> list[str]:
-    """Unwrapped texts of records that have a ``text``."""
-    return [unwrap(record["text"]) for record in read_json_lines(pattern)]
+def _encode(
+    batch: dict[str, list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    unwraps_lines: bool,
+) -> dict[str, list[Any]]:
+    texts = map(unwrap, batch[column]) if unwraps_lines else batch[column]
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return {"input_ids": [np.array(each + end, dtype=np.int32) for each in ids]}
 
 
-class TokenWindows(IterableDataset):
-    """Endless random windows of one prefix and one continuation.
+def read_continuations(sources: list[str]) -> Dataset:
+    """What the target wrote: ``prompt`` and ``continuation`` of each row.
 
-    Every window of a batch has the same prefix length and the same source: with
-    probability ``on_policy_fraction`` the ends of stored greedy continuations with
-    their prompts, else passages of random books.
+    ``top_ids`` and ``top_logprobs``, where every source has them, are the likeliest
+    tokens at each position of the continuation, [len(continuation), n].
 
-    Yields:
+    Raises:
+        ConfigurationError: see ``open_source``; or a column is missing.
+    """
+    found = []
+    for source in sources:
+        rows = open_source(source)
+        missing = {"prompt", "continuation"} - set(rows.column_names)
+        if missing:
+            raise ConfigurationError(
+                f"{source!r} lacks the columns {sorted(missing)}; budgetdraft generate "
+                "writes such files"
+            )
+        found.append(rows)
+    shared = set.intersection(*(set(rows.column_names) for rows in found))
+    wanted = {"prompt", "continuation"}
+    if {"top_ids", "top_logprobs"} <= shared:
+        wanted |= {"top_ids", "top_logprobs"}
+    return concatenate_datasets([rows.select_columns(sorted(wanted)) for rows in found])
+
+
+class TokenStream:
+    """Documents one after the other, as one sequence of tokens."""
+
+    def __init__(self, rows: Dataset, columns: list[str]) -> None:
+        """
+        Args:
+            columns: which hold a document's tokens, one after the other.
+        """
+        self._rows = rows.with_format("numpy")
+        self.lengths = np.sum([column_lengths(rows, each) for each in columns], 0)
+        self._ends = self.lengths.cumsum()
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def end_of(self, index: int) -> int:
+        """Where a document ends."""
+        return int(self._ends[index])
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[dict, slice]]:
+        """Rows that are in [start, end), and which of their tokens; both may wrap."""
+        while start < end:
+            place = start % self.num_tokens
+            index = bisect_right(self._ends, place)
+            before = self.end_of(index) - int(self.lengths[index])
+            first = place - before
+            last = min(int(self.lengths[index]), first + end - start)
+            yield self._rows[index], slice(first, last)
+            start += last - first
+
+
+def column_lengths(rows: Dataset, column: str) -> np.ndarray:
+    """Of the list in each row, [len(rows)] int64, without reading them."""
+    lengths = pyarrow.compute.list_value_length(rows.flatten_indices().data[column])
+    return lengths.to_numpy().astype(np.int64)
+
+
+class TokenWindows(torch.utils.data.Dataset):
+    """Random windows of a prefix and a continuation, the same ones for a seed.
+
+    Windows are cut anywhere from all texts, one after the other, or so that they end
+    within what the target wrote; short documents share one. All windows of an optimizer
+    step have the same prefix length and source.
+
+    Each has:
         ``prefix_ids``: [P] int64.
         ``continuation_ids``: [C] int64.
-        ``labels``: [C] int64, on-policy windows only: the next tokens, which the target
-            chose.
+        ``counted``: [C] bool, where the next token is to be predicted.
+        ``next_ids``: [C] int64, the next token, which the target wrote, or ``IGNORED``;
+            not of texts.
+        ``top_ids``, ``top_logprobs``: [C, n], of the next token, if they were stored.
     """
 
     def __init__(
         self,
+        texts: Dataset | None,
+        continuations: Dataset | None,
         *,
-        books: str,
-        continuations: str | None,
-        tokenizer: PreTrainedTokenizerBase,
         prefix_tokens: list[int],
         continuation_tokens: int,
         on_policy_fraction: float,
-        batch_size: int,
+        windows_per_step: int,
+        num_windows: int,
         seed: int,
     ) -> None:
-        self._tokenizer = tokenizer
+        """
+        Args:
+            on_policy_fraction: share of windows of continuations, if there are both.
+
+        Raises:
+            ConfigurationError: there are fewer tokens than in a window.
+        """
         self._prefix_tokens = prefix_tokens
         self._continuation_tokens = continuation_tokens
-        self._batch_size = batch_size
-        self._seed = seed
-        self._books = read_books(books)
-        self._records: list[list[int]] = []
-        self._on_policy_fraction = on_policy_fraction if continuations else 0.0
-        if continuations:
-            self._records = [
-                record["prompt"] + record["continuation"]
-                for record in read_json_lines(continuations)
-                if len(record["continuation"]) >= continuation_tokens
-            ]
+        self._windows_per_step = windows_per_step
+        self._num_windows, self._seed = num_windows, seed
+        self._fraction = on_policy_fraction
+        self._texts = self._continuations = None
+        if texts is not None:
+            self._texts = TokenStream(texts, ["input_ids"])
+        if continuations is not None:
+            self._continuations = TokenStream(continuations, ["prompt", "continuation"])
+            self._fraction = on_policy_fraction if texts is not None else 1.0
+            self._written = column_lengths(continuations, "continuation")
+        else:
+            self._fraction = 0.0
+        longest = max(prefix_tokens) + continuation_tokens
+        for name, stream in (
+            ("texts", self._texts),
+            ("continuations", self._continuations),
+        ):
+            if stream is not None and stream.num_tokens < longest:
+                raise ConfigurationError(
+                    f"{name} have {stream.num_tokens} tokens, fewer than the {longest} "
+                    "of a window (prefix_tokens and continuation_tokens); give more, "
+                    "or shorten the window"
+                )
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        rng = random.Random(self._seed)
-        while True:
-            prefix = rng.choice(self._prefix_tokens)
-            length = prefix + self._continuation_tokens
-            records = [r for r in self._records if len(r) >= length]
-            on_policy = bool(records) and rng.random() < self._on_policy_fraction
-            for _ in range(self._batch_size):
-                if on_policy:
-                    window = torch.tensor(rng.choice(records)[-length:])
-                else:
-                    window = torch.tensor(self._passage(rng, length))
-                example = {
-                    "prefix_ids": window[:prefix],
-                    "continuation_ids": window[prefix:],
-                }
-                if on_policy:
-                    unknown = torch.tensor([IGNORED])
-                    example["labels"] = torch.cat([window[prefix + 1 :], unknown])
-                yield example
+    def __len__(self) -> int:
+        return self._num_windows
 
-    def _passage(self, rng: random.Random, length: int) -> list[int]:
-        characters = CHARACTERS_PER_TOKEN * length
-        for _ in range(MAX_DRAWS):
-            book = rng.choice(self._books)
-            start = rng.randrange(max(1, len(book) - characters))
-            tokens = self._tokenizer(
-                book[start : start + characters], add_special_tokens=False
-            )["input_ids"]
-            if len(tokens) >= length:
-                return tokens[:length]
-        raise ValueError(
-            f"no passage of {length} tokens in {MAX_DRAWS} draws of a book; give "
-            "longer books, or lower prefix_tokens or continuation_tokens"
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self._num_windows:
+            raise IndexError(index)
+        # Seeds are text, for those that are numbers give similar first draws.
+        step = Random(f"{self._seed} step {index // self._windows_per_step}")
+        length = step.choice(self._prefix_tokens) + self._continuation_tokens
+        is_on_policy = step.random() < self._fraction
+        rng = Random(f"{self._seed} window {index}")
+        return (
+            self._written_by_target(rng, length)
+            if is_on_policy
+            else (self._of_texts(rng, length))
         )
 
+    def _of_texts(self, rng: Random, length: int) -> dict[str, Tensor]:
+        stream = self._texts
+        assert stream is not None
+        start = rng.randrange(stream.num_tokens - length + 1)
+        ids = [
+            row["input_ids"][part] for row, part in stream.pieces(start, start + length)
+        ]
+        return self._cut(np.concatenate(ids)) | {
+            "counted": torch.ones(self._continuation_tokens, dtype=torch.bool)
+        }
 
-def write_run_files(folder: Path, arguments: dict, command: str) -> None:
-    """What is needed to repeat a run, beside its checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(arguments, indent=2) + "\n")
-    (folder / "train_command.txt").write_text(command + "\n")
+    def _written_by_target(self, rng: Random, length: int) -> dict[str, Tensor]:
+        stream = self._continuations
+        assert stream is not None
+        # Those that fill a window alone, if there are any.
+        enough = np.flatnonzero(stream.lengths > length)
+        index = int(rng.choice(enough if len(enough) else range(len(stream.lengths))))
+        spare = max(0, int(self._written[index]) - self._continuation_tokens - 1)
+        end = stream.end_of(index) - rng.randint(0, spare)
+        ids, written, tops = [], [], []
+        # One token more: the next one of the last.
+        for row, part in stream.pieces(end - length - 1, end):
+            prompt, continuation = row["prompt"], row["continuation"]
+            ids.append(np.concatenate([prompt, continuation])[part])
+            written.append(
+                (np.arange(len(prompt) + len(continuation)) >= len(prompt))[part]
+            )
+            if "top_ids" in row:
+                tops.append(
+                    [
+                        _padded(row[name], len(prompt))[part]
+                        for name in ("top_ids", "top_logprobs")
+                    ]
+                )
+        last = slice(-self._continuation_tokens, None)
+        tokens, counted = np.concatenate(ids), np.concatenate(written)[last]
+        window = self._cut(tokens[:-1]) | {
+            "counted": torch.from_numpy(counted),
+            "next_ids": torch.from_numpy(np.where(counted, tokens[last], IGNORED)),
+        }
+        if tops:
+            top_ids, top_logprobs = (
+                np.concatenate(each)[last] for each in zip(*tops, strict=True)
+            )
+            window["top_ids"] = torch.from_numpy(top_ids).long()
+            window["top_logprobs"] = torch.from_numpy(top_logprobs).float()
+        return window
+
+    def _cut(self, tokens: np.ndarray) -> dict[str, Tensor]:
+        ids = torch.from_numpy(tokens).long()
+        prefix, continuation = ids.split(
+            (len(ids) - self._continuation_tokens, self._continuation_tokens)
+        )
+        return {"prefix_ids": prefix, "continuation_ids": continuation}
+
+
+def _padded(rows: np.ndarray, num_before: int) -> np.ndarray:
+    """[n, k] with zeros before it."""
+    return np.pad(rows, ((num_before, 0), (0, 0)))

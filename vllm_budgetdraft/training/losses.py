@@ -1,34 +1,178 @@
-"""Distances between the drafter's predictions and the target's.
+"""The loss of several views of the same positions, a piece of the logits at a time."""
 
-Logits are [..., vocab_size] float32, labels [...] int64; the mean is over positions,
-and labels of ``IGNORED`` count for nothing.
-"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Label of a position without one, as ``torch`` and ``transformers`` have it.
-IGNORED = -100
+from vllm_budgetdraft.training.objectives import (
+    IGNORED,
+    OBJECTIVES,
+    acceptance,
+    ce_loss,
+    decayed_weights,
+    dpace_weights,
+)
+from vllm_budgetdraft.training.teacher import Teacher
 
 
-def ce_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p_S(x*), with x* the target's argmax: BudgetDraft, equations 5 and 6."""
-    return F.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED
-    )
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What is compared, and how much each position of a draft counts.
+
+    Attributes:
+        objective: "ce", or one of ``OBJECTIVES``.
+        position_weights: "uniform", "decay" or "dpace".
+        draft_tokens: positions of a draft; continuations are cut into as many.
+        decay: of "decay".
+        smoothing: of "dpace".
+    """
+
+    objective: str = "ce"
+    position_weights: str = "uniform"
+    draft_tokens: int = 8
+    decay: float = 0.8
+    smoothing: float = 0.5
 
 
-def kl_loss(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """KL(p_L || p_S), the usual distillation loss."""
-    return F.kl_div(
-        logits.log_softmax(-1).flatten(0, -2),
-        target_logits.log_softmax(-1).flatten(0, -2),
-        log_target=True,
-        reduction="batchmean",
-    )
+class ViewMeans(NamedTuple):
+    """Of each view, over positions, without gradients: [V] each.
+
+    Attributes:
+        losses: what the objective says.
+        agreements: share of positions whose likeliest token is the target's.
+        acceptances: alpha; 0 for "ce".
+    """
+
+    losses: Tensor
+    agreements: Tensor
+    acceptances: Tensor
 
 
-def agreement(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of positions where the argmax is the label: greedy acceptance per token."""
-    labelled = labels != IGNORED
-    return (logits.argmax(-1) == labels)[labelled].float().mean()
+def view_losses(
+    logits: Tensor,
+    teacher: Teacher,
+    rows: slice,
+    counted: Tensor,
+    settings: ObjectiveSettings,
+) -> Tensor:
+    """Sums over some positions.
+
+    Args:
+        logits: [V, n, vocab_size], of V views.
+        rows: which of the teacher's positions they are.
+        counted: [n] bool, those that count.
+
+    Returns:
+        [3, V] in the order of ``ViewMeans``; the losses are differentiable.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    # In bfloat16 the softmax alone is a large part of an objective's gradient.
+    log_q = logits.to(wide).log_softmax(-1)
+    labels = teacher.labels(rows).where(counted, IGNORED)
+    all_labels = labels.expand(log_q.shape[:-1])
+    alphas = log_q.new_zeros(log_q.shape[:-1])
+    if settings.objective == "ce":
+        losses = ce_loss(log_q, all_labels)
+    else:
+        some_q, some_p = teacher.compare(rows, log_q)
+        some_p = some_p.to(wide).expand_as(some_q)
+        losses = OBJECTIVES[settings.objective](some_q, some_p)
+        alphas = acceptance(some_q.detach(), some_p)
+    if settings.position_weights != "uniform":
+        losses = losses * _position_weights(log_q, all_labels, settings)
+    agrees = log_q.argmax(-1) == all_labels
+    return (torch.stack([losses, agrees.to(wide), alphas]) * counted).sum(-1)
+
+
+def _position_weights(
+    log_q: Tensor, labels: Tensor, settings: ObjectiveSettings
+) -> Tensor:
+    """[V, n], of positions that begin with a draft's first."""
+    block = settings.draft_tokens
+    if settings.position_weights == "decay":
+        weights = decayed_weights(block, settings.decay).to(log_q)
+        return weights.repeat(log_q.shape[1] // block)
+    known = labels.clamp_min(0)[..., None]
+    probabilities = log_q.detach().gather(-1, known).exp().unflatten(1, (-1, block))
+    return dpace_weights(probabilities.squeeze(-1), settings.smoothing).flatten(1)
+
+
+def multi_view_loss(
+    hidden: Tensor,
+    head: Tensor,
+    teacher: Teacher,
+    counted: Tensor,
+    view_weights: Tensor,
+    settings: ObjectiveSettings,
+    chunk_tokens: int,
+) -> tuple[Tensor, ViewMeans]:
+    """Weighted sum over views of the mean loss over positions.
+
+    Logits of teacher and views are held of ``chunk_tokens`` positions at a time:
+    gradients are computed together with the loss, and kept instead.
+
+    Args:
+        hidden: [V, N, hidden_size], of V views.
+        head: [vocab_size, hidden_size], the drafter's output matrix.
+        counted: [N] bool, the positions that count.
+        view_weights: [V] float32.
+        chunk_tokens: a multiple of ``draft_tokens``, which divides N; 0 is all at once,
+            by plain autograd.
+
+    Returns:
+        A scalar, and means by view.
+    """
+    size = counted.sum().clamp_min(1)
+
+    def sums_of(piece: Tensor, head: Tensor, rows: slice) -> Tensor:
+        logits = F.linear(piece, head)
+        return view_losses(logits, teacher, rows, counted[rows], settings)
+
+    if chunk_tokens:
+        loss, sums = _ChunkedLoss.apply(
+            hidden, head, view_weights / size, sums_of, chunk_tokens
+        )
+    else:
+        sums = sums_of(hidden, head, slice(0, hidden.shape[1]))
+        loss = (sums[0] * view_weights / size).sum()
+    return loss, ViewMeans(*(sums.detach() / size))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """A weighted sum of views' losses whose gradients are computed piece by piece."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        weights: Tensor,
+        sums_of: Callable[[Tensor, Tensor, slice], Tensor],
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``multi_view_loss``; also returns the sums, without gradients."""
+        gradients = torch.zeros_like(hidden), torch.zeros_like(head)
+        total = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
+        for start in range(0, hidden.shape[1], chunk_tokens):
+            rows = slice(start, min(start + chunk_tokens, hidden.shape[1]))
+            with torch.enable_grad():
+                piece = hidden[:, rows].detach().requires_grad_()
+                matrix = head.detach().requires_grad_()
+                sums = sums_of(piece, matrix, rows)
+                loss = (sums[0] * weights).sum()
+            of_piece, of_head = torch.autograd.grad(loss, (piece, matrix))
+            gradients[0][:, rows] = of_piece
+            gradients[1].add_(of_head)
+            total += sums.detach()
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(total)
+        return (total[0] * weights).sum(), total
+
+    @staticmethod
+    def backward(ctx: Any, *of_outputs: Tensor) -> Any:
+        of_hidden, of_head = ctx.saved_tensors
+        return of_outputs[0] * of_hidden, of_outputs[0] * of_head, None, None, None

@@ -1,122 +1,102 @@
-"""Multi-view training of BudgetDraft (https://arxiv.org/abs/2606.00144), section 3."""
+"""``transformers.Trainer`` of a ``MultiViewModel``."""
 
-import random
+import errno
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
-
-from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
-from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.eviction.catalogue import make_policy
-from vllm_budgetdraft.training.arguments import ViewArguments
-from vllm_budgetdraft.training.losses import agreement, ce_loss, kl_loss
-from vllm_budgetdraft.training.views import (
-    PrefixCache,
-    continuation_hidden,
-    read_prefix,
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
+from transformers.utils import logging
 
+from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
+from vllm_budgetdraft.errors import TrainingError
 
-class MultiViewLoss(nn.Module):
-    """The drafter's loss on a full view and a sparse view of the same window."""
-
-    def __init__(
-        self,
-        drafter: Drafter,
-        target: PreTrainedModel,
-        views: ViewArguments,
-        eviction: EvictionSettings,
-    ) -> None:
-        """
-        Raises:
-            ConfigurationError: a budget is too small for the eviction settings.
-        """
-        super().__init__()
-        if min(views.budgets) < eviction.min_budget:
-            raise ConfigurationError(
-                f"budgets={views.budgets}: the smallest is below {eviction.min_budget} "
-                "tokens, the sinks plus one chunk; raise it or lower sink_tokens"
-            )
-        self.drafter = drafter
-        # In a tuple, so that the frozen target is neither trained nor saved.
-        self._target = (target.eval().requires_grad_(False),)
-        self._views = views
-        self._policy = make_policy(eviction)
-        self.metrics: dict[str, float] = {}
-
-    def forward(
-        self,
-        prefix_ids: Tensor,
-        continuation_ids: Tensor,
-        labels: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """L_A + sparse_weight * L_C, equations 4 to 7.
-
-        Args:
-            prefix_ids: [B, P].
-            continuation_ids: [B, C].
-            labels: [B, C], the target's next token after each of the continuation,
-                where known beforehand: objective "ce" then spares the target's pass.
-
-        Returns:
-            ``loss``, a scalar. L_C is 0 where the drawn budget holds the prefix.
-        """
-        by_label = self._views.objective == "ce"
-        if labels is None or not by_label:
-            target_logits = self._target_logits(prefix_ids, continuation_ids)
-            labels = target_logits.argmax(-1)
-        prefix_tokens = prefix_ids.shape[1]
-        prefix = read_prefix(self.drafter, prefix_ids, self._policy)
-
-        def view_loss(name: str, cache: PrefixCache) -> Tensor:
-            hidden = continuation_hidden(
-                self.drafter, continuation_ids, prefix_tokens, cache
-            )
-            logits = self.drafter.logits(hidden).float()
-            self.metrics[f"agreement_{name}"] = agreement(logits, labels).item()
-            if by_label:
-                return ce_loss(logits, labels)
-            return kl_loss(logits, target_logits)
-
-        loss = view_loss("full", prefix)
-        # From the global generator, whose state checkpoints keep.
-        (budget,) = random.choices(self._views.budgets, self._views.budget_weights)
-        if budget < prefix_tokens:
-            sparse = prefix.sparse(self._policy, budget)
-            loss = loss + self._views.sparse_weight * view_loss("sparse", sparse)
-        return {"loss": loss}
-
-    @torch.no_grad()
-    def _target_logits(self, prefix_ids: Tensor, continuation_ids: Tensor) -> Tensor:
-        """The target's logits on the continuation, [B, C, vocab_size] float32."""
-        tokens = torch.cat([prefix_ids, continuation_ids], dim=1)
-        kept = continuation_ids.shape[1]
-        return self._target[0](tokens, logits_to_keep=kept).logits.float()
+logger = logging.get_logger(__name__)
 
 
 class DrafterTrainer(Trainer):
-    """Trains a ``MultiViewLoss``; its checkpoints are drafter folders."""
+    """Trains a ``MultiViewModel``; its checkpoints are drafter folders."""
 
-    def __init__(self, *args: Any, tokenizer_from: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        tokenizer_from: str,
+        run_files: dict[str, str],
+        measure: Callable[[Path], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            run_files: names and contents, written beside every checkpoint.
+            measure: what ``evaluate`` finds of a drafter's folder, by name.
+        """
+        self._skips = SkipBadSteps()
+        super().__init__(*args, **kwargs, callbacks=[self._skips])
         self._tokenizer_from = tokenizer_from
+        self._run_files, self._measure = run_files, measure
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log({**logs, **self.model.metrics}, *args, **kwargs)
+        own = {**self.model.metrics, "skipped_steps": self._skips.count}
+        super().log({**logs, **own}, *args, **kwargs)
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict:
+        """What ``measure`` finds of the drafter as it is now."""
+        assert self._measure is not None
+        metrics: dict[str, float] = {}
+        folder = Path(self.args.output_dir) / "being_evaluated"
+        self.save_model(str(folder), _internal_call=True)
+        if self.is_world_process_zero():
+            metrics = self._measure(folder)
+            shutil.rmtree(folder)
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
+        metrics = _from_first_rank(metrics)
+        self.log(metrics)
+        control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        self.control: TrainerControl = control
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        # Windows are random by themselves, and know which step they belong to.
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # safetensors has its own kind
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            if not _is_full(error):
+                raise
+            raise TrainingError(
+                f"no space left on the disk of {self.args.output_dir} for {folder.name}"
+                f" ({error}), which was removed; free some and go on with "
+                "--resume_from_checkpoint true, or keep fewer with --save_total_limit"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = state_dict or self.model.state_dict()
         save_drafter(
             self.model.drafter,
             folder,
             dtype=torch.float32,
             tokenizer_from=self._tokenizer_from,
+            state={name.removeprefix("drafter."): x for name, x in state.items()},
         )
+        for name, text in self._run_files.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: Any = None
@@ -126,3 +106,53 @@ class DrafterTrainer(Trainer):
             resume_from_checkpoint, max_positions=drafter.rotary_table.shape[1]
         )
         drafter.load_state_dict(stored.state_dict())
+
+    def _load_best_model(self) -> None:
+        logger.info("the best checkpoint is %s", self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class SkipBadSteps(TrainerCallback):
+    """Leaves out a step whose gradients are not finite, says so, and counts it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if torch.isfinite(norm):
+            return
+        kwargs["optimizer"].zero_grad(set_to_none=True)  # which then leaves all as is
+        self.count += 1
+        logger.warning(
+            "step %d: the gradient's norm is %s; the step is skipped, %d so far",
+            state.global_step + 1,
+            norm.item(),
+            self.count,
+        )
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    found = [p.parent for p in output.glob("checkpoint-*/trainer_state.json")]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def _is_full(error: Exception) -> bool:
+    no_space = "No space left" in str(error) or "os error 28" in str(error)
+    return getattr(error, "errno", None) == errno.ENOSPC or no_space
+
+
+def _from_first_rank(metrics: dict[str, float]) -> dict[str, float]:
+    if not torch.distributed.is_initialized():
+        return metrics
+    shared = [metrics]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]

@@ -1,16 +1,17 @@
 """The views of one context that a drafter trains on: its full cache and sparse ones.
 
-Letters in shapes: B sequences, T tokens, H query heads, G KV heads, D head size,
-P prefix tokens, C continuation tokens.
+Letters in shapes: V views, B sequences, T tokens, H query heads, G KV heads, D head
+size, P prefix tokens, C continuation tokens, n tokens kept.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetdraft_kernels.reference import accumulated_attention, split_rotated
+from budgetdraft_kernels.reference import accumulated_attention, rotate
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import (
     EvictionPolicy,
@@ -19,113 +20,262 @@ from vllm_budgetdraft.eviction.base import (
 )
 
 
-@dataclass
-class PrefixCache:
-    """Keys and values that the drafter computed for a prefix, by layer.
+@dataclass(frozen=True)
+class View:
+    """What a continuation sees of its prefix.
 
     Attributes:
-        keys, values: [B, G, P, D] each.
-        queries: [B, G, H / G * observation_tokens, D] each, or empty.
-        attention: [B, G, P] each, what each key received; or empty.
+        keys, values: by layer, [B, G, n, D] each, as attention reads them.
+        first_position: of the continuation.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    queries: list[Tensor]
-    attention: list[Tensor]
+    first_position: int
 
     @property
     def num_tokens(self) -> int:
         return self.keys[0].shape[2] if self.keys else 0
 
-    def sparse(self, policy: EvictionPolicy, budget: int) -> "PrefixCache":
-        """What ``policy`` keeps, per layer, sequence and head, as serving keeps it."""
-        view = PrefixCache([], [], [], [])
-        for layer, keys in enumerate(self.keys):
-            queries = self.queries[layer] if self.queries else None
-            attention = self.attention[layer] if self.attention else None
-            kept = policy.select(PromptStates(keys, queries, attention), budget)
-            view.keys.append(take_positions(keys, kept))
-            view.values.append(take_positions(self.values[layer], kept))
-        return view
 
+class PrefixStates:
+    """A drafter's states of prefixes of equal length, read chunk by chunk.
 
-@torch.no_grad()
-def read_prefix(
-    drafter: Drafter, tokens: Tensor, policy: EvictionPolicy
-) -> PrefixCache:
-    """Runs the drafter over prefixes [B, P] with full attention, without gradients.
-
-    Args:
-        policy: what its choice goes by is kept.
+    What ``PromptReader`` and its buffer are in serving, for a batch, and with gradients
+    if they are wanted. Gradients never flow through the choice of what is kept.
     """
-    cache = PrefixCache([], [], [], [])
-    if not tokens.shape[1]:
-        return cache
 
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    rotary = drafter.rotary(positions)
+    def __init__(
+        self, drafter: Drafter, policy: EvictionPolicy, *, is_relative: bool
+    ) -> None:
+        """
+        Args:
+            is_relative: whether positions are indices in the cache, and keys are
+                stored as they are and rotated when read.
+        """
+        self._drafter, self._policy = drafter, policy
+        self._is_relative = is_relative
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._queries: list[Tensor] = []
+        self._received: list[Tensor] = []
+        self._num_seen = 0
 
-    def attend(layer: int, qkv: Tensor) -> Tensor | None:
-        states = split_rotated(qkv, *rotary, drafter.num_kv_heads)
-        queries, keys, values = (x.transpose(1, 2) for x in states)
-        cache.keys.append(keys)
-        cache.values.append(values)
-        if policy.observation_tokens:
-            last = queries[:, :, -policy.observation_tokens :]
-            cache.queries.append(last.unflatten(1, (keys.shape[1], -1)).flatten(2, 3))
-        if policy.accumulates_attention:
-            sequences = zip(states[0], states[1], strict=True)
-            cache.attention.append(
-                torch.stack([accumulated_attention(q, k) for q, k in sequences])
+    @property
+    def num_held(self) -> int:
+        return self._keys[0].shape[2] if self._keys else 0
+
+    def read(self, tokens: Tensor) -> None:
+        """The next tokens of each prefix, [B, T]."""
+        drafter, policy, held = self._drafter, self._policy, self.num_held
+        length = tokens.shape[1]
+        start = held if self._is_relative else self._num_seen
+        positions = torch.arange(start, start + length, device=tokens.device)
+        rotary = drafter.rotary(positions)
+        self._num_seen += length
+        mask = None
+        if held:
+            mask = torch.ones(length, held + length, dtype=torch.bool)
+            mask = mask.tril(held).to(tokens.device)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor | None:
+            sizes = (drafter.num_heads, drafter.num_kv_heads, drafter.num_kv_heads)
+            unrotated, keys, values = qkv.transpose(1, 2).split(sizes, 1)
+            queries = rotate(unrotated, *rotary)
+            stored = unrotated if self._is_relative else queries
+            keys = keys if self._is_relative else rotate(keys, *rotary)
+            keys = _extend(self._keys, layer, keys)
+            values = _extend(self._values, layer, values)
+            if window := policy.observation_tokens:
+                last = _extend(self._queries, layer, stored)[:, :, -window:]
+                self._queries[layer] = last
+            is_last = layer == drafter.num_layers - 1
+            if is_last and not policy.accumulates_attention:
+                return None
+            keys = self._as_read(keys)
+            if policy.accumulates_attention:
+                self._count(layer, queries, keys)
+            if is_last:
+                return None
+            attended = F.scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=True,
             )
-        if layer == drafter.num_layers - 1:
-            return None
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, enable_gqa=True
-        )
-        return attended.transpose(1, 2)
+            return attended.transpose(1, 2)
 
-    drafter(tokens, attend)
-    return cache
+        drafter(tokens, attend)
+
+    def skip(self, length: int) -> None:
+        """So many tokens of each prefix are never read."""
+        self._num_seen += length
+
+    def kept(self, budget: int) -> "PrefixStates":
+        """What the policy keeps, chosen per layer, sequence and head as in serving."""
+        other = PrefixStates(self._drafter, self._policy, is_relative=self._is_relative)
+        other._num_seen, other._queries = self._num_seen, list(self._queries)
+        for layer, (keys, values) in enumerate(
+            zip(self._keys, self._values, strict=True)
+        ):
+            received = self._received[layer] if self._received else None
+            states = PromptStates(
+                self._as_read(keys).detach(), self._last_queries(layer), received
+            )
+            kept = self._policy.select(states, budget)
+            other._keys.append(take_positions(keys, kept))
+            other._values.append(take_positions(values, kept))
+            if received is not None:
+                other._received.append(received.gather(-1, kept))
+        return other
+
+    def view(self) -> View:
+        return View(
+            [self._as_read(keys) for keys in self._keys],
+            self._values,
+            self.num_held if self._is_relative else self._num_seen,
+        )
+
+    def _last_queries(self, layer: int) -> Tensor | None:
+        """[B, G, H / G * observation_tokens, D]"""
+        if not self._queries:
+            return None
+        queries = self._queries[layer].detach()
+        queries = self._as_read(queries, start=self.num_held - queries.shape[2])
+        return queries.unflatten(1, (self._drafter.num_kv_heads, -1)).flatten(2, 3)
+
+    def _count(self, layer: int, queries: Tensor, keys: Tensor) -> None:
+        pairs = zip(
+            queries.detach().transpose(1, 2), keys.detach().transpose(1, 2), strict=True
+        )
+        received = torch.stack([accumulated_attention(q, k) for q, k in pairs])
+        if layer < len(self._received):
+            before = self._received[layer]
+            received[..., : before.shape[-1]] += before
+            self._received[layer] = received
+        else:
+            self._received.append(received)
+
+    def _as_read(self, states: Tensor, start: int = 0) -> Tensor:
+        """Rotates [B, heads, T, D], if stored as they are, from index ``start`` on."""
+        if not self._is_relative:
+            return states
+        indices = torch.arange(start, start + states.shape[2], device=states.device)
+        return rotate(states, *self._drafter.rotary(indices))
+
+
+class PrefixViews:
+    """The views of one prefix: the full one, and those of budgets."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        policy: EvictionPolicy,
+        prefix: Tensor,
+        *,
+        is_relative: bool = False,
+        streams: bool = False,
+        chunk_tokens: int = 4096,
+    ) -> None:
+        """
+        Args:
+            prefix: [B, P] int64.
+            is_relative: whether ``position_mode`` is "cache_relative".
+            streams: whether ``draft_prefill`` is "streaming".
+            chunk_tokens: ``draft_prefill_chunk``.
+        """
+        self._drafter, self._policy, self._prefix = drafter, policy, prefix
+        self._is_relative, self._streams = is_relative, streams
+        self._chunk_tokens = chunk_tokens
+        self._states = self._empty()
+        for chunk in self._chunks(range(prefix.shape[1])):
+            self._states.read(chunk)
+
+    def full(self) -> View:
+        return self._states.view()
+
+    def sparse(self, budget: int) -> View:
+        if not self._streams:
+            return self._states.kept(budget).view()
+        states, length = self._empty(), self._prefix.shape[1]
+        unread = self._policy.unread(length, budget)
+        for chunk in self._chunks(range(unread.start if unread else length)):
+            states.read(chunk)
+            states = states.kept(budget)
+        if unread:
+            states.skip(len(unread))
+            for chunk in self._chunks(range(unread.stop, length)):
+                states.read(chunk)
+                states = states.kept(budget)
+        return states.view()
+
+    def _chunks(self, positions: range) -> Iterator[Tensor]:
+        tokens = self._prefix[:, positions.start : positions.stop]
+        return iter(tokens.split(self._chunk_tokens, 1) if len(positions) else ())
+
+    def _empty(self) -> PrefixStates:
+        return PrefixStates(self._drafter, self._policy, is_relative=self._is_relative)
 
 
 def continuation_hidden(
-    drafter: Drafter, tokens: Tensor, first_position: int, prefix: PrefixCache
+    drafter: Drafter,
+    tokens: Tensor,
+    views: list[View],
+    *,
+    checkpoints: bool = False,
 ) -> Tensor:
-    """Hidden states of continuations that see a cached prefix and themselves.
+    """Hidden states of continuations that see a view of their prefix and themselves.
+
+    All views go through the drafter together.
 
     Args:
         tokens: [B, C] int64.
-        first_position: true position of the first of them, whatever ``prefix`` kept.
+        checkpoints: whether activations are computed again for the gradients.
 
     Returns:
-        [B, C, hidden_size]; gradients flow through the continuation only.
+        [V, B, C, hidden_size].
     """
-    length = tokens.shape[1]
-    kept = prefix.num_tokens
-    mask = None
-    if kept:
-        mask = torch.ones(length, kept + length, dtype=torch.bool, device=tokens.device)
-        mask = mask.tril(kept)
-
-    positions = first_position + torch.arange(length, device=tokens.device)
-    rotary = drafter.rotary(positions)
+    batch, length = tokens.shape
+    ones = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+    masks = [F.pad(ones, (view.num_tokens, 0), value=True) for view in views]
+    offsets = torch.arange(length, device=tokens.device)
+    positions = torch.stack([view.first_position + offsets for view in views])
+    cos, sin = (x[:, None, None] for x in drafter.rotary(positions))  # [V, 1, 1, C, D]
+    sizes = (drafter.num_heads, drafter.num_kv_heads, drafter.num_kv_heads)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        states = split_rotated(qkv, *rotary, drafter.num_kv_heads)
-        queries, keys, values = (x.transpose(1, 2) for x in states)
-        if kept:
-            keys = torch.cat([prefix.keys[layer].to(keys.dtype), keys], dim=2)
-            values = torch.cat([prefix.values[layer].to(values.dtype), values], dim=2)
-        attended = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=True,
-        )
-        return attended.transpose(1, 2)
+        heads_first = qkv.unflatten(0, (len(views), batch)).transpose(2, 3)
+        queries, keys, values = heads_first.split(sizes, 2)
+        queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        attended = []
+        for index, (view, mask) in enumerate(zip(views, masks, strict=True)):
+            own_keys, own_values = keys[index], values[index]
+            if view.num_tokens:
+                own_keys = torch.cat([view.keys[layer].to(own_keys.dtype), own_keys], 2)
+                own_values = torch.cat(
+                    [view.values[layer].to(own_values.dtype), own_values], 2
+                )
+            attended.append(
+                F.scaled_dot_product_attention(
+                    queries[index],
+                    own_keys,
+                    own_values,
+                    attn_mask=mask,
+                    enable_gqa=True,
+                )
+            )
+        return torch.stack(attended).transpose(2, 3).flatten(0, 1)
 
-    return drafter(tokens, attend)
+    hidden = drafter(tokens.repeat(len(views), 1), attend, checkpoints=checkpoints)
+    return hidden.unflatten(0, (len(views), batch))
+
+
+def _extend(layers: list[Tensor], layer: int, states: Tensor) -> Tensor:
+    """What a layer has of [B, heads, T, D], with what comes after it."""
+    if layer < len(layers):
+        layers[layer] = torch.cat([layers[layer], states], 2)
+    else:
+        layers.append(states)
+    return layers[layer]

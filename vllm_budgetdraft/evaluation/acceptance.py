@@ -1,0 +1,304 @@
+"""How much of its drafts a target accepts, measured with the real draft loop.
+
+The drafts are those of serving, from a ``DraftProposer``; the target is a plain
+``transformers`` model on the same tokens, and verifies as vLLM does.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from vllm_budgetdraft.config import parse_speculative_config
+from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
+
+
+@dataclass(frozen=True)
+class AcceptanceRow:
+    """Of one context length, budget and temperature.
+
+    Attributes:
+        acceptance_length: tokens that a step emits, the bonus token among them.
+        acceptance_rate: accepted drafts over all drafts.
+    """
+
+    context: int
+    budget: int
+    temperature: float
+    acceptance_length: float
+    acceptance_rate: float
+
+
+class Verifier(Protocol):
+    def __call__(self, drafts: Tensor, probabilities: Tensor | None) -> tuple[int, int]:
+        """How many drafts [k] are accepted, and the token after them.
+
+        Args:
+            probabilities: [k, V], what the drafts were drawn from; None if greedily.
+        """
+
+
+class GreedyVerifier:
+    """Accepts what the target wrote when it chose the likeliest tokens."""
+
+    def __init__(self, written: list[int]) -> None:
+        """
+        Args:
+            written: what follows the prompt and its first new token, and as many more
+                as may be drafted.
+        """
+        self._written = written
+
+    def __call__(self, drafts: Tensor, probabilities: Tensor | None) -> tuple[int, int]:
+        accepted = 0
+        for draft, token in zip(drafts.tolist(), self._written, strict=False):
+            if draft != token:
+                break
+            accepted += 1
+        following = self._written[accepted]
+        self._written = self._written[accepted + 1 :]
+        return accepted, following
+
+
+class SamplingVerifier:
+    """Speculative sampling (https://arxiv.org/abs/2211.17192) at a temperature."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        cache: DynamicCache,
+        last_token: int,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            cache: the target's, of all of the context but its last token; it grows.
+        """
+        self._target, self._temperature = target, temperature
+        self._generator = torch.Generator(target.device).manual_seed(seed)
+        self._cache = cache
+        self._last = torch.tensor([last_token], device=target.device)
+
+    def __call__(self, drafts: Tensor, probabilities: Tensor | None) -> tuple[int, int]:
+        assert probabilities is not None
+        fed = torch.cat([self._last, drafts])[None]
+        length = self._cache.get_seq_length()
+        logits = self._target(fed, past_key_values=self._cache, use_cache=True).logits
+        p = (logits[0].float() / self._temperature).softmax(-1)
+        chances = (p[:-1] / probabilities).gather(-1, drafts[:, None]).squeeze(-1)
+        draws = torch.rand(len(drafts), generator=self._generator, device=drafts.device)
+        accepted = int((draws < chances).cumprod(0).sum())
+        left = p[accepted]
+        if accepted < len(drafts):
+            left = (left - probabilities[accepted]).clamp_min(0)
+        following = torch.multinomial(left, 1, generator=self._generator)
+        self._cache.crop(length + 1 + accepted)
+        self._last = following
+        return accepted, int(following)
+
+
+def speculate(
+    proposer: DraftProposer,
+    context: list[int],
+    verify: Verifier,
+    *,
+    new_tokens: int,
+    kv_budget: int,
+    temperature: float,
+) -> list[int]:
+    """Drafts accepted in each step, until there are so many new tokens.
+
+    Args:
+        context: the prompt and the first new token.
+        kv_budget: of the drafter's cache, at most the proposer's.
+    """
+    device = proposer.device
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    temperatures = None if not temperature else slots + float(temperature)
+    read = torch.tensor(context[:-FIRST_WIDTH], device=device)
+    proposer.start_request(0, kv_budget)
+    proposer.ingest(0, read, kv_budget)
+    context, end = list(context), len(context) + new_tokens
+    steps = []
+    while len(context) < end:
+        last = torch.tensor([context[-FIRST_WIDTH:]], device=device)
+        drafts = proposer.draft(slots, last, slots + len(context), None, temperatures)
+        tokens, q = drafts.tokens[0], drafts.probabilities
+        accepted, following = verify(tokens, None if q is None else q[0])
+        context += [*tokens[:accepted].tolist(), following]
+        steps.append(accepted)
+    proposer.release_request(0)
+    return steps
+
+
+class HeldOutAcceptance:
+    """Measures drafters of one target on the same passages of held-out texts."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        texts: Any,
+        *,
+        contexts: list[int],
+        budgets: list[int],
+        temperatures: list[float],
+        num_prompts: int,
+        new_tokens: int,
+        settings: dict[str, Any],
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            texts: rows with ``input_ids``, in any format.
+            settings: of a ``BudgetDraftConfig``, less model and kv_budget.
+
+        Raises:
+            ConfigurationError: no text is as long as a context.
+        """
+        self._target, self._settings = target, settings
+        self._budgets, self._temperatures = sorted(budgets), temperatures
+        self._new_tokens, self._seed = new_tokens, seed
+        self._num_drafts = settings["num_speculative_tokens"]
+        self._prompts = {
+            context: passages(texts, context, num_prompts, seed) for context in contexts
+        }
+        self._written: dict[int, list[list[int]]] = {}
+
+    def measure(self, drafter: Path) -> dict[str, float]:
+        """Of a drafter's folder: ``acceptance_length``, and the same by case.
+
+        The mean is geometric, so that each case counts alike.
+        """
+        rows = self.rows(drafter)
+        found = {
+            f"acceptance_length_context_{row.context}_budget_{row.budget}"
+            f"_temperature_{row.temperature:g}": row.acceptance_length
+            for row in rows
+        }
+        lengths = torch.tensor([row.acceptance_length for row in rows])
+        return {"acceptance_length": lengths.log().mean().exp().item(), **found}
+
+    @torch.no_grad()
+    def rows(self, drafter: Path) -> list[AcceptanceRow]:
+        """Of every context, budget and temperature."""
+        proposer = self._proposer(drafter)
+        steps: dict[tuple[int, int, float], list[int]] = {
+            (context, budget, temperature): []
+            for context in self._prompts
+            for budget in self._budgets
+            for temperature in self._temperatures
+        }
+        for context, prompts in self._prompts.items():
+            for prompt, written in zip(prompts, self._greedy(context), strict=True):
+                cache = DynamicCache()
+                if any(self._temperatures):
+                    tokens = torch.tensor([prompt], device=self._target.device)
+                    self._target.base_model(tokens, past_key_values=cache)
+                for budget in self._budgets:
+                    for temperature in self._temperatures:
+                        steps[context, budget, temperature] += self._steps(
+                            proposer, prompt, written, cache, budget, temperature
+                        )
+        return [self._row(*case, accepted) for case, accepted in steps.items()]
+
+    def _row(
+        self, context: int, budget: int, temperature: float, accepted: list[int]
+    ) -> AcceptanceRow:
+        mean = sum(accepted) / len(accepted)
+        return AcceptanceRow(
+            context, budget, temperature, 1 + mean, mean / self._num_drafts
+        )
+
+    def _steps(
+        self,
+        proposer: DraftProposer,
+        prompt: list[int],
+        written: list[int],
+        cache: DynamicCache,
+        budget: int,
+        temperature: float,
+    ) -> list[int]:
+        verify: Verifier = GreedyVerifier(written[1:])
+        if temperature:
+            cache.crop(len(prompt))
+            verify = SamplingVerifier(
+                self._target, cache, written[0], temperature, self._seed
+            )
+        return speculate(
+            proposer,
+            [*prompt, written[0]],
+            verify,
+            new_tokens=self._new_tokens,
+            kv_budget=budget,
+            temperature=temperature,
+        )
+
+    def _greedy(self, context: int) -> list[list[int]]:
+        """What the target writes after each prompt, and as much as may be drafted."""
+        if context not in self._written:
+            longest = self._new_tokens + self._num_drafts + 2
+            self._written[context] = [
+                greedy_continuation(self._target, prompt, longest)
+                for prompt in self._prompts[context]
+            ]
+        return self._written[context]
+
+    def _proposer(self, drafter: Path) -> DraftProposer:
+        config = parse_speculative_config(
+            self._settings | {"model": str(drafter), "kv_budget": self._budgets[-1]}
+        )
+        device = self._target.device
+        # On a GPU as in serving; on a CPU float32 is the fastest.
+        dtype = self._target.dtype if device.type == "cuda" else torch.float32
+        longest = max(self._prompts) + self._new_tokens + self._num_drafts + 2
+        return DraftProposer.build(
+            config,
+            num_slots=1,
+            max_model_len=longest,
+            dtype=dtype,
+            device=device,
+            seed=self._seed,
+        )
+
+
+def passages(texts: Any, length: int, count: int, seed: int) -> list[list[int]]:
+    """Passages of rows with ``input_ids``, each of another row if there are enough.
+
+    Raises:
+        ConfigurationError: no row is as long.
+    """
+    rng = Random(f"{seed} passages of {length}")
+    rows = [row for row in texts["input_ids"] if len(row) > length]
+    if not rows:
+        raise ConfigurationError(
+            f"no held-out text has more than {length} tokens; give longer ones, or "
+            "shorten eval_contexts"
+        )
+    rng.shuffle(rows)
+    found = []
+    for index in range(count):
+        row = rows[index % len(rows)]
+        start = rng.randrange(len(row) - length)
+        found.append([int(token) for token in row[start : start + length]])
+    return found
+
+
+@torch.no_grad()
+def greedy_continuation(
+    target: PreTrainedModel, prompt: list[int], new_tokens: int
+) -> list[int]:
+    """The likeliest next token, so many times; an end of text ends nothing."""
+    cache = DynamicCache()
+    fed = torch.tensor([prompt], device=target.device)
+    written: list[int] = []
+    while len(written) < new_tokens:
+        output = target(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        fed = output.logits[:, -1].argmax(-1, keepdim=True)
+        written.append(int(fed))
+    return written

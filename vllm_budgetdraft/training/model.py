@@ -1,0 +1,167 @@
+"""What is trained: the drafter, through its loss on several views of a window."""
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.eviction.catalogue import make_policy
+from vllm_budgetdraft.training.arguments import ObjectiveArguments, ViewArguments
+from vllm_budgetdraft.training.losses import ObjectiveSettings, multi_view_loss
+from vllm_budgetdraft.training.teacher import StoredTeacher, Teacher, ask, check_target
+from vllm_budgetdraft.training.views import PrefixViews, View, continuation_hidden
+
+
+class MultiViewModel(nn.Module):
+    """The drafter's loss on a full view and sparse views of the same window.
+
+    Attributes:
+        metrics: of the last window, by name.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: PreTrainedModel,
+        views: ViewArguments,
+        objective: ObjectiveArguments,
+        eviction: EvictionSettings,
+    ) -> None:
+        """
+        Raises:
+            ConfigurationError: settings that do not fit each other, or this target.
+        """
+        super().__init__()
+        _check(views, objective, eviction)
+        check_target(target)
+        self.drafter = drafter
+        # In a tuple, so that the frozen target is neither trained nor saved.
+        self._target = (target.eval().requires_grad_(False),)
+        self._views = views
+        self._objective = ObjectiveSettings(
+            objective.objective,
+            objective.position_weights,
+            objective.draft_tokens,
+            objective.position_decay,
+            objective.dpace_smoothing,
+        )
+        self._loss_chunk_tokens = objective.loss_chunk_tokens
+        self._policy = make_policy(eviction)
+        self._checkpoints = False
+        self.metrics: dict[str, float] = {}
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """As ``Trainer`` asks for it with ``gradient_checkpointing``."""
+        self._checkpoints = True
+
+    def forward(
+        self,
+        prefix_ids: Tensor,
+        continuation_ids: Tensor,
+        counted: Tensor,
+        next_ids: Tensor | None = None,
+        top_ids: Tensor | None = None,
+        top_logprobs: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """L_A + sparse_weight * L_C, equations 4 to 7.
+
+        Arguments are a batch of ``TokenWindows``. The target is asked only if what is
+        stored of it does not say what the objective needs.
+
+        Returns:
+            ``loss``, a scalar. A view whose budget holds the prefix adds nothing.
+        """
+        needs_labels_only = self._objective.objective == "ce"
+        teacher: Teacher
+        if next_ids is not None and (needs_labels_only or top_ids is not None):
+            tops = (
+                x if x is None else x.flatten(0, 1) for x in (top_ids, top_logprobs)
+            )
+            teacher = StoredTeacher(next_ids.flatten(), *tops)
+        else:
+            tokens = torch.cat([prefix_ids, continuation_ids], 1)
+            teacher = ask(self._target[0], tokens, continuation_ids.shape[1])
+
+        views, names = self._views_of(prefix_ids)
+        hidden = continuation_hidden(
+            self.drafter, continuation_ids, views, checkpoints=self._checkpoints
+        )
+        sparse = self._views.sparse_weight / max(1, self._views.views_per_step)
+        weights = torch.full((len(views),), sparse, device=hidden.device)
+        weights[0] = 1.0
+        loss, means = multi_view_loss(
+            hidden.flatten(1, 2),
+            self.drafter.head,
+            teacher,
+            counted.flatten(),
+            weights,
+            self._objective,
+            self._loss_chunk_tokens,
+        )
+        self.metrics = {
+            f"{metric}_{view}": value
+            for metric, values in means._asdict().items()
+            for view, value in zip(names, values.tolist(), strict=True)
+        }
+        return {"loss": loss}
+
+    def _views_of(self, prefix: Tensor) -> tuple[list[View], list[str]]:
+        """The full view first."""
+        settings = self._views
+        with torch.set_grad_enabled(
+            settings.prefix_gradient and torch.is_grad_enabled()
+        ):
+            found = PrefixViews(
+                self.drafter,
+                self._policy,
+                prefix,
+                is_relative=settings.position_mode == "cache_relative",
+                streams=settings.draft_prefill == "streaming",
+                chunk_tokens=settings.draft_prefill_chunk,
+            )
+            views, names = [found.full()], ["full"]
+            for budget in self._draw_budgets():
+                if budget < prefix.shape[1]:
+                    views.append(found.sparse(budget))
+                    names.append(f"budget_{budget}")
+        return views, names
+
+    def _draw_budgets(self) -> list[int]:
+        """From the global generator, whose state checkpoints keep."""
+        settings = self._views
+        if not settings.sparse_weight:
+            return []
+        left = dict(zip(settings.budgets, settings.budget_weights, strict=True))
+        drawn = []
+        for _ in range(settings.views_per_step):
+            (budget,) = random.choices(list(left), list(left.values()))
+            drawn.append(budget)
+            if len(left) > 1:
+                del left[budget]
+        return drawn
+
+
+def _check(
+    views: ViewArguments, objective: ObjectiveArguments, eviction: EvictionSettings
+) -> None:
+    if min(views.budgets) < eviction.min_budget:
+        raise ConfigurationError(
+            f"budgets={views.budgets}: the smallest is below {eviction.min_budget} "
+            "tokens, the sinks plus one chunk; raise it or lower sink_tokens"
+        )
+    if len(views.budgets) != len(views.budget_weights):
+        raise ConfigurationError(
+            f"{len(views.budgets)} budgets and {len(views.budget_weights)} "
+            "budget_weights; give one weight for each budget"
+        )
+    block, chunk = objective.draft_tokens, objective.loss_chunk_tokens
+    if objective.position_weights != "uniform" and chunk % block:
+        raise ConfigurationError(
+            f"loss_chunk_tokens={chunk} is no multiple of draft_tokens={block}, whose "
+            f"positions have weights together; use {chunk // block * block or block}"
+        )

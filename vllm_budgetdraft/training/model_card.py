@@ -1,0 +1,109 @@
+"""The card of a trained drafter: what it learnt from, how, and how it does."""
+
+from typing import Any
+
+from transformers import TrainerState
+
+from vllm_budgetdraft.drafter.modeling import Drafter
+
+CARD = """\
+---
+library_name: transformers
+tags: [speculative-decoding, vllm, vllm-budgetdraft]
+---
+# A drafter for {target}
+
+A {kind} of {millions:.2f} M parameters ({layers} layers, width {width}), for
+speculative decoding with vllm-budgetdraft. It loads as a plain `transformers` model,
+and as vLLM's `draft_model`, too.
+
+```
+vllm serve {target} --speculative-config \\
+  '{{"method": "budgetdraft", "model": "THIS_FOLDER",
+     "num_speculative_tokens": 8, "kv_budget": {budget}}}'
+```
+
+**Data.** {data}
+
+**Training.** {steps} steps of {windows} windows: prefixes of {prefix} tokens,
+continuations of {continuation}. Objective `{objective}`, position weights
+`{position_weights}`; full view{sparse}. `eviction_policy` {policy}, `position_mode`
+{position_mode}, `draft_prefill` {draft_prefill}. Learning rate {rate:g}, seed {seed}.
+`run.json` has every option, `train_command.txt` the command.
+
+**Acceptance.** {acceptance}
+"""
+
+
+def model_card(drafter: Drafter, options: dict[str, Any], state: TrainerState) -> str:
+    """Markdown.
+
+    Args:
+        options: of the run, by name.
+        state: of the trainer, with what was measured.
+    """
+    config = drafter.config
+    sources = [
+        f"{kind}: {', '.join(options[key])}"
+        for key, kind in (("texts", "texts"), ("continuations", "the target's own"))
+        if options[key]
+    ]
+    sparse = ""
+    if options["sparse_weight"]:
+        budgets = ", ".join(map(str, options["budgets"]))
+        sparse = f" and {options['sparse_weight']:g} of sparse views ({budgets} tokens)"
+    return CARD.format(
+        target=config.budgetdraft["target"],
+        kind=config.architectures[0],
+        millions=sum(p.numel() for p in drafter.parameters()) / 1e6,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        budget=options["budgets"][-1],
+        data="; ".join(sources),
+        steps=state.global_step,
+        windows=options["windows_per_step"],
+        prefix=", ".join(map(str, options["prefix_tokens"])),
+        continuation=options["continuation_tokens"],
+        objective=options["objective"],
+        position_weights=options["position_weights"],
+        sparse=sparse,
+        policy=options["eviction_policy"],
+        position_mode=options["position_mode"],
+        draft_prefill=options["draft_prefill"],
+        rate=options["learning_rate"],
+        seed=options["seed"],
+        acceptance=_acceptance(options, state),
+    )
+
+
+def _acceptance(options: dict[str, Any], state: TrainerState) -> str:
+    """A table of the checkpoint that was kept."""
+    measured = [e for e in state.log_history if "eval_acceptance_length" in e]
+    if not measured:
+        return "Not measured."
+    best = max(measured, key=lambda entry: entry["eval_acceptance_length"])
+    contexts, budgets = options["eval_contexts"], sorted(options["eval_budgets"])
+    lines = [
+        f"Acceptance length (bonus token included) at {options['eval_draft_tokens']} "
+        f"draft tokens, {options['eval_prompts']} held-out passages of each length, "
+        f"{options['eval_new_tokens']} new tokens, step {best['step']}:",
+        "",
+        "| temperature | context | "
+        + " | ".join(f"budget {b}" for b in budgets)
+        + " |",
+        "|---" * (2 + len(budgets)) + "|",
+    ]
+    for temperature in options["eval_temperatures"]:
+        for context in contexts:
+            cells = [
+                f"{best[_key(context, budget, temperature)]:.2f}" for budget in budgets
+            ]
+            lines.append(f"| {temperature:g} | {context} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _key(context: int, budget: int, temperature: float) -> str:
+    return (
+        f"eval_acceptance_length_context_{context}_budget_{budget}"
+        f"_temperature_{temperature:g}"
+    )

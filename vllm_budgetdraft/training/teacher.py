@@ -1,0 +1,112 @@
+"""What the target says of a continuation: asked now, or stored when it wrote it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.training.objectives import IGNORED, with_rest
+
+#: Settings by which a model changes its logits after the output matrix.
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class Teacher(Protocol):
+    """The target's distribution p at N positions, taken in pieces."""
+
+    def labels(self, rows: slice) -> Tensor:
+        """Likeliest tokens, [n] int64; ``IGNORED`` where unknown."""
+
+    def compare(self, rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """What to compare of q and p, over the same events.
+
+        Args:
+            log_q: [V, n, vocab_size], of V views.
+
+        Returns:
+            [V, n, events] and [n, events].
+        """
+
+
+class LiveTeacher:
+    """Logits of hidden states, computed where they are wanted and not kept."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
+        """
+        Args:
+            hidden: [N, hidden_size], the target's.
+            head: [vocab_size, hidden_size], its output matrix.
+        """
+        self._hidden, self._head, self._bias = hidden, head, bias
+        self._piece: tuple[slice, Tensor] | None = None
+
+    def labels(self, rows: slice) -> Tensor:
+        return self._log_probs(rows).argmax(-1)
+
+    def compare(self, rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        return log_q, self._log_probs(rows)
+
+    @torch.no_grad()
+    def _log_probs(self, rows: slice) -> Tensor:
+        if self._piece is None or self._piece[0] != rows:
+            logits = F.linear(self._hidden[rows], self._head, self._bias)
+            self._piece = rows, logits.float().log_softmax(-1)
+        return self._piece[1]
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """The n likeliest tokens as they were stored; all others are one event.
+
+    Attributes:
+        next_tokens: [N] int64, what the target wrote; ``IGNORED`` where it did not.
+        top_ids: [N, n] int64, the likeliest first; None if only tokens were stored.
+        top_log_probs: [N, n] float32.
+    """
+
+    next_tokens: Tensor
+    top_ids: Tensor | None = None
+    top_log_probs: Tensor | None = None
+
+    def labels(self, rows: slice) -> Tensor:
+        written = self.next_tokens[rows]
+        if self.top_ids is None:
+            return written
+        return self.top_ids[rows, 0].where(written != IGNORED, IGNORED)
+
+    def compare(self, rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.top_ids is not None and self.top_log_probs is not None
+        ids = self.top_ids[rows].expand(*log_q.shape[:-1], -1)
+        return with_rest(log_q.gather(-1, ids)), with_rest(self.top_log_probs[rows])
+
+
+@torch.no_grad()
+def ask(target: PreTrainedModel, tokens: Tensor, num_positions: int) -> LiveTeacher:
+    """The target at the last positions of contexts.
+
+    Args:
+        tokens: [B, T] int64.
+
+    Returns:
+        Of B * num_positions positions.
+    """
+    hidden = target.base_model(tokens, use_cache=False).last_hidden_state
+    head = target.get_output_embeddings()
+    last = hidden[:, -num_positions:].flatten(0, 1)
+    return LiveTeacher(last, head.weight, getattr(head, "bias", None))
+
+
+def check_target(target: PreTrainedModel) -> None:
+    """Raises ConfigurationError for one whose logits are not its output matrix's."""
+    for key in LOGIT_TRANSFORMS:
+        value = getattr(target.config, key, None)
+        if value not in (None, 1.0):
+            raise ConfigurationError(
+                f"the target's {key}={value} changes its logits, which training from "
+                "a live target does not follow; train on stored continuations with "
+                "top_logprobs (budgetdraft generate)"
+            )
