@@ -14,9 +14,9 @@ from tests.support import models
 WORDS = [f"w{index:02}" for index in range(models.VOCAB_SIZE)]
 
 
-def write_target(folder: Path) -> Path:
+def write_target(folder: Path, **sizes: int) -> Path:
     """Folder of a random model with a tokenizer of one token per word."""
-    models.write_model(folder, models.llama(num_hidden_layers=1), seed=1)
+    models.write_model(folder, models.llama(num_hidden_layers=1, **sizes), seed=1)
     vocabulary = {word: index for index, word in enumerate(WORDS)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=WORDS[0]))
     tokenizer.pre_tokenizer = Whitespace()

@@ -16,10 +16,7 @@ from vllm_budgetdraft.drafter.configuration import (
 )
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.errors import UnsupportedDrafterError
-from vllm_budgetdraft.training.views import (
-    PrefixCache,
-    continuation_hidden,
-)
+from vllm_budgetdraft.training.views import View, continuation_hidden
 
 CONFIGS = {
     "llama": models.llama(),
@@ -67,8 +64,8 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.k
 
 def logits_of(drafter: Drafter, tokens: Tensor) -> Tensor:
     """Logits [B, T, vocabulary] of a plain forward pass."""
-    nothing = PrefixCache([], [], [], [])
-    return drafter.logits(continuation_hidden(drafter, tokens, 0, nothing))
+    (hidden,) = continuation_hidden(drafter, tokens, [View([], [], 0)])
+    return drafter.logits(hidden)
 
 
 def load(folder: Path) -> Drafter:
