@@ -157,6 +157,7 @@ def _engine(args: Namespace, longest: int) -> Any:
         "max_num_seqs": args.max_num_seqs,
         "enable_prefix_caching": False,
         "max_logprobs": max(1, count),
+        **(_of_whole_prompts(longest) if args.temperature else {}),
         **args.engine_args,
     }
     llm = LLM(args.target, **engine_args)
@@ -189,6 +190,14 @@ def _engine(args: Namespace, longest: int) -> Any:
             yield row | (_likeliest(positions, count) if count else {})
 
     return generate
+
+
+def _of_whole_prompts(longest: int) -> dict[str, Any]:
+    """On a CPU, a seeded request whose prompt is read in parts ends vLLM's engine."""
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(8192, longest + 1),
+    }
 
 
 def _likeliest(positions: Any, count: int) -> dict[str, list[list[Any]]]:

@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> dict[str, float]:
             if args.method == "ours":
                 continuation = window[:, args.prefix_tokens :]
                 counted = torch.ones_like(continuation, dtype=torch.bool)
-                loss = model(window[:, : args.prefix_tokens], continuation, counted)[
-                    "loss"
-                ]
+                prefix = window[:, : args.prefix_tokens]
+                indices = torch.arange(len(window))
+                loss = model(indices, prefix, continuation, counted)["loss"]
             else:
                 loss = straightforward(
                     drafter, target, window, args.continuation_tokens

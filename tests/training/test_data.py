@@ -99,6 +99,10 @@ def test_windows_are_pieces_of_the_texts_from_all_over_them(books, folder):
     assert 0.35 < sum(starts) / len(starts) < 0.65
 
 
+def test_a_window_knows_its_number(books):
+    assert [int(window["window"]) for window in windows(books)] == list(range(60))
+
+
 def test_a_seed_gives_the_same_windows_in_any_order(books):
     first, again = windows(books), windows(books)
     backwards = [again[index] for index in reversed(range(20))][::-1]

@@ -12,7 +12,11 @@ from vllm_budgetdraft.training.losses import (
     view_losses,
 )
 from vllm_budgetdraft.training.objectives import IGNORED, OBJECTIVES
-from vllm_budgetdraft.training.teacher import LiveTeacher, StoredTeacher, ask
+from vllm_budgetdraft.training.teacher import (
+    LiveTeacher,
+    StoredTeacher,
+    last_hidden,
+)
 
 VIEWS, POSITIONS, WIDTH, VOCABULARY = 3, 24, 8, 30
 WEIGHTS = torch.tensor([1.0, 0.25, 0.25])
@@ -23,10 +27,15 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def matrix(weight: torch.Tensor) -> torch.nn.Linear:
+    layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
 def live() -> LiveTeacher:
-    return LiveTeacher(
-        random(POSITIONS, 5, seed=2), random(VOCABULARY, 5, seed=3), None
-    )
+    head = matrix(random(VOCABULARY, 5, seed=3))
+    return LiveTeacher(random(POSITIONS, 5, seed=2), head)
 
 
 def stored() -> StoredTeacher:
@@ -77,7 +86,7 @@ def test_it_is_the_weighted_sum_of_the_views_means_over_what_counts():
 
 def test_agreements_and_acceptances_are_shares_of_what_counts():
     p = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6], [1.0, 0, 0]])
-    teacher = LiveTeacher((p + 1e-9).log(), torch.eye(3), None)
+    teacher = LiveTeacher((p + 1e-9).log(), matrix(torch.eye(3)))
     hidden = torch.tensor([[[0.5, 0.25, 0.25], [0.8, 0.1, 0.1], [0.0, 1.0, 0.0]]])
     counted = torch.tensor([True, True, False])
     _, means = multi_view_loss(
@@ -142,14 +151,15 @@ def test_a_live_teacher_is_the_target():
     config = models.llama(num_hidden_layers=2)
     target = models.random_model(config)
     tokens = torch.stack([models.random_tokens(20), models.random_tokens(20, seed=1)])
-    teacher = ask(target, tokens, 6)
+    hidden = last_hidden(target, tokens, 6).flatten(0, 1)
+    teacher = LiveTeacher(hidden, target.get_output_embeddings())
     expected = target(tokens).logits[:, -6:].flatten(0, 1).log_softmax(-1)
     _, log_p = teacher.compare(slice(2, 9), torch.zeros(1))
     torch.testing.assert_close(log_p, expected[2:9], rtol=1e-4, atol=1e-5)
     assert torch.equal(teacher.labels(slice(2, 9)), expected[2:9].argmax(-1))
 
 
-def test_a_stored_teacher_compares_what_was_stored_and_the_rest():
+def test_a_stored_teacher_compares_what_was_stored():
     log_p = random(4, VOCABULARY).log_softmax(-1)
     top = log_p.topk(3)
     written = torch.tensor([5, IGNORED, 7, 8])
@@ -157,6 +167,6 @@ def test_a_stored_teacher_compares_what_was_stored_and_the_rest():
     labels = teacher.labels(slice(0, 4))
     assert labels.tolist() == [top.indices[0, 0], IGNORED, *top.indices[2:, 0]]
     q, p = teacher.compare(slice(1, 3), log_p[None, 1:3])
-    assert p.shape == (2, 4) and q.shape == (1, 2, 4)
+    assert p.shape == (2, 3) and q.shape == (1, 2, 3)
     torch.testing.assert_close(q[0], p)
     assert StoredTeacher(written).labels(slice(0, 4)).tolist() == written.tolist()

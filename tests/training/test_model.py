@@ -13,12 +13,14 @@ from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.arguments import ObjectiveArguments, ViewArguments
 from vllm_budgetdraft.training.model import MultiViewModel
 from vllm_budgetdraft.training.objectives import OBJECTIVES
+from vllm_budgetdraft.training.teacher_cache import TeacherCache
 from vllm_budgetdraft.training.views import PrefixViews, continuation_hidden
 
 PREFIX_TOKENS, CONTINUATION_TOKENS = 120, 32
 WINDOW = PREFIX_TOKENS + CONTINUATION_TOKENS
 TOKENS = models.random_tokens(2 * WINDOW).view(2, WINDOW)
 PREFIX, CONTINUATION = TOKENS[:, :PREFIX_TOKENS], TOKENS[:, PREFIX_TOKENS:]
+WINDOWS = torch.tensor([2, 5])
 COUNTED = torch.ones_like(CONTINUATION, dtype=torch.bool)
 
 
@@ -33,19 +35,22 @@ def target():
     return models.random_model(models.llama(num_hidden_layers=2), seed=1)
 
 
-def model_of(drafter, target, objective="ce", **views) -> MultiViewModel:
+def model_of(
+    drafter, target, objective="ce", cache=None, teacher="stored", **views
+) -> MultiViewModel:
     views = {"budgets": [64], "budget_weights": [1.0], **views}
     return MultiViewModel(
         drafter,
         target,
         ViewArguments(**views),
-        ObjectiveArguments(objective=objective),
+        ObjectiveArguments(objective=objective, teacher=teacher),
         EvictionSettings(),
+        cache,
     )
 
 
 def loss(model: MultiViewModel, **more) -> torch.Tensor:
-    return model(PREFIX, CONTINUATION, COUNTED, **more)["loss"]
+    return model(WINDOWS, PREFIX, CONTINUATION, COUNTED, **more)["loss"]
 
 
 def losses_by_parts(drafter, target, objective: str, budgets: list[int]) -> list[float]:
@@ -142,14 +147,67 @@ def test_a_distribution_that_was_not_stored_is_asked_for(drafter, target):
     assert abs(by_label - loss(model_of(drafter, target, "ce"))) > 0.01
 
 
+def test_a_target_that_is_to_be_asked_is_asked(drafter, target):
+    few = stored(target, 3)
+    whole = loss(model_of(drafter, target, "kl"))
+    live = model_of(drafter, target, "kl", teacher="live")
+    assert torch.equal(loss(live, **few), whole)
+    assert abs(loss(model_of(drafter, target, "kl"), **few) - whole) > 0.01
+
+
+def cache_of(folder, **windows) -> TeacherCache:
+    windows = {"target": "a", "seed": 0, **windows}
+    return TeacherCache(
+        folder,
+        num_windows=8,
+        positions=CONTINUATION_TOKENS,
+        width=models.SIZES["hidden_size"],
+        windows=windows,
+    )
+
+
+def test_a_target_is_asked_once_about_a_window(drafter, target, tmp_path, monkeypatch):
+    first = model_of(drafter, target, "kl", cache=cache_of(tmp_path))
+    expected = loss(first)
+    monkeypatch.setattr(target.base_model, "forward", None)  # it must not be asked
+    again = model_of(drafter, target, "kl", cache=cache_of(tmp_path))
+    # Which is rounded to bfloat16, as targets are.
+    torch.testing.assert_close(loss(again), expected, rtol=0.01, atol=1e-3)
+    with pytest.raises(TypeError):
+        again(WINDOWS + 1, PREFIX, CONTINUATION, COUNTED)
+
+
+def test_a_cache_grows_and_keeps_what_it_has(tmp_path):
+    hidden = torch.randn(2, CONTINUATION_TOKENS, models.SIZES["hidden_size"])
+    cache = cache_of(tmp_path)
+    assert cache.read(WINDOWS) is None
+    cache.write(WINDOWS, hidden)
+    longer = TeacherCache(
+        tmp_path,
+        num_windows=100,
+        positions=CONTINUATION_TOKENS,
+        width=models.SIZES["hidden_size"],
+        windows={"target": "a", "seed": 0},
+    )
+    assert torch.equal(longer.read(WINDOWS.flip(0)), hidden.flip(0).bfloat16())
+    assert longer.read(torch.tensor([2, 99])) is None
+
+
+def test_a_cache_of_other_windows_is_refused(tmp_path):
+    cache_of(tmp_path)
+    with pytest.raises(ConfigurationError, match="seed=0, not 1; name another"):
+        cache_of(tmp_path, seed=1)
+
+
 def test_what_does_not_count_changes_nothing(drafter, target):
     counted = COUNTED.clone()
     counted[:, 20:] = False
     changed = CONTINUATION.clone()
     changed[:, 20:] = 3
     model = model_of(drafter, target, "kl")
-    some = model(PREFIX, CONTINUATION, counted)["loss"]
-    torch.testing.assert_close(model(PREFIX, changed, counted)["loss"], some)
+    some = model(WINDOWS, PREFIX, CONTINUATION, counted)["loss"]
+    again = model(WINDOWS, PREFIX, changed, counted)["loss"]
+    torch.testing.assert_close(again, some)
 
 
 def test_the_target_gets_no_gradients_and_is_no_part_of_what_is_saved(drafter, target):

@@ -210,6 +210,21 @@ def test_every_kind_of_run_runs_and_serving_is_told(inputs, tmp_path, more):
         assert not any("budget" in key for key in entry)
 
 
+def test_a_second_run_on_the_same_windows_need_not_ask_the_target(
+    inputs, tmp_path, monkeypatch
+):
+    cache = ("--objective", "kl", "--teacher_cache", str(tmp_path / "cache"))
+    train(inputs, tmp_path / "first", *cache, steps=2)
+    monkeypatch.setattr(
+        "vllm_budgetdraft.training.model.last_hidden", None
+    )  # must not be called
+    train(inputs, tmp_path / "second", *cache, steps=2)
+    expected = losses(tmp_path / "first" / "checkpoint-2")
+    assert losses(tmp_path / "second" / "checkpoint-2") == pytest.approx(
+        expected, rel=0.01
+    )
+
+
 def test_two_processes_train_as_one_does(inputs, tmp_path):
     """With torchrun: the mean of the gradients, and the windows of one step."""
     together = options(inputs, tmp_path / "two", 2)

@@ -88,7 +88,6 @@ class SamplingVerifier:
     def __call__(self, drafts: Tensor, probabilities: Tensor | None) -> tuple[int, int]:
         assert probabilities is not None
         fed = torch.cat([self._last, drafts])[None]
-        length = self._cache.get_seq_length()
         logits = self._target(fed, past_key_values=self._cache, use_cache=True).logits
         p = (logits[0].float() / self._temperature).softmax(-1)
         chances = (p[:-1] / probabilities).gather(-1, drafts[:, None]).squeeze(-1)
@@ -98,7 +97,8 @@ class SamplingVerifier:
         if accepted < len(drafts):
             left = (left - probabilities[accepted]).clamp_min(0)
         following = torch.multinomial(left, 1, generator=self._generator)
-        self._cache.crop(length + 1 + accepted)
+        if accepted < len(drafts):
+            self._cache.crop(accepted - len(drafts))  # so many tokens less
         self._last = following
         return accepted, int(following)
 
@@ -226,7 +226,8 @@ class HeldOutAcceptance:
     ) -> list[int]:
         verify: Verifier = GreedyVerifier(written[1:])
         if temperature:
-            cache.crop(len(prompt))
+            if more := cache.get_seq_length() - len(prompt):
+                cache.crop(-more)
             verify = SamplingVerifier(
                 self._target, cache, written[0], temperature, self._seed
             )

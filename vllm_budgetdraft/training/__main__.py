@@ -47,6 +47,7 @@ from vllm_budgetdraft.training.data import (
 )
 from vllm_budgetdraft.training.model import MultiViewModel
 from vllm_budgetdraft.training.model_card import model_card
+from vllm_budgetdraft.training.teacher_cache import TeacherCache
 from vllm_budgetdraft.training.trainer import DrafterTrainer, last_checkpoint
 
 PRESETS = Path(__file__).with_name("presets")
@@ -115,7 +116,14 @@ def train(argv: list[str]) -> None:
         _keep_best(arguments)
 
     trainer = DrafterTrainer(
-        model=MultiViewModel(drafter, target, views, objective, eviction),
+        model=MultiViewModel(
+            drafter,
+            target,
+            views,
+            objective,
+            eviction,
+            _cache(objective, drafter_args, data, arguments, target.config),
+        ),
         args=arguments,
         train_dataset=_windows(data, arguments, tokenizer),
         eval_dataset=[] if held_out else None,  # which is not asked
@@ -255,6 +263,30 @@ def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) 
         windows_per_step=windows_per_step,
         num_windows=windows_per_step * arguments.max_steps,
         seed=arguments.data_seed or arguments.seed,
+    )
+
+
+def _cache(
+    objective: ObjectiveArguments,
+    drafter: DrafterArguments,
+    data: DataArguments,
+    arguments: TrainingArguments,
+    target: PretrainedConfig,
+) -> TeacherCache | None:
+    if objective.teacher_cache is None:
+        return None
+    windows_per_step = _windows_per_step(arguments)
+    return TeacherCache(
+        Path(objective.teacher_cache),
+        num_windows=windows_per_step * arguments.max_steps,
+        positions=data.continuation_tokens,
+        width=target.hidden_size,
+        windows={
+            "target": drafter.target,
+            "windows_per_step": windows_per_step,
+            "seed": arguments.data_seed or arguments.seed,
+            **dataclasses.asdict(data),
+        },
     )
 
 

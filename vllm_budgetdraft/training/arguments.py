@@ -117,6 +117,22 @@ class ObjectiveArguments:
         default=0.8, metadata={"help": "decay of position_weights."}
     )
     dpace_smoothing: float = field(default=0.5, metadata={"help": "a of D-PACE."})
+    teacher: str = field(
+        default="stored",
+        metadata={
+            "help": "What p is: as stored with continuations, where it was, or the "
+            "target asked live. The likeliest tokens alone are not all of a p that is "
+            "broad.",
+            "choices": ["stored", "live"],
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps what a live target said, for runs on the same "
+            "windows: continuation_tokens x its hidden size x 2 bytes of each window."
+        },
+    )
     loss_chunk_tokens: int = field(
         default=1024,
         metadata={"help": "Positions whose logits are held at once; 0 is all."},

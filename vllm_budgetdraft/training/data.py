@@ -200,6 +200,7 @@ class TokenWindows(torch.utils.data.Dataset):
     step have the same prefix length and source.
 
     Each has:
+        ``window``: its index.
         ``prefix_ids``: [P] int64.
         ``continuation_ids``: [C] int64.
         ``counted``: [C] bool, where the next token is to be predicted.
@@ -264,11 +265,8 @@ class TokenWindows(torch.utils.data.Dataset):
         length = step.choice(self._prefix_tokens) + self._continuation_tokens
         is_on_policy = step.random() < self._fraction
         rng = Random(f"{self._seed} window {index}")
-        return (
-            self._written_by_target(rng, length)
-            if is_on_policy
-            else (self._of_texts(rng, length))
-        )
+        cut = self._written_by_target if is_on_policy else self._of_texts
+        return {"window": torch.tensor(index), **cut(rng, length)}
 
     def _of_texts(self, rng: Random, length: int) -> dict[str, Tensor]:
         stream = self._texts

@@ -13,7 +13,14 @@ from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.arguments import ObjectiveArguments, ViewArguments
 from vllm_budgetdraft.training.losses import ObjectiveSettings, multi_view_loss
-from vllm_budgetdraft.training.teacher import StoredTeacher, Teacher, ask, check_target
+from vllm_budgetdraft.training.teacher import (
+    LiveTeacher,
+    StoredTeacher,
+    Teacher,
+    check_target,
+    last_hidden,
+)
+from vllm_budgetdraft.training.teacher_cache import TeacherCache
 from vllm_budgetdraft.training.views import PrefixViews, View, continuation_hidden
 
 
@@ -31,8 +38,12 @@ class MultiViewModel(nn.Module):
         views: ViewArguments,
         objective: ObjectiveArguments,
         eviction: EvictionSettings,
+        cache: TeacherCache | None = None,
     ) -> None:
         """
+        Args:
+            cache: where the target is asked only about windows that are not in it.
+
         Raises:
             ConfigurationError: settings that do not fit each other, or this target.
         """
@@ -42,6 +53,7 @@ class MultiViewModel(nn.Module):
         self.drafter = drafter
         # In a tuple, so that the frozen target is neither trained nor saved.
         self._target = (target.eval().requires_grad_(False),)
+        self._cache = cache
         self._views = views
         self._objective = ObjectiveSettings(
             objective.objective,
@@ -51,6 +63,7 @@ class MultiViewModel(nn.Module):
             objective.dpace_smoothing,
         )
         self._loss_chunk_tokens = objective.loss_chunk_tokens
+        self._asks = objective.teacher == "live"
         self._policy = make_policy(eviction)
         self._checkpoints = False
         self.metrics: dict[str, float] = {}
@@ -61,6 +74,7 @@ class MultiViewModel(nn.Module):
 
     def forward(
         self,
+        window: Tensor,
         prefix_ids: Tensor,
         continuation_ids: Tensor,
         counted: Tensor,
@@ -77,15 +91,18 @@ class MultiViewModel(nn.Module):
             ``loss``, a scalar. A view whose budget holds the prefix adds nothing.
         """
         needs_labels_only = self._objective.objective == "ce"
+        is_enough = needs_labels_only or (top_ids is not None and not self._asks)
         teacher: Teacher
-        if next_ids is not None and (needs_labels_only or top_ids is not None):
+        if next_ids is not None and is_enough:
             tops = (
                 x if x is None else x.flatten(0, 1) for x in (top_ids, top_logprobs)
             )
             teacher = StoredTeacher(next_ids.flatten(), *tops)
         else:
-            tokens = torch.cat([prefix_ids, continuation_ids], 1)
-            teacher = ask(self._target[0], tokens, continuation_ids.shape[1])
+            hidden = self._target_hidden(window, prefix_ids, continuation_ids)
+            teacher = LiveTeacher(
+                hidden.flatten(0, 1), self._target[0].get_output_embeddings()
+            )
 
         views, names = self._views_of(prefix_ids)
         hidden = continuation_hidden(
@@ -109,6 +126,19 @@ class MultiViewModel(nn.Module):
             for view, value in zip(names, values.tolist(), strict=True)
         }
         return {"loss": loss}
+
+    def _target_hidden(
+        self, window: Tensor, prefix: Tensor, continuation: Tensor
+    ) -> Tensor:
+        """[B, C, hidden_size] of the target."""
+        cached = self._cache.read(window) if self._cache else None
+        if cached is not None:
+            return cached.to(self._target[0].dtype)
+        tokens = torch.cat([prefix, continuation], 1)
+        hidden = last_hidden(self._target[0], tokens, continuation.shape[1])
+        if self._cache:
+            self._cache.write(window, hidden)
+        return hidden
 
     def _views_of(self, prefix: Tensor) -> tuple[list[View], list[str]]:
         """The full view first."""

@@ -2,6 +2,9 @@
 
 Each takes logarithms of probabilities [..., V] and returns [...]. alpha, the chance
 that a draft from q is accepted when p verifies it, is sum_i min(p_i, q_i).
+
+Where only the likeliest tokens of p are known, sums are over these: all others count as
+never accepted. (Were they one event, any of them would do for the drafter.)
 """
 
 from collections.abc import Callable
@@ -74,23 +77,6 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lk_alpha": lk_alpha_loss,
     "lk_hybrid": lk_hybrid_loss,
 }
-
-
-def with_rest(log_p: Tensor) -> Tensor:
-    """Some probabilities and, behind them, what all others have together.
-
-    An objective of p and q that were both cut so is a lower bound of the whole one's
-    KL and TV, near it where the rest is small.
-
-    Args:
-        log_p: [..., n], of distinct events, summing to at most 1.
-
-    Returns:
-        [..., n + 1].
-    """
-    # 1e-7, about the rounding of float32 near 1, keeps the rest's logarithm finite.
-    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-7).log()
-    return torch.cat([log_p, rest], -1)
 
 
 def decayed_weights(block: int, decay: float) -> Tensor:

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.training.objectives import IGNORED, with_rest
+from vllm_budgetdraft.training.objectives import IGNORED
 
 #: Settings by which a model changes its logits after the output matrix.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -35,13 +34,13 @@ class Teacher(Protocol):
 class LiveTeacher:
     """Logits of hidden states, computed where they are wanted and not kept."""
 
-    def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, hidden: Tensor, head: nn.Linear) -> None:
         """
         Args:
             hidden: [N, hidden_size], the target's.
-            head: [vocab_size, hidden_size], its output matrix.
+            head: its output matrix.
         """
-        self._hidden, self._head, self._bias = hidden, head, bias
+        self._hidden, self._head = hidden, head
         self._piece: tuple[slice, Tensor] | None = None
 
     def labels(self, rows: slice) -> Tensor:
@@ -53,14 +52,14 @@ class LiveTeacher:
     @torch.no_grad()
     def _log_probs(self, rows: slice) -> Tensor:
         if self._piece is None or self._piece[0] != rows:
-            logits = F.linear(self._hidden[rows], self._head, self._bias)
+            logits = self._head(self._hidden[rows])
             self._piece = rows, logits.float().log_softmax(-1)
         return self._piece[1]
 
 
 @dataclass(frozen=True)
 class StoredTeacher:
-    """The n likeliest tokens as they were stored; all others are one event.
+    """The n likeliest tokens as they were stored.
 
     Attributes:
         next_tokens: [N] int64, what the target wrote; ``IGNORED`` where it did not.
@@ -81,23 +80,14 @@ class StoredTeacher:
     def compare(self, rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
         assert self.top_ids is not None and self.top_log_probs is not None
         ids = self.top_ids[rows].expand(*log_q.shape[:-1], -1)
-        return with_rest(log_q.gather(-1, ids)), with_rest(self.top_log_probs[rows])
+        return log_q.gather(-1, ids), self.top_log_probs[rows]
 
 
 @torch.no_grad()
-def ask(target: PreTrainedModel, tokens: Tensor, num_positions: int) -> LiveTeacher:
-    """The target at the last positions of contexts.
-
-    Args:
-        tokens: [B, T] int64.
-
-    Returns:
-        Of B * num_positions positions.
-    """
+def last_hidden(target: PreTrainedModel, tokens: Tensor, count: int) -> Tensor:
+    """Hidden states of the last positions of contexts [B, T]: [B, count, size]."""
     hidden = target.base_model(tokens, use_cache=False).last_hidden_state
-    head = target.get_output_embeddings()
-    last = hidden[:, -num_positions:].flatten(0, 1)
-    return LiveTeacher(last, head.weight, getattr(head, "bias", None))
+    return hidden[:, -count:]
 
 
 def check_target(target: PreTrainedModel) -> None:
