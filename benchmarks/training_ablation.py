@@ -93,17 +93,15 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--held-out", nargs="+", required=True, metavar="NAME=FILES")
     parser.add_argument("--output", required=True)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--prefix-tokens", type=int, nargs="+", default=[1024, 3840])
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument(
-        "--budgets", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048]
-    )
+    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--max-arms", type=int, default=len(ARMS))
     parser.add_argument("--work", default="ablation", help="folder of the drafters")
     args = parser.parse_args()
@@ -161,6 +159,10 @@ def train(arm: Arm, args: argparse.Namespace) -> Path:
         *("--report_to", "none", "--disable_tqdm", "true"),
         *("--bf16", "true", "--use_cpu", "--output_dir", str(folder)),
     ]
+    if arm.objective != "ce":  # which needs no more than was stored
+        cache = Path(args.work) / f"teacher-{'+'.join(arm.data)}-{arm.seed}"
+        command += ["--teacher", "live", "--teacher_cache", str(cache)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{arm.name}.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     return folder
