@@ -451,8 +451,13 @@ def test_seeds_give_what_they_give_without_speculation(threshold, repeatable, pl
         + [job.prompts[0] for job in repeatable.values()],
         others + [job.sampling for job in repeatable.values()],
     )
-    # The batch begins with some, and others come in.
-    args = {"max_model_len": 512, "max_num_seqs": 8, "speculative_config": settings}
+    args = {
+        "max_model_len": 512,
+        # The batch begins with some, and others come in, their prompts in parts.
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 96,
+        "speculative_config": settings,
+    }
     answers = run_jobs(args, {**repeatable, "batch": batch})
     in_batch = answers["batch"].token_ids[len(others) :]
     for name, tokens in zip(repeatable, in_batch, strict=True):

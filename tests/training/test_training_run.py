@@ -311,6 +311,7 @@ def test_the_paper_is_a_preset():
         (["--texts", "leaflets.jsonl"], "fewer than the 64"),
         (["--texts", "no_such.jsonl"], "names no file"),
         (["--drafter", "other"], "vocab_size"),
+        (["--target", "./nowhere"], "'./nowhere' cannot be loaded"),
         (["--target_layers", "7"], "choose some of them"),
         (["--resume_from_checkpoint", "true"], "no complete checkpoint"),
         (["--resume_from_checkpoint", "nowhere"], "not written to its end"),

@@ -22,6 +22,7 @@ from transformers import (
     HfArgumentParser,
     LlamaConfig,
     PretrainedConfig,
+    PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
@@ -85,9 +86,7 @@ def train(argv: list[str]) -> None:
     arguments.remove_unused_columns = False
     set_seed(arguments.seed)
 
-    target = AutoModelForCausalLM.from_pretrained(
-        drafter_args.target, dtype=torch.bfloat16 if arguments.bf16 else None
-    ).to(arguments.device)
+    target = load_target(drafter_args.target, arguments)
     window = max(data.prefix_tokens) + data.continuation_tokens
     _check_window(window, target.config, data, objective)
     drafter = make_drafter(drafter_args, target.config, window)
@@ -169,6 +168,24 @@ def with_config(argv: list[str]) -> list[str]:
             values = value if isinstance(value, list) else [value]
             found += [f"--{key}", *map(str, values)]
     return found + rest
+
+
+def load_target(folder: str, arguments: TrainingArguments) -> PreTrainedModel:
+    """On the device that trains, in bfloat16 if that is what it trains in.
+
+    Raises:
+        ConfigurationError: there is no such model.
+    """
+    try:
+        target = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16 if arguments.bf16 else None
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"--target {folder!r} cannot be loaded ({error}); give the folder of a "
+            "causal language model, or its name on the hub"
+        ) from error
+    return target.to(arguments.device)
 
 
 def make_drafter(

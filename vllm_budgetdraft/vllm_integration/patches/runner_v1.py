@@ -82,6 +82,30 @@ def apply(proposer_class: type) -> None:
 
         return _calc_spec_decode_metadata
 
+    def keep_noise_while_prefilling(original: Callable) -> Callable:
+        """Symptom: on a CPU, a request with a seed whose prompt is prefilled in parts
+        ends the engine ("CPU Generator does not use offset").
+
+        Reason: what is sampled before a prompt's end is thrown away, and its noise
+        taken back by a call that only CUDA's generators have. Such rows now sample
+        without their generators. Remove when vLLM takes noise back on a CPU.
+        """
+
+        def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+            hidden: dict[int, Any] = {}
+            generators = self.input_batch.generators
+            if generators and ours(self) and self.device.type == "cpu":
+                prefills = self.discard_request_mask.np
+                hidden = {row: generators[row] for row in generators if prefills[row]}
+            for row in hidden:
+                del generators[row]
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                generators.update(hidden)
+
+        return sample_tokens
+
     def build_every_processor(original: Callable) -> Callable:
         """Symptom, reason and removal: see ``rejection_sampler._apply_logit_bias``."""
         from vllm.v1.sample.logits_processor import (
@@ -150,6 +174,7 @@ def apply(proposer_class: type) -> None:
     wrap_method(GPUModelRunner, "_input_fits_in_drafter", per_request_limit)
     wrap_method(GPUModelRunner, "profile_run", profile_drafter)
     wrap_method(GPUModelRunner, "_sample", sample_without_drafts)
+    wrap_method(GPUModelRunner, "sample_tokens", keep_noise_while_prefilling)
     wrap_method(GPUModelRunner, "_calc_spec_decode_metadata", prepare_without_drafts)
     wrap_method(gpu_model_runner, "build_logitsprocs", build_every_processor)
     rejection_sampler.apply()
