@@ -263,16 +263,8 @@ def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) 
             "after how many steps to stop"
         )
     windows_per_step = _windows_per_step(arguments)
-    texts = None
-    if data.texts:
-        texts = read_texts(
-            data.texts,
-            tokenizer,
-            column=data.text_column,
-            unwraps_lines=data.unwrap_lines,
-        )
     return TokenWindows(
-        texts,
+        _texts(data.texts, data, tokenizer) if data.texts else None,
         read_continuations(data.continuations) if data.continuations else None,
         prefix_tokens=data.prefix_tokens,
         continuation_tokens=data.continuation_tokens,
@@ -280,6 +272,15 @@ def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) 
         windows_per_step=windows_per_step,
         num_windows=windows_per_step * arguments.max_steps,
         seed=arguments.data_seed or arguments.seed,
+    )
+
+
+def _texts(sources: list[str], data: DataArguments, tokenizer: Any) -> Any:
+    return read_texts(
+        sources,
+        tokenizer,
+        column=data.text_column,
+        unwraps_lines=data.unwrap_lines,
     )
 
 
@@ -327,15 +328,9 @@ def _held_out(
         raise ConfigurationError(
             "eval_strategy is set, but eval_texts is not; give held-out texts"
         )
-    texts = read_texts(
-        acceptance.eval_texts,
-        tokenizer,
-        column=data.text_column,
-        unwraps_lines=data.unwrap_lines,
-    )
     return HeldOutAcceptance(
         target,
-        texts,
+        _texts(acceptance.eval_texts, data, tokenizer),
         contexts=acceptance.eval_contexts,
         budgets=acceptance.eval_budgets,
         temperatures=acceptance.eval_temperatures,
