@@ -152,9 +152,9 @@ class BudgetDraftConfig(EvictionSettings):
         "auto",
         description="How the drafter reads a prompt: in full, keeping the budget in "
         "the end, or streaming, keeping the budget after every chunk, so that time is "
-        "linear in the prompt and memory does not depend on it; auto is what the "
-        "drafter was trained with, else streaming for cache_relative positions, which "
-        "need it for long prompts, and full for absolute ones.",
+        "linear in the prompt and memory does not depend on it; auto is streaming "
+        "for cache_relative positions, which need it for long prompts, and for "
+        "absolute ones what the drafter was trained with, else full.",
     )
     draft_prefill_chunk: int = Field(
         4096,

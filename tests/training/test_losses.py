@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.support import models
+from vllm_budgetdraft.training.arguments import ObjectiveArguments
 from vllm_budgetdraft.training.losses import (
-    ObjectiveSettings,
     multi_view_loss,
     view_losses,
 )
@@ -60,7 +60,7 @@ def loss_and_gradients(teacher, settings, chunk_tokens, hidden=None):
 @pytest.mark.parametrize("position_weights", POSITION_WEIGHTS)
 @pytest.mark.parametrize("objective", ["ce", *OBJECTIVES])
 def test_in_chunks_it_is_the_same(objective, position_weights, teacher):
-    settings = ObjectiveSettings(objective, position_weights, draft_tokens=4)
+    settings = ObjectiveArguments(objective, position_weights, draft_tokens=4)
     whole = loss_and_gradients(teacher, settings, 0)
     for chunk_tokens in (4, 16, 1000):
         for found, expected in zip(
@@ -70,7 +70,7 @@ def test_in_chunks_it_is_the_same(objective, position_weights, teacher):
 
 
 def test_it_is_the_weighted_sum_of_the_views_means_over_what_counts():
-    settings = ObjectiveSettings("kl")
+    settings = ObjectiveArguments("kl")
     teacher, hidden = live(), random(VIEWS, POSITIONS, WIDTH)
     head = random(VOCABULARY, WIDTH, seed=1)
     counted = torch.zeros(POSITIONS, dtype=torch.bool)
@@ -95,7 +95,7 @@ def test_agreements_and_acceptances_are_shares_of_what_counts():
         teacher,
         counted,
         torch.ones(1),
-        ObjectiveSettings("tv"),
+        ObjectiveArguments("tv"),
         0,
     )
     assert means.agreements.tolist() == [0.5]
@@ -111,7 +111,7 @@ def test_nothing_that_counts_is_no_loss():
         live(),
         counted,
         WEIGHTS,
-        ObjectiveSettings("kl"),
+        ObjectiveArguments("kl"),
         8,
     )
     loss.backward()
@@ -120,7 +120,7 @@ def test_nothing_that_counts_is_no_loss():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_bfloat16_logits_have_a_float32_loss(objective):
-    settings = ObjectiveSettings(objective)
+    settings = ObjectiveArguments(objective)
     logits = random(1, POSITIONS, VOCABULARY).bfloat16()
     rows, counted = slice(0, POSITIONS), torch.ones(POSITIONS, dtype=torch.bool)
     found = view_losses(logits, live(), rows, counted, settings)
@@ -133,7 +133,7 @@ def test_weights_of_a_draft_fall_or_follow_what_the_drafter_knows():
     hidden, teacher = random(1, POSITIONS, WIDTH), live()
     logits = hidden @ random(VOCABULARY, WIDTH, seed=1).T
     counted = torch.ones(POSITIONS, dtype=torch.bool)
-    uniform = ObjectiveSettings("ce", draft_tokens=4)
+    uniform = ObjectiveArguments("ce", draft_tokens=4)
 
     def loss(settings, *places):
         only = torch.zeros(POSITIONS, dtype=torch.bool)
@@ -141,7 +141,7 @@ def test_weights_of_a_draft_fall_or_follow_what_the_drafter_knows():
         rows = slice(0, POSITIONS)
         return view_losses(logits, teacher, rows, only & counted, settings)[0].item()
 
-    decay = replace(uniform, position_weights="decay", decay=0.5)
+    decay = replace(uniform, position_weights="decay", position_decay=0.5)
     ratios = [loss(decay, i) / loss(uniform, i) for i in range(8)]
     assert ratios[:4] == pytest.approx([r / 0.46875 for r in (1, 0.5, 0.25, 0.125)])
     assert ratios[4:] == pytest.approx(ratios[:4])

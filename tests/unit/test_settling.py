@@ -8,10 +8,12 @@ from vllm_budgetdraft.drafter.configuration import settle
 from vllm_budgetdraft.errors import ConfigurationError
 
 
-def settled(recorded=None, native=512, max_model_len=4096, **settings):
+def settled(recorded=None, prefill=None, native=512, max_model_len=4096, **settings):
     drafter = models.llama(max_position_embeddings=native)
     if recorded is not None:
         drafter.budgetdraft = {"position_mode": recorded, "budgets": [64]}
+        if prefill is not None:
+            drafter.budgetdraft["draft_prefill"] = prefill
     config = BudgetDraftConfig(
         **{
             "model": "drafter",
@@ -30,6 +32,15 @@ def test_positions_are_absolute_unless_the_drafter_or_the_user_says_otherwise():
     assert settled(recorded="absolute") == ("absolute", "full")
     assert settled(recorded="cache_relative") == ("cache_relative", "streaming")
     assert settled(position_mode="cache_relative") == ("cache_relative", "streaming")
+
+
+@pytest.mark.parametrize("trained", ["full", "streaming"])
+def test_prompts_are_read_as_in_training_where_any_length_can_be(trained):
+    assert settled(recorded="absolute", prefill=trained)[1] == trained
+    assert settled(recorded="cache_relative", prefill=trained)[1] == "streaming"
+    asked = {"draft_prefill": "full" if trained == "streaming" else "streaming"}
+    found = settled(recorded="absolute", prefill=trained, **asked)[1]
+    assert found == asked["draft_prefill"]
 
 
 def test_what_agrees_is_no_conflict():

@@ -103,8 +103,9 @@ def settle(
         )
     prefill = config.draft_prefill
     if prefill == "auto":
-        usual = "streaming" if mode == "cache_relative" else "full"
-        prefill = trained.get("draft_prefill", usual)
+        prefill = trained.get("draft_prefill", "full")
+        if mode == "cache_relative":  # whose range a whole prompt may exceed
+            prefill = "streaming"
     config = config.model_copy(update={"position_mode": mode, "draft_prefill": prefill})
     if mode == "cache_relative":
         native = drafter.max_position_embeddings

@@ -1,13 +1,13 @@
 """The loss of several views of the same positions, a piece of the logits at a time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_budgetdraft.training.arguments import ObjectiveArguments
 from vllm_budgetdraft.training.objectives import (
     IGNORED,
     OBJECTIVES,
@@ -17,25 +17,6 @@ from vllm_budgetdraft.training.objectives import (
     dpace_weights,
 )
 from vllm_budgetdraft.training.teacher import Teacher
-
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """What is compared, and how much each position of a draft counts.
-
-    Attributes:
-        objective: "ce", or one of ``OBJECTIVES``.
-        position_weights: "uniform", "decay" or "dpace".
-        draft_tokens: positions of a draft; continuations are cut into as many.
-        decay: of "decay".
-        smoothing: of "dpace".
-    """
-
-    objective: str = "ce"
-    position_weights: str = "uniform"
-    draft_tokens: int = 8
-    decay: float = 0.8
-    smoothing: float = 0.5
 
 
 class ViewMeans(NamedTuple):
@@ -57,7 +38,7 @@ def view_losses(
     teacher: Teacher,
     rows: slice,
     counted: Tensor,
-    settings: ObjectiveSettings,
+    settings: ObjectiveArguments,
 ) -> Tensor:
     """Sums over some positions.
 
@@ -89,16 +70,16 @@ def view_losses(
 
 
 def _position_weights(
-    log_q: Tensor, labels: Tensor, settings: ObjectiveSettings
+    log_q: Tensor, labels: Tensor, settings: ObjectiveArguments
 ) -> Tensor:
     """[V, n], of positions that begin with a draft's first."""
     block = settings.draft_tokens
     if settings.position_weights == "decay":
-        weights = decayed_weights(block, settings.decay).to(log_q)
+        weights = decayed_weights(block, settings.position_decay).to(log_q)
         return weights.repeat(log_q.shape[1] // block)
     known = labels.clamp_min(0)[..., None]
     probabilities = log_q.detach().gather(-1, known).exp().unflatten(1, (-1, block))
-    return dpace_weights(probabilities.squeeze(-1), settings.smoothing).flatten(1)
+    return dpace_weights(probabilities.squeeze(-1), settings.dpace_smoothing).flatten(1)
 
 
 def multi_view_loss(
@@ -107,7 +88,7 @@ def multi_view_loss(
     teacher: Teacher,
     counted: Tensor,
     view_weights: Tensor,
-    settings: ObjectiveSettings,
+    settings: ObjectiveArguments,
     chunk_tokens: int,
 ) -> tuple[Tensor, ViewMeans]:
     """Weighted sum over views of the mean loss over positions.

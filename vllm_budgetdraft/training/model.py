@@ -12,7 +12,7 @@ from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.arguments import ObjectiveArguments, ViewArguments
-from vllm_budgetdraft.training.losses import ObjectiveSettings, multi_view_loss
+from vllm_budgetdraft.training.losses import multi_view_loss
 from vllm_budgetdraft.training.teacher import (
     LiveTeacher,
     StoredTeacher,
@@ -55,15 +55,7 @@ class MultiViewModel(nn.Module):
         self._target = (target.eval().requires_grad_(False),)
         self._cache = cache
         self._views = views
-        self._objective = ObjectiveSettings(
-            objective.objective,
-            objective.position_weights,
-            objective.draft_tokens,
-            objective.position_decay,
-            objective.dpace_smoothing,
-        )
-        self._loss_chunk_tokens = objective.loss_chunk_tokens
-        self._asks = objective.teacher == "live"
+        self._objective = objective
         self._policy = make_policy(eviction)
         self._checkpoints = False
         self.metrics: dict[str, float] = {}
@@ -91,7 +83,9 @@ class MultiViewModel(nn.Module):
             ``loss``, a scalar. A view whose budget holds the prefix adds nothing.
         """
         needs_labels_only = self._objective.objective == "ce"
-        is_enough = needs_labels_only or (top_ids is not None and not self._asks)
+        is_enough = needs_labels_only or (
+            top_ids is not None and self._objective.teacher == "stored"
+        )
         teacher: Teacher
         if next_ids is not None and is_enough:
             tops = (
@@ -118,7 +112,7 @@ class MultiViewModel(nn.Module):
             counted.flatten(),
             weights,
             self._objective,
-            self._loss_chunk_tokens,
+            self._objective.loss_chunk_tokens,
         )
         self.metrics = {
             f"{metric}_{view}": value
