@@ -13,7 +13,9 @@ held-out books, on meetings, and on lists of facts that are asked for again.
         --held-out books='books/validation.jsonl.xz' meetings='qmsum/test.jsonl.xz' \
         --output benchmarks/results/training-ablation
 
-A few hours on 2 CPU cores; it goes on where it stopped.
+A few hours on 2 CPU cores; it goes on where it stopped. Several processes with different
+``--arms`` may share the folders. ``--drafter models/books-9m-drafter`` asks the same of
+a drafter that is trained already.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -102,17 +105,17 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--max-arms", type=int, default=len(ARMS))
+    parser.add_argument("--arms", nargs="+", default=["*"], metavar="PATTERN")
     parser.add_argument("--work", default="ablation", help="folder of the drafters")
     args = parser.parse_args()
 
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     held_out: dict[str, HeldOutAcceptance] = {}
-    for arm in [None, *ARMS[: args.max_arms]]:
+    for arm in [None, *ARMS]:
         name = arm.name if arm else "before"
         path = output / f"{name}.json"
-        if path.is_file():
+        if path.is_file() or not any(fnmatch(name, each) for each in args.arms):
             continue
         begun = provenance.collect(vars(args))
         start = time.perf_counter()
