@@ -13,9 +13,9 @@ held-out books, on meetings, and on lists of facts that are asked for again.
         --held-out books='books/validation.jsonl.xz' meetings='qmsum/test.jsonl.xz' \
         --output benchmarks/results/training-ablation
 
-A few hours on 2 CPU cores; it goes on where it stopped. Several processes with different
-``--arms`` may share the folders. ``--drafter models/books-9m-drafter`` asks the same of
-a drafter that is trained already.
+A few hours on 2 CPU cores; it goes on where it stopped. Several processes with
+different ``--arms`` may share the folders. ``--drafter models/books-9m-drafter`` asks
+the same of a drafter that is trained already.
 """
 
 import argparse
