@@ -210,6 +210,23 @@ def test_every_kind_of_run_runs_and_serving_is_told(inputs, tmp_path, more):
         assert not any("budget" in key for key in entry)
 
 
+@pytest.mark.parametrize(
+    ("mode", "native"), [("absolute", 64), ("cache_relative", 48)]
+)
+def test_a_drafter_is_made_for_the_positions_it_was_trained_on(
+    inputs, tmp_path, mode, native
+):
+    """Windows are of 64 tokens; relative to the cache, positions stay within it."""
+    vocab_size = load_drafter(inputs / "target", max_positions=1).config.vocab_size
+    config = models.llama(vocab_size=vocab_size, max_position_embeddings=48)
+    own = models.write_model(tmp_path / "own", config)
+    more = ("--drafter", str(own), "--position_mode", mode)
+    streams = ("--draft_prefill", "streaming")
+    train(inputs, tmp_path / "run", *more, *streams, steps=1)
+    config = load_drafter(tmp_path / "run", max_positions=1).config
+    assert config.max_position_embeddings == native
+
+
 def test_a_second_run_on_the_same_windows_need_not_ask_the_target(
     inputs, tmp_path, monkeypatch
 ):
@@ -381,3 +398,5 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
     same_weights(tmp_path / "checkpoint-2", tmp_path / "checkpoint-1")
     weights = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
+    train(inputs, tmp_path, "--resume_from_checkpoint", "true", steps=4)
+    assert history(tmp_path / "checkpoint-4")[-1]["skipped_steps"] == 1

@@ -90,6 +90,9 @@ def train(argv: list[str]) -> None:
     window = max(data.prefix_tokens) + data.continuation_tokens
     _check_window(window, target.config, data, objective)
     drafter = make_drafter(drafter_args, target.config, window)
+    if views.position_mode == "absolute":  # positions of the whole window are learnt
+        native = drafter.config.max_position_embeddings
+        drafter.config.max_position_embeddings = max(native, window)
     drafter.config.budgetdraft = {
         "target": Path(drafter_args.target).name,
         "budgets": views.budgets,

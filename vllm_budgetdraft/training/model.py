@@ -12,7 +12,7 @@ from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.arguments import ObjectiveArguments, ViewArguments
-from vllm_budgetdraft.training.losses import multi_view_loss
+from vllm_budgetdraft.training.losses import ViewMeans, multi_view_loss
 from vllm_budgetdraft.training.teacher import (
     LiveTeacher,
     StoredTeacher,
@@ -25,11 +25,7 @@ from vllm_budgetdraft.training.views import PrefixViews, View, continuation_hidd
 
 
 class MultiViewModel(nn.Module):
-    """The drafter's loss on a full view and sparse views of the same window.
-
-    Attributes:
-        metrics: of the last window, by name.
-    """
+    """The drafter's loss on a full view and sparse views of the same window."""
 
     def __init__(
         self,
@@ -58,7 +54,19 @@ class MultiViewModel(nn.Module):
         self._objective = objective
         self._policy = make_policy(eviction)
         self._checkpoints = False
-        self.metrics: dict[str, float] = {}
+        self._last: tuple[list[str], ViewMeans] | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last windows, by name; waits for the device."""
+        if self._last is None:
+            return {}
+        names, means = self._last
+        return {
+            f"{metric}_{view}": value
+            for metric, values in means._asdict().items()
+            for view, value in zip(names, values.tolist(), strict=True)
+        }
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """As ``Trainer`` asks for it with ``gradient_checkpointing``."""
@@ -114,11 +122,7 @@ class MultiViewModel(nn.Module):
             self._objective,
             self._objective.loss_chunk_tokens,
         )
-        self.metrics = {
-            f"{metric}_{view}": value
-            for metric, values in means._asdict().items()
-            for view, value in zip(names, values.tolist(), strict=True)
-        }
+        self._last = names, means
         return {"loss": loss}
 
     def _target_hidden(

@@ -15,6 +15,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
@@ -112,11 +113,27 @@ class DrafterTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-class SkipBadSteps(TrainerCallback):
-    """Leaves out a step whose gradients are not finite, says so, and counts it."""
+class SkipBadSteps(TrainerCallback, ExportableState):
+    """Leaves out a step whose gradients are not finite, says so, and counts it.
+
+    Checkpoints keep the count.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"count": self.count}}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        stored = state.stateful_callbacks[type(self).__name__]
+        self.count = stored["attributes"]["count"]
 
     def on_pre_optimizer_step(
         self,
