@@ -210,9 +210,7 @@ def test_every_kind_of_run_runs_and_serving_is_told(inputs, tmp_path, more):
         assert not any("budget" in key for key in entry)
 
 
-@pytest.mark.parametrize(
-    ("mode", "native"), [("absolute", 64), ("cache_relative", 48)]
-)
+@pytest.mark.parametrize(("mode", "native"), [("absolute", 64), ("cache_relative", 48)])
 def test_a_drafter_is_made_for_the_positions_it_was_trained_on(
     inputs, tmp_path, mode, native
 ):

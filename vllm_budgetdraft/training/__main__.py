@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
+from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.drafter.configuration import check_vocabulary
 from vllm_budgetdraft.drafter.modeling import Drafter, initialise
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
@@ -84,6 +84,7 @@ def train(argv: list[str]) -> None:
     eviction = EvictionSettings(**dataclasses.asdict(eviction_args))
     # Windows have columns that no model's signature names.
     arguments.remove_unused_columns = False
+    arguments.ddp_find_unused_parameters = False
     set_seed(arguments.seed)
 
     target = load_target(drafter_args.target, arguments)
@@ -135,11 +136,9 @@ def train(argv: list[str]) -> None:
         measure=held_out.measure if held_out else None,
     )
     trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    output = Path(arguments.output_dir)
+    trainer.save_drafter(output)
     if trainer.is_world_process_zero():
-        output = Path(arguments.output_dir)
-        save_drafter(drafter, output, tokenizer_from=drafter_args.target)
-        for name, text in run_files.items():
-            (output / name).write_text(text, encoding="utf-8")
         card = model_card(drafter, options | run, trainer.state)
         (output / "README.md").write_text(card, encoding="utf-8")
 

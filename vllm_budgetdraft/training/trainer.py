@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     Trainer,
@@ -54,7 +56,7 @@ class DrafterTrainer(Trainer):
         assert self._measure is not None
         metrics: dict[str, float] = {}
         folder = Path(self.args.output_dir) / "being_evaluated"
-        self.save_model(str(folder), _internal_call=True)
+        self.save_drafter(folder)
         if self.is_world_process_zero():
             metrics = self._measure(folder)
             shutil.rmtree(folder)
@@ -85,14 +87,21 @@ class DrafterTrainer(Trainer):
                 "--resume_from_checkpoint true, or keep fewer with --save_total_limit"
             ) from error
 
+    def save_drafter(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """The drafter as it is served; every rank calls this, the first one writes."""
+        state = self.accelerator.get_state_dict(self.model)
+        if self.is_world_process_zero():
+            self._write(folder, state, dtype)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = state_dict or self.model.state_dict()
+        self._write(folder, state_dict or self.model.state_dict(), torch.float32)
+
+    def _write(self, folder: Path, state: dict[str, Any], dtype: torch.dtype) -> None:
         save_drafter(
             self.model.drafter,
             folder,
-            dtype=torch.float32,
+            dtype=dtype,
             tokenizer_from=self._tokenizer_from,
             state={name.removeprefix("drafter."): x for name, x in state.items()},
         )
@@ -102,6 +111,9 @@ class DrafterTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: Any = None
     ) -> None:
+        if self.is_fsdp_enabled:  # whose checkpoints have a file of their own
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         drafter = (model or self.model).drafter
         stored = load_drafter(
             resume_from_checkpoint, max_positions=drafter.rotary_table.shape[1]
@@ -142,8 +154,7 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = gradient_norm(kwargs["model"])
         if torch.isfinite(norm):
             return
         kwargs["optimizer"].zero_grad(set_to_none=True)  # which then leaves all as is
@@ -154,6 +165,16 @@ class SkipBadSteps(TrainerCallback, ExportableState):
             norm.item(),
             self.count,
         )
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Of every rank's gradients together, summed: finite on all ranks or on none."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    own = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norm = torch.nn.utils.get_total_norm(own)
+    if torch.distributed.is_initialized():  # FSDP's ranks hold different parts
+        torch.distributed.all_reduce(norm)
+    return norm
 
 
 def last_checkpoint(output: Path) -> Path | None:
