@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     _add_demo(commands)
     _add_train(commands)
     _add_generate(commands)
+    _add_pad_target(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -83,6 +84,25 @@ def _add_generate(commands) -> None:  # type: ignore[no-untyped-def]
     )
     generation.add_arguments(generate)
     generate.set_defaults(run=generation.run, takes_rest=False)
+
+
+def _add_pad_target(commands) -> None:  # type: ignore[no-untyped-def]
+    pad = commands.add_parser(
+        "pad-target",
+        help="grow a small Llama into a larger one with the same logits, to measure "
+        "speed at its cost",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    pad.add_argument("--target", default=str(MODELS / "books-9m"))
+    pad.add_argument("--size", choices=["150m", "1b", "7b"], default="150m")
+    pad.add_argument("--output", required=True, metavar="FOLDER")
+    pad.set_defaults(run=_pad_target, takes_rest=False)
+
+
+def _pad_target(args: Namespace) -> None:
+    from vllm_budgetdraft.evaluation.cost_padding import run
+
+    run(args)
 
 
 def _train(args: Namespace) -> None:

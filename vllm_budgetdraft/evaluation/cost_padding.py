@@ -1,0 +1,153 @@
+"""A larger Llama that computes what a small one computes, at its own cost.
+
+Where no large pretrained model is at hand, real text and real acceptance come from a
+small trained target, and time and memory from its padded twin: every matrix is really
+multiplied, every key really stored. Results made with one must say so.
+"""
+
+import copy
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+)
+
+from vllm_budgetdraft.errors import ConfigurationError
+
+
+class Shape(NamedTuple):
+    """What is grown.
+
+    Attributes:
+        width_factor: hidden_size over the small model's.
+    """
+
+    width_factor: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+#: Of ``models/books-9m``, whose width is 320 and whose heads are of 64.
+SHAPES = {
+    "150m": Shape(4, 8, 20, 20, 3456),
+    "1b": Shape(6, 24, 30, 10, 5376),
+    "7b": Shape(12, 36, 60, 60, 10752),
+}
+
+
+def run(args: Namespace) -> None:
+    """``budgetdraft pad-target``."""
+    small = AutoModelForCausalLM.from_pretrained(args.target, dtype="auto")
+    grown = pad(small, SHAPES[args.size])
+    grown.config.cost_padded = {"from": Path(args.target).name, "to": args.size}
+    grown.save_pretrained(args.output)
+    AutoTokenizer.from_pretrained(args.target).save_pretrained(args.output)
+    count = sum(parameter.numel() for parameter in grown.parameters())
+    print(
+        f"{args.output}: {count / 1e6:,.0f} M parameters, the logits of {args.target}"
+    )
+
+
+@torch.no_grad()
+def pad(small: PreTrainedModel, shape: Shape) -> PreTrainedModel:
+    """A Llama of the given shape with the logits of ``small``.
+
+    The residual stream holds ``width_factor`` copies of the small one, all written and
+    the first one read: their mean square, and so each RMSNorm, is the small model's to
+    the bit, as with zeros instead it is not. Heads and neurons that are added are
+    random, and nothing reads them; layers that are added write nothing.
+
+    Raises:
+        ConfigurationError: no Llama, or one that does not fit into the shape.
+    """
+    config = _grown_config(small.config, shape)
+    grown = AutoModelForCausalLM.from_config(config, dtype=small.dtype)
+    factor = shape.width_factor
+    theirs, ours = small.model, grown.model
+    ours.embed_tokens.weight.copy_(theirs.embed_tokens.weight.repeat(1, factor))
+    ours.norm.weight.copy_(theirs.norm.weight.repeat(factor))
+    grown.lm_head.weight.zero_()
+    _read(grown.lm_head.weight, small.lm_head.weight)
+    for layer in ours.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    for layer, old in zip(ours.layers, theirs.layers, strict=False):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm, old_norm = getattr(layer, name), getattr(old, name)
+            norm.weight.copy_(old_norm.weight.repeat(factor))
+        heads, old_heads = (
+            (c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads)
+            for c in (config, small.config)
+        )
+        for name in ("q_proj", "k_proj", "v_proj"):
+            new, own = (getattr(each.self_attn, name).weight for each in (layer, old))
+            group, old_group = (heads[1], old_heads[1]) if name == "q_proj" else (1, 1)
+            _read(
+                new.view(heads[0], group, -1, new.shape[1])[: old_heads[0], :old_group],
+                own.view(old_heads[0], old_group, -1, own.shape[1]),
+            )
+        new, own = layer.self_attn.o_proj.weight, old.self_attn.o_proj.weight
+        new = new.view(factor, own.shape[0], *heads, -1)
+        new[:, :, : old_heads[0], : old_heads[1]] = own.view(len(own), *old_heads, -1)
+        for name in ("gate_proj", "up_proj"):
+            new, own = (getattr(each.mlp, name).weight for each in (layer, old))
+            _read(new[: len(own)], own)
+        new, own = layer.mlp.down_proj.weight, old.mlp.down_proj.weight
+        new.view(factor, len(own), -1)[..., : own.shape[1]] = own
+    return grown
+
+
+def _read(new: Tensor, old: Tensor) -> None:
+    """Rows that read the first copy of the residual stream, and no other."""
+    new.zero_()
+    new[..., : old.shape[-1]] = old
+
+
+def _grown_config(small: Any, shape: Shape) -> LlamaConfig:
+    if small.model_type != "llama" or small.attention_bias or small.mlp_bias:
+        raise ConfigurationError(
+            f"a {small.model_type} with attention_bias="
+            f"{getattr(small, 'attention_bias', None)} cannot be padded; use a Llama "
+            "without biases"
+        )
+    ratios = "attention heads per KV head"
+    sizes = {
+        name: (getattr(small, name), getattr(shape, name))
+        for name in shape._fields
+        if name != "width_factor"
+    } | {
+        ratios: tuple(
+            each.num_attention_heads // each.num_key_value_heads
+            for each in (small, shape)
+        )
+    }
+    for name, (old, new) in sizes.items():
+        if new < old:
+            raise ConfigurationError(
+                f"{name}: the model has {old}, the shape only {new}; choose a larger "
+                "shape"
+            )
+    if shape.num_attention_heads % shape.num_key_value_heads:
+        raise ConfigurationError(
+            f"{shape.num_attention_heads} attention heads cannot share "
+            f"{shape.num_key_value_heads} KV heads; choose a multiple"
+        )
+    config = copy.deepcopy(small)
+    config.update(
+        {name: new for name, (_, new) in sizes.items() if name != ratios}
+        | {
+            "hidden_size": shape.width_factor * small.hidden_size,
+            "head_dim": small.head_dim,
+            "tie_word_embeddings": False,
+        }
+    )
+    return config
