@@ -57,10 +57,13 @@ class Arm:
     objective: str
     data: tuple[str, ...]
     seed: int = 0
+    matches_temperature: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.views}-{self.objective}-{'+'.join(self.data)}-{self.seed}"
+        matched = "_matched" if self.matches_temperature else ""
+        data = "+".join(self.data)
+        return f"{self.views}-{self.objective}{matched}-{data}-{self.seed}"
 
 
 ON_POLICY, BOOKS = ("greedy", "sampled"), ("books",)
@@ -76,6 +79,8 @@ ARMS = [
     Arm("multi", "ce", BOOKS),
     Arm("multi", "lk_hybrid", BOOKS),
     Arm("full", "lk_hybrid", ON_POLICY),
+    Arm("multi", "kl", ON_POLICY, matches_temperature=True),
+    Arm("multi", "lk_hybrid", ON_POLICY, matches_temperature=True),
     *(
         Arm(views, objective, ON_POLICY, seed)
         for seed in (1, 2)
@@ -151,6 +156,7 @@ def train(arm: Arm, args: argparse.Namespace) -> Path:
         *("--target", args.target, "--drafter", args.drafter),
         *("--continuations", *(f"{args.data}/{name}" for name in arm.data)),
         *("--objective", arm.objective, *VIEWS[arm.views]),
+        *("--match_temperature", str(arm.matches_temperature)),
         *("--local_tokens", str(LOCAL_TOKENS)),
         *("--prefix_tokens", *map(str, args.prefix_tokens)),
         *("--continuation_tokens", "256"),

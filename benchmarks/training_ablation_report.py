@@ -51,7 +51,8 @@ def read(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
         name = "before"
         if arm:
             source = "books" if arm["data"] == ["books"] else "on-policy"
-            name = f"{arm['views']}, {arm['objective']}, {source}"
+            matched = " at its temperature" if arm.get("matches_temperature") else ""
+            name = f"{arm['views']}, {arm['objective']}, {source}{matched}"
         arms[name].append(document["results"])
     return dict(arms)
 

@@ -186,7 +186,11 @@ def _engine(args: Namespace, longest: int) -> Any:
                 prompt = prompt[:start]
             else:
                 written, positions = list(output.token_ids), output.logprobs
-            row = {"prompt": prompt, "continuation": written}
+            row = {
+                "prompt": prompt,
+                "continuation": written,
+                "temperature": 1.0 if args.teacher_forced else args.temperature,
+            }
             yield row | (_likeliest(positions, count) if count else {})
 
     return generate

@@ -89,6 +89,10 @@ def test_the_target_goes_on_greedily_and_its_likeliest_tokens_are_stored(
         torch.testing.assert_close(stored, log_p.gather(-1, ids), rtol=0, atol=1e-3)
 
 
+def test_every_row_says_at_which_temperature_it_was_written(greedy):
+    assert {row["temperature"] for row in rows(greedy)} == {0.0}
+
+
 def test_training_reads_them(greedy):
     windows = TokenWindows(
         None,

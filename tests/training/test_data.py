@@ -86,6 +86,11 @@ def test_all_windows_of_a_step_share_a_prefix_length_and_every_length_is_drawn(b
         assert batch["counted"].all()
 
 
+def test_where_a_temperature_is_unknown_it_is_1(books, written):
+    for dataset in (windows(books), windows(None, written)):
+        assert dataset[0]["temperatures"].tolist() == [1.0] * CONTINUATION
+
+
 def test_windows_are_pieces_of_the_texts_from_all_over_them(books, folder):
     lines = (folder / "books.jsonl").read_text().splitlines()
     texts = " ".join(json.loads(line)["text"] for line in lines)
@@ -179,6 +184,30 @@ def test_top_logprobs_are_read_where_every_source_has_them(folder):
     mixed = read_continuations([with_tops, str(folder / "plain.jsonl")])
     assert set(mixed.column_names) == {"prompt", "continuation"}
     assert len(mixed) == 4
+
+
+def test_each_position_has_the_temperature_that_it_was_written_at(tmp_path):
+    file = tmp_path / "written.jsonl"
+    given = [{**LONG, "temperature": 0.7}, {**SHORT, "temperature": 0.0}]
+    file.write_text("".join(json.dumps(record) + "\n" for record in given))
+    dataset = windows(None, read_continuations([str(file)]), prefix_tokens=[90])
+    together = [
+        temperature
+        for r, temperature in zip(PLAIN, (0.7, 0.0), strict=True)
+        for _ in r["prompt"] + r["continuation"]
+    ]
+    tokens = sum((r["prompt"] + r["continuation"] for r in PLAIN), [])
+    seen = set()
+    for window in dataset:
+        (start,) = [
+            start
+            for start in range(len(tokens))
+            if [tokens[(start + i) % 131] for i in range(102)] == whole(window)
+        ]
+        expected = [together[(start + 91 + i) % 131] for i in range(CONTINUATION)]
+        assert window["temperatures"].tolist() == pytest.approx(expected)
+        seen |= set(expected)
+    assert seen == {0.7, 0.0}
 
 
 def test_both_sources_are_drawn_but_never_within_a_step(books, written):

@@ -147,6 +147,53 @@ def test_weights_of_a_draft_fall_or_follow_what_the_drafter_knows():
     assert ratios[4:] == pytest.approx(ratios[:4])
 
 
+@pytest.mark.parametrize("kind", ["live", "stored"])
+def test_p_and_q_are_compared_at_the_temperature_of_the_text(kind):
+    temperatures = torch.tensor([0.0, 0.5, 1.0]).repeat(POSITIONS // 3)
+    logits = 2 * random(POSITIONS, VOCABULARY, seed=4)
+    log_p = logits.log_softmax(-1)
+    top = log_p.topk(VOCABULARY)
+    teacher = {
+        "live": LiveTeacher(logits, matrix(torch.eye(VOCABULARY)), temperatures),
+        "stored": StoredTeacher(
+            top.indices[:, 0], top.indices, top.values, temperatures
+        ),
+    }[kind]
+    hidden = random(1, POSITIONS, WIDTH)
+    head = random(VOCABULARY, WIDTH, seed=1)
+    counted = torch.ones(POSITIONS, dtype=torch.bool)
+    log_q = (hidden[0] @ head.T).log_softmax(-1)
+    greedy = -log_q.gather(-1, log_p.argmax(-1, keepdim=True))[:, 0]
+    for name, of_greedy in (("kl", greedy), ("lk_alpha", greedy)):
+        loss, _ = multi_view_loss(
+            hidden, head, teacher, counted, WEIGHTS[:1], ObjectiveArguments(name), 8
+        )
+        compare = OBJECTIVES[name]
+        halved = compare((2 * log_q).log_softmax(-1), (2 * log_p).log_softmax(-1))
+        expected = torch.stack([of_greedy, halved, compare(log_q, log_p)])
+        places = torch.arange(POSITIONS)
+        torch.testing.assert_close(loss, expected[places % 3, places].mean())
+
+
+def test_unknown_tokens_are_no_likelier_than_the_last_known_one():
+    log_p = (2 * random(POSITIONS, VOCABULARY, seed=4)).log_softmax(-1)
+    top = log_p.topk(6)
+
+    def stored_at(temperature: float) -> torch.Tensor:
+        temperatures = torch.full((POSITIONS,), temperature)
+        teacher = StoredTeacher(
+            top.indices[:, 0], top.indices, top.values, temperatures
+        )
+        return teacher.compare(slice(0, POSITIONS), log_p[None])[1]
+
+    torch.testing.assert_close(stored_at(1.0), top.values)
+    exact = (2 * log_p).log_softmax(-1).gather(-1, top.indices)
+    known = (2 * top.values).log_softmax(-1)
+    assert (stored_at(0.5) <= exact + 1e-5).all()
+    assert (stored_at(0.5) < known).all()
+    torch.testing.assert_close(stored_at(0.0)[:, 0], torch.zeros(POSITIONS))
+
+
 def test_a_live_teacher_is_the_target():
     config = models.llama(num_hidden_layers=2)
     target = models.random_model(config)

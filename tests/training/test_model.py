@@ -36,14 +36,22 @@ def target():
 
 
 def model_of(
-    drafter, target, objective="ce", cache=None, teacher="stored", **views
+    drafter,
+    target,
+    objective="ce",
+    cache=None,
+    teacher="stored",
+    match_temperature=True,
+    **views,
 ) -> MultiViewModel:
     views = {"budgets": [64], "budget_weights": [1.0], **views}
     return MultiViewModel(
         drafter,
         target,
         ViewArguments(**views),
-        ObjectiveArguments(objective=objective, teacher=teacher),
+        ObjectiveArguments(
+            objective=objective, teacher=teacher, match_temperature=match_temperature
+        ),
         EvictionSettings(),
         cache,
     )
@@ -153,6 +161,19 @@ def test_a_target_that_is_to_be_asked_is_asked(drafter, target):
     live = model_of(drafter, target, "kl", teacher="live")
     assert torch.equal(loss(live, **few), whole)
     assert abs(loss(model_of(drafter, target, "kl"), **few) - whole) > 0.01
+
+
+@pytest.mark.parametrize("teacher", ["stored", "live"])
+def test_greedy_text_is_learnt_by_its_labels_if_temperatures_are_to_match(
+    drafter, target, teacher
+):
+    known = stored(target, models.VOCAB_SIZE)
+    greedy = {"temperatures": torch.zeros(CONTINUATION.shape)}
+    by_label = loss(model_of(drafter, target, "ce"))
+    matched = model_of(drafter, target, "kl", teacher=teacher)
+    torch.testing.assert_close(loss(matched, **known, **greedy), by_label)
+    other = model_of(drafter, target, "kl", teacher=teacher, match_temperature=False)
+    assert torch.equal(loss(other, **known, **greedy), loss(other, **known))
 
 
 def cache_of(folder, **windows) -> TeacherCache:

@@ -133,6 +133,13 @@ class ObjectiveArguments:
             "windows: continuation_tokens x its hidden size x 2 bytes of each window."
         },
     )
+    match_temperature: bool = field(
+        default=True,
+        metadata={
+            "help": "Compare p and q at the temperature that a text was written at: "
+            "greedy text is then learnt as it was chosen, drawn text as it was drawn."
+        },
+    )
     loss_chunk_tokens: int = field(
         default=1024,
         metadata={"help": "Positions whose logits are held at once; 0 is all."},

@@ -131,8 +131,9 @@ def _encode(
 def read_continuations(sources: list[str]) -> Dataset:
     """What the target wrote: ``prompt`` and ``continuation`` of each row.
 
-    ``top_ids`` and ``top_logprobs``, where every source has them, are the likeliest
-    tokens at each position of the continuation, [len(continuation), n].
+    Where every source has them, ``top_ids`` and ``top_logprobs`` are the likeliest
+    tokens at each position of the continuation, [len(continuation), n], and
+    ``temperature`` is what it was written at.
 
     Raises:
         ConfigurationError: see ``open_source``; or a column is missing.
@@ -149,8 +150,8 @@ def read_continuations(sources: list[str]) -> Dataset:
         found.append(rows)
     shared = set.intersection(*(set(rows.column_names) for rows in found))
     wanted = {"prompt", "continuation"}
-    if {"top_ids", "top_logprobs"} <= shared:
-        wanted |= {"top_ids", "top_logprobs"}
+    for optional in ({"top_ids", "top_logprobs"}, {"temperature"}):
+        wanted |= optional if optional <= shared else set()
     return concatenate_datasets([rows.select_columns(sorted(wanted)) for rows in found])
 
 
@@ -207,6 +208,7 @@ class TokenWindows(torch.utils.data.Dataset):
         ``next_ids``: [C] int64, the next token, which the target wrote, or ``IGNORED``;
             not of texts.
         ``top_ids``, ``top_logprobs``: [C, n], of the next token, if they were stored.
+        ``temperatures``: [C] float32, at which it was drawn; 1 where that is unknown.
     """
 
     def __init__(
@@ -276,7 +278,8 @@ class TokenWindows(torch.utils.data.Dataset):
             row["input_ids"][part] for row, part in stream.pieces(start, start + length)
         ]
         return self._cut(np.concatenate(ids)) | {
-            "counted": torch.ones(self._continuation_tokens, dtype=torch.bool)
+            "counted": torch.ones(self._continuation_tokens, dtype=torch.bool),
+            "temperatures": torch.ones(self._continuation_tokens),
         }
 
     def _written_by_target(self, rng: Random, length: int) -> dict[str, Tensor]:
@@ -287,7 +290,7 @@ class TokenWindows(torch.utils.data.Dataset):
         index = int(rng.choice(enough if len(enough) else range(len(stream.lengths))))
         spare = max(0, int(self._written[index]) - self._continuation_tokens - 1)
         end = stream.end_of(index) - rng.randint(0, spare)
-        ids, written, tops = [], [], []
+        ids, written, temperatures, tops = [], [], [], []
         # One token more: the next one of the last.
         for row, part in stream.pieces(end - length - 1, end):
             prompt, continuation = row["prompt"], row["continuation"]
@@ -295,6 +298,8 @@ class TokenWindows(torch.utils.data.Dataset):
             written.append(
                 (np.arange(len(prompt) + len(continuation)) >= len(prompt))[part]
             )
+            temperature = np.float32(row.get("temperature", 1))
+            temperatures.append(np.full(part.stop - part.start, temperature))
             if "top_ids" in row:
                 tops.append(
                     [
@@ -307,6 +312,7 @@ class TokenWindows(torch.utils.data.Dataset):
         window = self._cut(tokens[:-1]) | {
             "counted": torch.from_numpy(counted),
             "next_ids": torch.from_numpy(np.where(counted, tokens[last], IGNORED)),
+            "temperatures": torch.from_numpy(np.concatenate(temperatures)[last]),
         }
         if tops:
             top_ids, top_logprobs = (

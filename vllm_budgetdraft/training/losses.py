@@ -52,7 +52,12 @@ def view_losses(
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     # In bfloat16 the softmax alone is a large part of an objective's gradient.
-    log_q = logits.to(wide).log_softmax(-1)
+    logits = logits.to(wide)
+    if teacher.temperatures is not None:
+        # Drafts are drawn at the same temperature. At 0 q would have no gradient.
+        temperatures = teacher.temperatures[rows, None]
+        logits = logits / temperatures.where(temperatures > 0, 1)
+    log_q = logits.log_softmax(-1)
     labels = teacher.labels(rows).where(counted, IGNORED)
     all_labels = labels.expand(log_q.shape[:-1])
     alphas = log_q.new_zeros(log_q.shape[:-1])

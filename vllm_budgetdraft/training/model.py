@@ -78,6 +78,7 @@ class MultiViewModel(nn.Module):
         prefix_ids: Tensor,
         continuation_ids: Tensor,
         counted: Tensor,
+        temperatures: Tensor | None = None,
         next_ids: Tensor | None = None,
         top_ids: Tensor | None = None,
         top_logprobs: Tensor | None = None,
@@ -94,16 +95,19 @@ class MultiViewModel(nn.Module):
         is_enough = needs_labels_only or (
             top_ids is not None and self._objective.teacher == "stored"
         )
+        drawn_at = None
+        if self._objective.match_temperature and not needs_labels_only:
+            drawn_at = temperatures if temperatures is None else temperatures.flatten()
         teacher: Teacher
         if next_ids is not None and is_enough:
-            tops = (
+            ids, logprobs = (
                 x if x is None else x.flatten(0, 1) for x in (top_ids, top_logprobs)
             )
-            teacher = StoredTeacher(next_ids.flatten(), *tops)
+            teacher = StoredTeacher(next_ids.flatten(), ids, logprobs, drawn_at)
         else:
             hidden = self._target_hidden(window, prefix_ids, continuation_ids)
             teacher = LiveTeacher(
-                hidden.flatten(0, 1), self._target[0].get_output_embeddings()
+                hidden.flatten(0, 1), self._target[0].get_output_embeddings(), drawn_at
             )
 
         views, names = self._views_of(prefix_ids)
