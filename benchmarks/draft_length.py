@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from vllm_budgetdraft.demo.comparison import EXCERPT, PAUSE_SECONDS, prepare_environment
+from vllm_budgetdraft.comparison.measure import PAUSE_SECONDS, prepare_environment
+from vllm_budgetdraft.comparison.prompts import EXCERPT
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.vllm_integration.engine_process import (
     BatchGeneration,

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from vllm_budgetdraft.demo.comparison import EXCERPT
+from vllm_budgetdraft.comparison.prompts import EXCERPT
 from vllm_budgetdraft.evaluation import provenance
 
 TARGET = "models/books-9m"

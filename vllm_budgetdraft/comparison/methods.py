@@ -1,0 +1,112 @@
+"""What a user of vLLM can choose, each as an engine and a setting of its requests."""
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_budgetdraft.errors import ConfigurationError
+
+PLAIN = "vllm"
+#: As ``--methods`` has them.
+KINDS = (PLAIN, "ngram", "suffix", "draft_model", "budgetdraft")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of a comparison.
+
+    Attributes:
+        num_speculative_tokens, kv_budget, eviction_policy: 0 or "" where a method has
+            none.
+        engine_args: of vLLM's ``LLM``, beside what all methods share.
+        extra_args: of its requests' ``SamplingParams``.
+    """
+
+    kind: str
+    num_speculative_tokens: int = 0
+    kv_budget: int = 0
+    eviction_policy: str = ""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    extra_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        parts = [self.kind, self.eviction_policy]
+        parts += [f"budget={self.kv_budget}"] if self.kv_budget else []
+        drafts = self.num_speculative_tokens
+        parts += [f"k={drafts}"] if drafts else []
+        return " ".join(filter(None, parts))
+
+
+def installed_kinds() -> list[str]:
+    has_suffix = importlib.util.find_spec("arctic_inference") is not None
+    return [kind for kind in KINDS if kind != "suffix" or has_suffix]
+
+
+def all_methods(
+    kinds: Iterable[str],
+    *,
+    drafter: str,
+    lengths: list[int],
+    budgets: list[int],
+    policies: list[str],
+) -> list[Method]:
+    """Plain vLLM first.
+
+    Raises:
+        ConfigurationError: an unknown kind, or one that is not installed.
+    """
+    found = [Method(PLAIN)]
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigurationError(
+                f"there is no method {kind!r}; choose from {', '.join(KINDS)}"
+            )
+        if kind not in installed_kinds():
+            raise ConfigurationError(
+                "vLLM's 'suffix' needs the package arctic-inference; install it, or "
+                "leave 'suffix' out of --methods"
+            )
+        if kind == "budgetdraft":
+            found += _budgetdraft(drafter, lengths, budgets, policies)
+        elif kind != PLAIN:
+            found += [_peer(kind, drafter, length) for length in lengths]
+    return found
+
+
+def _peer(kind: str, drafter: str, length: int) -> Method:
+    config: dict[str, Any] = {"method": kind, "num_speculative_tokens": length}
+    if kind == "ngram":
+        config |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    if kind == "draft_model":
+        config |= {"model": drafter}
+    return Method(kind, length, engine_args={"speculative_config": config})
+
+
+def _budgetdraft(
+    drafter: str, lengths: list[int], budgets: list[int], policies: list[str]
+) -> list[Method]:
+    """An engine for each policy and budget; its requests ask for the lengths."""
+    return [
+        Method(
+            "budgetdraft",
+            length,
+            budget,
+            policy,
+            engine_args={
+                "speculative_config": {
+                    "method": "budgetdraft",
+                    "model": drafter,
+                    "num_speculative_tokens": max(lengths),
+                    "kv_budget": budget,
+                    "eviction_policy": policy,
+                }
+            },
+            extra_args={"num_speculative_tokens": length},
+        )
+        for policy in policies
+        # What keeps everything has one budget only.
+        for budget in (budgets[-1:] if policy == "keep_all" else budgets)
+        for length in lengths
+    ]

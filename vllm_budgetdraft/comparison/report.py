@@ -1,0 +1,147 @@
+"""``budgetdraft report``: results as JSON, CSV, and a page that needs nothing else."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from vllm_budgetdraft.comparison.summary import best_lengths, to_csv
+from vllm_budgetdraft.errors import ConfigurationError
+
+RESULTS = "results.json"
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("results", nargs="+", help="folders of budgetdraft evaluate")
+    parser.add_argument("--output", required=True, metavar="FILE", help="an HTML page")
+
+
+def run(args: Namespace) -> None:
+    """Several runs on one page, each method named after its run.
+
+    Raises:
+        ConfigurationError: a folder has no results.
+    """
+    documents = {}
+    for folder in map(Path, args.results):
+        path = folder / RESULTS
+        if not path.is_file():
+            raise ConfigurationError(
+                f"{folder} has no {RESULTS}; give folders that budgetdraft evaluate "
+                "wrote to their end"
+            )
+        documents[folder.name] = json.loads(path.read_text(encoding="utf-8"))
+    Path(args.output).write_text(page(documents), encoding="utf-8")
+    print(f"Written to {args.output}.")
+
+
+def write(folder: Path, document: dict[str, Any]) -> None:
+    """results.json, results.csv and report.html."""
+    text = json.dumps(document, indent=1)
+    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+    rows = document["results"]
+    (folder / "results.csv").write_text(to_csv(rows), encoding="utf-8")
+    html = page({folder.name: document})
+    (folder / "report.html").write_text(html, encoding="utf-8")
+
+
+def page(documents: dict[str, dict[str, Any]]) -> str:
+    """
+    Args:
+        documents: what ``write`` takes, by the run's name.
+    """
+    import jinja2
+
+    from vllm_budgetdraft.comparison.figures import all_figures
+
+    rows = [
+        {
+            **row,
+            "task": f"{row['task']} ({name})" if len(documents) > 1 else row["task"],
+        }
+        for name, document in documents.items()
+        for row in document["results"]
+    ]
+    best = best_lengths(rows)
+    machine = next(iter(documents.values()))["provenance"]["machine"]
+    notes = [note for each in documents.values() for note in each["notes"]]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title="vLLM and its drafters: " + ", ".join(documents),
+        subtitle=f"{machine['gpu'] or machine['cpu']}, "
+        + ", ".join(each["provenance"]["time"][:10] for each in documents.values()),
+        tiles=_tiles(best),
+        notes=list(dict.fromkeys(notes)),
+        columns=[title for title, _ in COLUMNS],
+        table=_table(best),
+        figures=all_figures(rows, best),
+        provenance=json.dumps(
+            {name: each["provenance"] for name, each in documents.items()}, indent=1
+        ),
+    )
+
+
+def _tiles(best: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """BudgetDraft's speed-ups at the longest context."""
+    longest = max(row["context_tokens"] for row in best)
+    tiles = []
+    for task in dict.fromkeys(row["task"] for row in best):
+        ours = [
+            row
+            for row in best
+            if (row["kind"], row["task"]) == ("budgetdraft", task)
+            and row["context_tokens"] == longest
+        ]
+        if ours:
+            row = max(ours, key=lambda each: each["speedup"])
+            tiles.append(
+                {
+                    "value": f"{row['speedup']:.2f}x",
+                    "label": f"{task}, {longest:,} tokens, prompt included "
+                    f"({row['decode_speedup']:.2f}x after the first token)",
+                }
+            )
+    return tiles
+
+
+def _number(key: str, form: str) -> Any:
+    return lambda row: "" if row[key] is None else format(row[key], form)
+
+
+def _spread(key: str) -> Any:
+    return lambda row: (
+        f"{row[key]:.2f}x ({row[f'{key}_p20']:.2f}-{row[f'{key}_p80']:.2f})"
+    )
+
+
+COLUMNS = [
+    ("task", lambda row: row["task"]),
+    ("method", lambda row: row["method"]),
+    ("context", _number("context_tokens", ",")),
+    ("tok/s", _number("output_throughput", ".1f")),
+    ("speed-up", _spread("speedup")),
+    ("decode", _spread("decode_speedup")),
+    ("TTFT ms", _number("ttft_ms", ",.0f")),
+    ("TPOT ms", _number("tpot_ms", ".2f")),
+    ("acceptance", _number("acceptance_length", ".2f")),
+    ("distinct", _number("distinct_4grams", ".2f")),
+    ("same", lambda row: "yes" if row["output_identical"] == 1 else "NO"),
+    ("peak GiB", lambda row: f"{row['peak_memory_bytes'] / 2**30:.2f}"),
+]
+
+
+def _table(best: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = sorted(best, key=lambda row: (row["task"], row["context_tokens"]))
+    table = []
+    previous = None
+    for row in rows:
+        place = row["task"], row["context_tokens"]
+        classes = ["first"] if place != previous else []
+        classes += ["ours"] if row["kind"] == "budgetdraft" else []
+        cells = [of(row) for _, of in COLUMNS]
+        table.append({"classes": " ".join(classes), "cells": cells})
+        previous = place
+    return table

@@ -1,1 +1,0 @@
-"""``budgetdraft demo``: vLLM with and without BudgetDraft on pages of a novel."""
