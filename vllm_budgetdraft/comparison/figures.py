@@ -126,7 +126,11 @@ def _bars(rows: Rows, value: str) -> str:
 
 
 def _lines(rows: Rows, key: str, value: str, label: str) -> str:
-    """Of every method, or of every setting of it but ``key``."""
+    """Of every setting but ``key``; at the longest context, unless that is the key."""
+    if key != "context_tokens":
+        longest = max(row["context_tokens"] for row in rows)
+        rows = [row for row in rows if row["context_tokens"] == longest]
+        label += f", context {longest:,}"
 
     def draw(panel: Any, some: Rows) -> None:
         lines: dict[str, Rows] = {}

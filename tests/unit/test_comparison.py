@@ -1,0 +1,274 @@
+"""Methods, prompts, rounds and rows of a comparison; engines are not needed."""
+
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.support.books import write_books
+from tests.support.engines import TARGET
+from vllm_budgetdraft.comparison import methods as methods_module
+from vllm_budgetdraft.comparison.measure import RoundsFile, groups_of, measure
+from vllm_budgetdraft.comparison.methods import all_methods
+from vllm_budgetdraft.comparison.prompts import EXCERPT, Prompt, build_prompts
+from vllm_budgetdraft.comparison.summary import best_lengths, summarise, to_csv
+from vllm_budgetdraft.errors import ConfigurationError
+
+
+def methods_of(kinds=("ngram", "budgetdraft"), **changes):
+    given = {
+        "drafter": "drafter",
+        "lengths": [2, 4],
+        "budgets": [64, 256],
+        "policies": ["sink_window", "keep_all"],
+    }
+    return all_methods(kinds, **{**given, **changes})
+
+
+def test_every_method_comes_with_each_of_its_settings():
+    assert [method.name for method in methods_of()] == [
+        "vllm",
+        "ngram k=2",
+        "ngram k=4",
+        "budgetdraft sink_window budget=64 k=2",
+        "budgetdraft sink_window budget=64 k=4",
+        "budgetdraft sink_window budget=256 k=2",
+        "budgetdraft sink_window budget=256 k=4",
+        "budgetdraft keep_all budget=256 k=2",
+        "budgetdraft keep_all budget=256 k=4",
+    ]
+    *_, last = methods_of(["draft_model"])
+    config = last.engine_args["speculative_config"]
+    assert config["model"] == "drafter" and config["num_speculative_tokens"] == 4
+
+
+def test_draft_lengths_share_an_engine_of_ours_and_each_asks_for_its_own():
+    two, four = (m for m in methods_of(budgets=[64]) if m.eviction_policy == "keep_all")
+    assert two.engine_args == four.engine_args
+    assert two.engine_args["speculative_config"]["num_speculative_tokens"] == 4
+    assert two.extra_args == {"num_speculative_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("medusa", "there is no method 'medusa'"), ("suffix", "arctic-inference")],
+)
+def test_a_method_that_is_not_there_is_an_error(kind, message, monkeypatch):
+    monkeypatch.setattr(methods_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=message):
+        methods_of([kind])
+
+
+def test_groups_hold_so_many_engines_beside_plain_vllm():
+    groups = list(groups_of(methods_of(), 2))
+    assert [len(group) for group in groups] == [3, 5, 3]
+    assert all(group[0].name == "vllm" for group in groups)
+    assert [m for group in groups for m in group[1:]] == methods_of()[1:]
+    assert list(groups_of(methods_of([]), 3)) == [methods_of([])]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TARGET)
+
+
+def write_meetings(path: Path, num_words: int) -> str:
+    rows = [
+        {
+            "context": " ".join(f"w{i * j % 50}" for i in range(num_words)),
+            "input": f"question {j}",
+        }
+        for j in range(1, 5)
+    ]
+    with lzma.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+def test_prompts_have_exactly_their_length_and_differ(tokenizer, tmp_path):
+    write_books(tmp_path / "books.jsonl")
+    sources = {
+        "books": str(tmp_path / "books.jsonl"),
+        "summary": str(EXCERPT),
+        "qmsum": write_meetings(tmp_path / "meetings.jsonl.xz", 3000),
+    }
+    prompts = build_prompts(tokenizer, sources, lengths=[300, 400], count=3)
+    assert len(prompts) == 18
+    for prompt in prompts:
+        assert len(prompt.token_ids) == prompt.context_tokens
+    assert len({tuple(prompt.token_ids) for prompt in prompts}) == 18
+    assert prompts == build_prompts(tokenizer, sources, lengths=[300, 400], count=3)
+    by_task = {p.task: tokenizer.decode(p.token_ids) for p in prompts}
+    assert "question" in by_task["qmsum"] and by_task["qmsum"].endswith("Answer:")
+    assert by_task["summary"].endswith("Summary:")
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"poems": "x"}, "there is no task 'poems'"),
+        ({"books": "nowhere.jsonl"}, "names no file"),
+        ({"qmsum": "books.jsonl"}, "meetings have 'context'"),
+        ({"qmsum": "meetings.jsonl.xz"}, "has 0 meetings of 400 tokens"),
+        ({"books": "leaflets.jsonl"}, "no held-out text has more than"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    tokenizer, tmp_path, monkeypatch, sources, message
+):
+    monkeypatch.chdir(tmp_path)
+    write_books(tmp_path / "books.jsonl")
+    write_books(tmp_path / "leaflets.jsonl", num_words=10)
+    write_meetings(tmp_path / "meetings.jsonl.xz", 20)
+    with pytest.raises(ConfigurationError, match=message):
+        build_prompts(tokenizer, sources, lengths=[400], count=2)
+
+
+def test_a_prompt_without_room_for_its_instructions_is_refused(tokenizer):
+    with pytest.raises(ConfigurationError, match="no room"):
+        build_prompts(tokenizer, {"summary": str(EXCERPT)}, lengths=[10], count=1)
+
+
+def run_of(seconds: float, tokens: list[int], accepted: list[int]) -> dict:
+    return {
+        "seconds": seconds + 1,
+        "decode_seconds": seconds,
+        "token_ids": tokens,
+        "text": "",
+        "num_drafts": 4 if accepted else 0,
+        "accepted_per_position": accepted,
+    }
+
+
+def a_round(index: int, seconds: float, tokens: list[int]) -> dict:
+    plain, fast = "vllm", "ngram k=2"
+    engine = {"peak_memory_bytes": 5, "kv_cache_tokens": 7}
+    return {
+        "task": "books",
+        "context_tokens": 100,
+        "index": index,
+        "group": [plain, fast],
+        "runs": {
+            plain: run_of(10.0, list(range(21)), []),
+            fast: run_of(seconds, tokens, [4, 2]),
+        },
+        "profiles": {fast: {"draft": 1.0, "verify": 2.0, "rest": 1.0}},
+        "engines": {plain: engine, fast: engine},
+    }
+
+
+def rows_of(rounds: list[dict]) -> dict[str, dict]:
+    methods = methods_of(["ngram"], lengths=[2])
+    return {row["method"]: row for row in summarise(methods, rounds)}
+
+
+def test_rows_are_medians_of_pairs():
+    same = list(range(21))
+    rounds = [a_round(0, 5.0, same), a_round(1, 2.0, same), a_round(2, 4.0, [1] * 21)]
+    rows = rows_of(rounds)
+    row = rows["ngram k=2"]
+    assert row["decode_speedup"] == pytest.approx(2.5)
+    assert row["decode_speedup_p20"] == pytest.approx(2.2)
+    assert row["decode_speedup_p80"] == pytest.approx(4.0)
+    assert row["speedup"] == pytest.approx(11 / 5)
+    assert row["output_throughput"] == pytest.approx(21 / 5)
+    assert row["ttft_ms"] == pytest.approx(1000)
+    assert row["tpot_ms"] == pytest.approx(200)
+    assert row["acceptance_length"] == pytest.approx(1.5 + 1)
+    assert row["acceptance_per_position"] == [1.0, 0.5]
+    assert row["output_identical"] == pytest.approx(2 / 3)
+    assert row["distinct_4grams"] == pytest.approx((1 + 1 + 1 / 18) / 3)
+    assert row["verify_share"] == pytest.approx(0.5)
+    plain = rows["vllm"]
+    assert plain["speedup"] == 1 and plain["acceptance_length"] is None
+    assert plain["draft_share"] is None
+    lines = to_csv(list(rows.values())).splitlines()
+    assert len(lines) == 3 and "1.0000 0.5000" in lines[2]
+
+
+def test_the_best_length_of_each_setting_is_kept():
+    rows = list(rows_of([a_round(0, 5.0, [0] * 21)]).values())
+    faster = {**rows[1], "method": "ngram k=4", "speedup": 9.0}
+    assert best_lengths([*rows, faster]) == [rows[0], faster]
+
+
+def test_a_line_that_was_cut_short_is_written_again(tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    RoundsFile(path).append({"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2, "b"')
+    again = RoundsFile(path)
+    assert again.read() == [{"a": 1}]
+    again.append({"a": 3})
+    assert RoundsFile(path).read() == [{"a": 1}, {"a": 3}]
+    path.write_text('{"to')
+    assert RoundsFile(path).read() == []
+
+
+class Engine:
+    """Answers at once, and remembers who asked."""
+
+    asked: list[tuple[str, int]] = []
+
+    def __init__(self, engine_args, log_file):
+        self.config = engine_args.get("speculative_config") or {"method": "vllm"}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def generate(self, prompt, sampling):
+        from vllm_budgetdraft.vllm_integration.engine_process import Generation
+
+        if sampling["max_tokens"] == 8:
+            length = (sampling.get("extra_args") or {}).get("num_speculative_tokens", 0)
+            self.asked.append((self.config["method"], length, prompt[0]))
+        return Generation(list(range(8)), "", 2.0, 1.0, 0, [])
+
+    def profile(self, prompt, sampling):
+        return {"draft": 0.1, "verify": 0.2, "rest": 0.3}
+
+    def describe(self):
+        return {"peak_memory_bytes": 1, "kv_cache_tokens": 1}
+
+
+def test_only_what_is_missing_is_measured_and_turns_alternate(tmp_path, monkeypatch):
+    from vllm_budgetdraft.comparison import measure as module
+    from vllm_budgetdraft.vllm_integration import engine_process
+
+    monkeypatch.setattr(engine_process, "EngineProcess", Engine)
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(Engine, "asked", [])
+    methods = methods_of(budgets=[64], policies=["sink_window"])
+    prompts = [Prompt("books", 5, i, [i] * 5) for i in range(2)]
+    options = {"new_tokens": 8, "temperature": 0.0, "engines_at_once": 3}
+
+    def go_on(some):
+        file = RoundsFile(tmp_path / "rounds.jsonl")
+        measure(methods, some, {}, file, **options)
+        return file.read()
+
+    (first,) = go_on(prompts[:1])
+    assert set(first["runs"]) == {method.name for method in methods}
+    assert set(first["profiles"]) == set(first["runs"])
+    asked = list(Engine.asked)
+    assert [method for method, _, _ in asked] == [m.kind for m in methods]
+    assert [length for _, length, _ in asked[-2:]] == [2, 4]
+    first_again, second = go_on(prompts)
+    assert first_again == first and second["index"] == 1
+    assert not second["profiles"]
+    assert {prompt for _, _, prompt in Engine.asked[len(asked) :]} == {1}
+    assert len(summarise(methods, go_on(prompts))) == len(methods)
+    both = measure_order(methods, tmp_path, options)
+    assert both[0][0] == "vllm" and both[len(methods)][0] == "ngram"
+
+
+def measure_order(methods, folder, options):
+    Engine.asked.clear()
+    prompts = [Prompt("books", 5, i, [i] * 5) for i in range(2)]
+    measure(methods, prompts, {}, RoundsFile(folder / "others.jsonl"), **options)
+    return Engine.asked
