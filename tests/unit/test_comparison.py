@@ -9,7 +9,9 @@ from transformers import AutoTokenizer
 
 from tests.support.books import write_books
 from tests.support.engines import TARGET
+from vllm_budgetdraft.cli import main
 from vllm_budgetdraft.comparison import methods as methods_module
+from vllm_budgetdraft.comparison.evaluate import PROTOCOLS
 from vllm_budgetdraft.comparison.measure import RoundsFile, groups_of, measure
 from vllm_budgetdraft.comparison.methods import all_methods
 from vllm_budgetdraft.comparison.prompts import EXCERPT, Prompt, build_prompts
@@ -272,3 +274,33 @@ def measure_order(methods, folder, options):
     prompts = [Prompt("books", 5, i, [i] * 5) for i in range(2)]
     measure(methods, prompts, {}, RoundsFile(folder / "others.jsonl"), **options)
     return Engine.asked
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--target ./nowhere", "'./nowhere' cannot be read"),
+        ("--data books=nowhere.jsonl", "names no file"),
+        ("--data books", "is not TASK=SOURCE"),
+        ("--methods medusa", "there is no method 'medusa'"),
+        ("--context-tokens 16384", "exceed the target's 16384 positions"),
+        ("--new-tokens 8", "was begun with target='other', not"),
+    ],
+)
+def test_what_is_wrong_is_said_before_an_engine_starts(
+    given, message, tmp_path, capsys, monkeypatch
+):
+    from vllm_budgetdraft.comparison import measure as module
+
+    monkeypatch.setattr(module, "measure", None)
+    (tmp_path / "run.json").write_text('{"target": "other"}')
+    command = f"evaluate --output {tmp_path} {given}"
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_protocol_of_the_paper_is_one_word():
+    assert PROTOCOLS["paper"]["context_tokens"] == [4096, 8192, 16384]
+    assert PROTOCOLS["paper"]["kv_budgets"] == [256, 512, 1024, 2048]

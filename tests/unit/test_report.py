@@ -9,6 +9,7 @@ import pytest
 
 from vllm_budgetdraft.cli import main
 from vllm_budgetdraft.comparison.report import page, write
+from vllm_budgetdraft.comparison.serving import KEYS
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -56,6 +57,21 @@ def document() -> dict:
             for kind, budget, length in settings
             for place in places
         ],
+        "serving": [
+            {
+                "method": f"{kind} k=4",
+                "kind": kind,
+                "kv_budget": None,
+                "eviction_policy": None,
+                "num_speculative_tokens": 4,
+                "max_concurrency": concurrency,
+                "num_runs": 3,
+                "speedup": 1.25,
+                **dict.fromkeys(KEYS, 17.0 + concurrency),
+            }
+            for kind in ("vllm", "ngram")
+            for concurrency in (1, 4)
+        ],
         "notes": ["The target is <padded>."],
         "provenance": {
             "time": "2026-01-01T00:00:00+00:00",
@@ -70,7 +86,8 @@ def test_a_page_holds_every_number_and_nothing_from_elsewhere(document):
     assert "budgetdraft 512 4" in html and "budgetdraft 512 8" not in html
     fastest = max(row["speedup"] for row in document["results"])
     assert f"{fastest:.2f}x" in html
-    assert html.count("<svg") == 10
+    assert html.count("<svg") == 11
+    assert "Behind vllm serve" in html and "ngram k=4" in html
     for outside in ("<script", "<link", "src=", "@import", "url(http"):
         assert outside not in html
 

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from vllm_budgetdraft.cli import MODELS
 from vllm_budgetdraft.comparison.methods import KINDS, PLAIN, installed_kinds
 from vllm_budgetdraft.errors import ConfigurationError
 
@@ -24,13 +25,14 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 #: What may differ when a run goes on.
 OF_THE_MACHINE = {"output", "engines_at_once", "protocol", "run", "takes_rest", "rest"}
+#: Each with a new server.
+SERVING_REPEATS = 3
 SETTINGS, ROUNDS = "run.json", "rounds.jsonl"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    models = Path(__file__).resolve().parents[2] / "models"
-    parser.add_argument("--target", default=str(models / "books-9m"))
-    parser.add_argument("--drafter", default=str(models / "books-9m-drafter"))
+    parser.add_argument("--target", default=str(MODELS / "books-9m"))
+    parser.add_argument("--drafter", default=str(MODELS / "books-9m-drafter"))
     parser.add_argument(
         "--output", required=True, help="folder; a run that was cut short goes on there"
     )
@@ -71,6 +73,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=4,
         help="that take turns with plain vLLM's; all of them are in memory",
     )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        nargs="+",
+        default=[],
+        help="also behind vllm serve, with so many requests at a time: the first "
+        "task's prompts of the shortest context",
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -84,8 +94,10 @@ def run(args: Namespace) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from vllm_budgetdraft.comparison import measure, report
-    from vllm_budgetdraft.comparison.methods import all_methods
+    from vllm_budgetdraft.cli import MODELS
+from vllm_budgetdraft.comparison.methods import all_methods
     from vllm_budgetdraft.comparison.prompts import EXCERPT, build_prompts
+    from vllm_budgetdraft.comparison.serving import measure_serving
     from vllm_budgetdraft.comparison.summary import summarise
     from vllm_budgetdraft.evaluation import provenance
 
@@ -114,8 +126,9 @@ def run(args: Namespace) -> None:
         policies=args.eviction_policies,
     )
     sources = _sources(args.data) or {"books": str(EXCERPT), "summary": str(EXCERPT)}
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
     prompts = build_prompts(
-        AutoTokenizer.from_pretrained(args.target),
+        tokenizer,
         sources,
         lengths=sorted(args.context_tokens),
         count=args.prompts,
@@ -129,22 +142,39 @@ def run(args: Namespace) -> None:
     file = measure.RoundsFile(output / ROUNDS)
     begun = provenance.collect(settings)
     measure.prepare_environment()
+    engine_args = {
+        "model": args.target,
+        "dtype": args.dtype,
+        "max_model_len": longest,
+        **args.engine_args,
+    }
     measure.measure(
         methods,
         prompts,
-        {
-            "model": args.target,
-            "dtype": args.dtype,
-            "max_model_len": longest,
-            **args.engine_args,
-        },
+        engine_args,
         file,
         new_tokens=args.new_tokens,
         temperature=args.temperature,
         engines_at_once=args.engines_at_once,
     )
+    served = []
+    if args.concurrency:
+        same = (prompts[0].task, prompts[0].context_tokens)
+        some = [p for p in prompts if (p.task, p.context_tokens) == same]
+        served = measure_serving(
+            methods,
+            [tokenizer.decode(prompt.token_ids) for prompt in some],
+            # A prompt that is sent as text may become some tokens longer.
+            {**engine_args, "max_model_len": target.max_position_embeddings},
+            output,
+            concurrencies=sorted(args.concurrency),
+            repeats=SERVING_REPEATS,
+            new_tokens=args.new_tokens,
+            temperature=args.temperature,
+        )
     document = {
         "results": summarise(methods, file.read()),
+        "serving": served,
         "notes": _notes(args, methods, sources, target),
         "provenance": begun,
     }

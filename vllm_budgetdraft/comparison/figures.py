@@ -33,11 +33,12 @@ PART_COLOURS = {"draft": "#0072b2", "verify": "#e69f00", "rest": "#c7cbd1"}
 Rows = list[dict[str, Any]]
 
 
-def all_figures(rows: Rows, best: Rows) -> list[tuple[str, str]]:
+def all_figures(rows: Rows, best: Rows, served: Rows) -> list[tuple[str, str]]:
     """Titles and SVG; what has only one value on its axis is left out.
 
     Args:
         best: the rows with each method's best draft length.
+        served: rows by concurrency.
     """
     found = [
         ("Speed-up over plain vLLM, prompt included", _bars(best, "speedup")),
@@ -58,6 +59,13 @@ def all_figures(rows: Rows, best: Rows) -> list[tuple[str, str]]:
     found.append(("Share of drafts accepted, by position", _positions(best)))
     if any(row["draft_share"] is not None for row in best):
         found.append(("Where the time goes after the first token", _split(best)))
+    if served:
+        same = [
+            {**row, "task": "vllm serve", "context_tokens": row["max_concurrency"]}
+            for row in served
+        ]
+        svg = _lines(same, "context_tokens", "output_throughput", "concurrency")
+        found.append(("Output tokens per second by concurrency", svg))
     return found
 
 

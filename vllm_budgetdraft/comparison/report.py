@@ -64,6 +64,7 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
         for row in document["results"]
     ]
     best = best_lengths(rows)
+    served = [row for each in documents.values() for row in each["serving"]]
     machine = next(iter(documents.values()))["provenance"]["machine"]
     notes = [note for each in documents.values() for note in each["notes"]]
     environment = jinja2.Environment(
@@ -77,7 +78,9 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
         notes=list(dict.fromkeys(notes)),
         columns=[title for title, _ in COLUMNS],
         table=_table(best),
-        figures=all_figures(rows, best),
+        figures=all_figures(rows, best, served),
+        serving_columns=[title for title, _ in SERVING_COLUMNS],
+        serving=[[of(row) for _, of in SERVING_COLUMNS] for row in served],
         provenance=json.dumps(
             {name: each["provenance"] for name, each in documents.items()}, indent=1
         ),
@@ -130,6 +133,19 @@ COLUMNS = [
     ("distinct", _number("distinct_4grams", ".2f")),
     ("same", lambda row: "yes" if row["output_identical"] == 1 else "NO"),
     ("peak GiB", lambda row: f"{row['peak_memory_bytes'] / 2**30:.2f}"),
+]
+
+
+SERVING_COLUMNS = [
+    ("method", lambda row: row["method"]),
+    ("concurrency", _number("max_concurrency", "d")),
+    ("requests/s", _number("request_throughput", ".2f")),
+    ("tok/s", _number("output_throughput", ".1f")),
+    ("speed-up", _number("speedup", ".2f")),
+    ("median TTFT ms", _number("median_ttft_ms", ",.0f")),
+    ("median TPOT ms", _number("median_tpot_ms", ".2f")),
+    ("p99 TPOT ms", _number("p99_tpot_ms", ".2f")),
+    ("median ITL ms", _number("median_itl_ms", ".2f")),
 ]
 
 

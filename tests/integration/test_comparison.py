@@ -1,0 +1,100 @@
+"""``budgetdraft evaluate`` with real engines and a real server, of tiny models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.books import write_books, write_target
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_target(folder / "target", head_dim=32)  # vLLM takes no smaller one
+    write_books(folder / "books.jsonl")
+    return folder
+
+
+def evaluate(inputs: Path, output: Path, *more: str) -> None:
+    """In a process of its own, as a user would."""
+    target = str(inputs / "target")
+    command = [
+        *("evaluate", "--target", target, "--drafter", target, "--output", str(output)),
+        *("--data", f"books={inputs / 'books.jsonl'}", "--context-tokens", "60", "90"),
+        *("--methods", "ngram", "budgetdraft", "--kv-budgets", "32"),
+        *("--num-speculative-tokens", "2", "4", "--new-tokens", "12"),
+        *("--engine-args", '{"enforce_eager": true}', *more),
+    ]
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
+    }
+    call = "from vllm_budgetdraft.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", call, *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def evaluated(inputs, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("evaluated")
+    evaluate(inputs, output, "--prompts", "2", "--concurrency", "2")
+    return output
+
+
+def test_every_method_has_a_row_for_each_context(evaluated):
+    document = json.loads((evaluated / "results.json").read_text())
+    rows = document["results"]
+    lengths = {(row["kind"], row["num_speculative_tokens"]) for row in rows}
+    assert lengths == {
+        ("vllm", None),
+        *((kind, k) for kind in ("ngram", "budgetdraft") for k in (2, 4)),
+    }
+    assert len(rows) == 2 * len(lengths)
+    for row in rows:
+        assert row["num_runs"] == 2 and row["output_identical"] == 1
+        assert row["draft_share"] + row["verify_share"] + row["rest_share"] == (
+            pytest.approx(1)
+        )
+        assert row["peak_memory_bytes"] > 2**20
+        if row["kind"] == "budgetdraft":  # of a target that drafts for itself
+            assert len(row["acceptance_per_position"]) == 4
+            k = row["num_speculative_tokens"]
+            assert all(rate == 0 for rate in row["acceptance_per_position"][k:])
+            assert row["draft_share"] > 0.05
+    assert "No meetings (QMSum) were given." in document["notes"]
+    assert document["provenance"]["versions"]
+
+
+def test_a_run_goes_on_where_it_stopped(evaluated, inputs):
+    rounds = (evaluated / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (evaluated / "rounds.jsonl").write_text("".join(rounds[:-1]) + rounds[-1][:40])
+    evaluate(inputs, evaluated, "--prompts", "2", "--concurrency", "2")
+    again = (evaluated / "rounds.jsonl").read_text().splitlines(keepends=True)
+    assert again[:-1] == rounds[:-1]
+    last, before = json.loads(again[-1]), json.loads(rounds[-1])
+    assert last["index"] == before["index"] and last["runs"] != before["runs"]
+
+
+def test_serving_is_measured_with_the_keys_of_vllms_own_benchmark(evaluated):
+    rows = json.loads((evaluated / "results.json").read_text())["serving"]
+    assert len(rows) == 5
+    for row in rows:
+        assert row["max_concurrency"] == 2 and row["num_runs"] == 3
+        assert row["completed"] == 4
+        assert row["median_ttft_ms"] > 0 and row["mean_itl_ms"] > 0
+    html = (evaluated / "report.html").read_text()
+    assert "Behind vllm serve" in html
