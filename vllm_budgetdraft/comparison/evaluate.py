@@ -94,8 +94,7 @@ def run(args: Namespace) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from vllm_budgetdraft.comparison import measure, report
-    from vllm_budgetdraft.cli import MODELS
-from vllm_budgetdraft.comparison.methods import all_methods
+    from vllm_budgetdraft.comparison.methods import all_methods
     from vllm_budgetdraft.comparison.prompts import EXCERPT, build_prompts
     from vllm_budgetdraft.comparison.serving import measure_serving
     from vllm_budgetdraft.comparison.summary import summarise
