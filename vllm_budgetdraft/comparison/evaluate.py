@@ -24,9 +24,10 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     },
 }
 #: What may differ when a run goes on.
-OF_THE_MACHINE = {"output", "engines_at_once", "protocol", "run", "takes_rest", "rest"}
-#: Each with a new server.
-SERVING_REPEATS = 3
+MAY_CHANGE = {
+    *("output", "engines_at_once", "protocol", "concurrency", "serving_repeats"),
+    *("run", "takes_rest", "rest"),
+}
 SETTINGS, ROUNDS = "run.json", "rounds.jsonl"
 
 
@@ -80,6 +81,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=[],
         help="also behind vllm serve, with so many requests at a time: the first "
         "task's prompts of the shortest context",
+    )
+    parser.add_argument(
+        "--serving-repeats", type=int, default=3, help="each with new servers"
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -136,7 +140,7 @@ def run(args: Namespace) -> None:
     )
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(args).items() if k not in OF_THE_MACHINE}
+    settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
     provenance.check_settings(output / SETTINGS, settings)
     file = measure.RoundsFile(output / ROUNDS)
     begun = provenance.collect(settings)
@@ -167,7 +171,7 @@ def run(args: Namespace) -> None:
             {**engine_args, "max_model_len": target.max_position_embeddings},
             output,
             concurrencies=sorted(args.concurrency),
-            repeats=SERVING_REPEATS,
+            repeats=args.serving_repeats,
             new_tokens=args.new_tokens,
             temperature=args.temperature,
         )

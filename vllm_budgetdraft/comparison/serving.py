@@ -194,7 +194,12 @@ def _is_up(url: str) -> bool:
 
 def _bench(given: dict[str, Any]) -> dict[str, Any]:
     command = [*VLLM, "bench", "serve", "--backend", "openai", "--save-result"]
-    command += ["--ignore-eos", "--disable-tqdm", "--disable-shuffle"]
+    command += [
+        "--ignore-eos",
+        "--disable-tqdm",
+        "--disable-shuffle",
+        "--skip-chat-template",
+    ]
     for flag, value in given.items():
         text = json.dumps(value) if isinstance(value, dict) else str(value)
         command += [flag, text]
