@@ -100,7 +100,7 @@ class ObjectiveArguments:
     """What is compared with the target, and where."""
 
     objective: str = field(
-        default="ce",
+        default="kl",
         metadata={"help": "Loss of every view.", "choices": ["ce", *OBJECTIVES]},
     )
     position_weights: str = field(
