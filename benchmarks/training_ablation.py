@@ -149,8 +149,10 @@ def main() -> None:
 
 
 def train(arm: Arm, args: argparse.Namespace) -> Path:
-    """The drafter's folder."""
+    """The drafter's folder; one that is there already is only measured again."""
     folder = Path(args.work) / arm.name
+    if (folder / "README.md").is_file():  # which is written last
+        return folder
     command = [
         *(sys.executable, "-m", "vllm_budgetdraft.training"),
         *("--target", args.target, "--drafter", args.drafter),

@@ -17,27 +17,33 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     arms = read(args.folder)
-    temperatures, budgets = (
-        sorted({row[key] for runs in arms.values() for run in runs for row in run})
-        for key in ("temperature", "budget")
-    )
-    lines = [
-        "| arm | seeds | "
-        + " | ".join(f"T={t:g}, budget {b}" for t in temperatures for b in budgets)
-        + " |",
-        "|---" * (2 + len(temperatures) * len(budgets)) + "|",
-    ]
+    text = "\n".join(table(arms, key) for key in ("budget", "context", "texts"))
+    print(text)
+    (args.folder / "table.md").write_text(text, encoding="utf-8")
+    draw(arms, args.folder / "acceptance.png")
+
+
+def table(arms: dict[str, list[list[dict[str, Any]]]], key: str) -> str:
+    """A line for each arm, with the range over its seeds; columns by ``key``."""
+    temperatures, values = (values_of(arms, each) for each in ("temperature", key))
+    columns = [f"T={t:g}, {key} {value}" for t in temperatures for value in values]
+    lines = [f"| arm | seeds | {' | '.join(columns)} |"]
+    lines.append("|---" * (2 + len(columns)) + "|")
     for name, runs in arms.items():
-        cells = [
-            f"{acceptance(runs, temperature=t, budget=b):.2f}"
-            for t in temperatures
-            for b in budgets
-        ]
+        cells = []
+        for temperature in temperatures:
+            for value in values:
+                wanted = {"temperature": temperature, key: value}
+                each = [acceptance([run], **wanted) for run in runs]
+                low, high = f"{min(each):.2f}", f"{max(each):.2f}"
+                spread = f" ({low} to {high})" if len(runs) > 1 else ""
+                cells.append(f"{acceptance(runs, **wanted):.2f}{spread}")
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    table = "\n".join(lines)
-    print(table)
-    (args.folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    draw(arms, temperatures, budgets, args.folder / "acceptance.png")
+    return "\n".join(lines) + "\n"
+
+
+def values_of(arms: dict[str, list[list[dict[str, Any]]]], key: str) -> list[Any]:
+    return sorted({row[key] for runs in arms.values() for run in runs for row in run})
 
 
 def read(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
@@ -58,7 +64,7 @@ def read(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
 
 
 def acceptance(runs: list[list[dict[str, Any]]], **wanted: Any) -> float:
-    """Geometric mean of acceptance lengths over seeds, texts and contexts."""
+    """Geometric mean of the acceptance lengths of the rows with the wanted values."""
     return math.exp(
         mean(
             math.log(row["acceptance_length"])
@@ -69,14 +75,10 @@ def acceptance(runs: list[list[dict[str, Any]]], **wanted: Any) -> float:
     )
 
 
-def draw(
-    arms: dict[str, list[list[dict[str, Any]]]],
-    temperatures: list[float],
-    budgets: list[int],
-    path: Path,
-) -> None:
+def draw(arms: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
+    temperatures, budgets = (values_of(arms, key) for key in ("temperature", "budget"))
     figure, panels = plt.subplots(
         1, len(temperatures), figsize=(5.5 * len(temperatures), 4), squeeze=False
     )

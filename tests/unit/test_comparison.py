@@ -214,7 +214,7 @@ class Engine:
 
     asked: list[tuple[str, int]] = []
 
-    def __init__(self, engine_args, log_file):
+    def __init__(self, engine_args, log_file, environment):
         self.config = engine_args.get("speculative_config") or {"method": "vllm"}
 
     def __enter__(self):
@@ -304,3 +304,10 @@ def test_what_is_wrong_is_said_before_an_engine_starts(
 def test_the_protocol_of_the_paper_is_one_word():
     assert PROTOCOLS["paper"]["context_tokens"] == [4096, 8192, 16384]
     assert PROTOCOLS["paper"]["kv_budgets"] == [256, 512, 1024, 2048]
+
+
+def test_the_synchronous_vllm_has_an_engine_and_circumstances_of_its_own():
+    plain, synchronous = methods_of(["vllm", "vllm_sync"])
+    assert synchronous.engine_args == {"async_scheduling": False}
+    assert synchronous.environment == {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    assert plain.environment == {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_budgetdraft.cli import MODELS
-from vllm_budgetdraft.comparison.methods import KINDS, PLAIN, installed_kinds
+from vllm_budgetdraft.comparison.methods import KINDS, default_kinds, has_suffix
 from vllm_budgetdraft.errors import ConfigurationError
 
 #: What options are where they are not given. "paper" is BudgetDraft's section 4, with
@@ -25,7 +25,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 #: What may differ when a run goes on.
 MAY_CHANGE = {
-    *("output", "engines_at_once", "protocol", "concurrency", "serving_repeats"),
+    *("output", "protocol", "concurrency", "serving_repeats"),
     *("run", "takes_rest", "rest"),
 }
 SETTINGS, ROUNDS = "run.json", "rounds.jsonl"
@@ -45,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help=f"of {', '.join(KINDS)}; all that are installed if not given",
+        help=f"of {', '.join(KINDS)}; without it all that can be had here",
     )
     parser.add_argument(
         "--eviction-policies", nargs="+", default=["chunk_retrieval"], metavar="POLICY"
@@ -122,7 +122,7 @@ def run(args: Namespace) -> None:
             "positions (max_position_embeddings); use shorter ones"
         )
     methods = all_methods(
-        args.methods or installed_kinds(),
+        args.methods or default_kinds(),
         drafter=args.drafter,
         lengths=args.num_speculative_tokens,
         budgets=sorted(args.kv_budgets),
@@ -208,7 +208,7 @@ def _notes(
             "time and memory those of the large one."
         )
     kinds = {method.kind for method in methods}
-    if "suffix" not in installed_kinds():
+    if not has_suffix():
         notes.append("vLLM's suffix decoding is not installed, and was not measured.")
     if "ngram" not in kinds:
         notes.append(
@@ -227,5 +227,4 @@ def _notes(
             f"At temperature {args.temperature:g} outputs are equal in distribution "
             "only; they are compared all the same."
         )
-    assert PLAIN in kinds
     return notes

@@ -23,6 +23,7 @@ STYLE: Any = {
 #: Of the kinds of methods, told apart by people who do not see red and green.
 COLOURS = {
     "vllm": "#8a8f98",
+    "vllm_sync": "#5b6675",
     "ngram": "#e69f00",
     "suffix": "#cc79a7",
     "draft_model": "#56b4e9",

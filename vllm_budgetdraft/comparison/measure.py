@@ -63,7 +63,7 @@ def groups_of(methods: list[Method], engines_at_once: int) -> Iterator[list[Meth
     plain, *others = methods
     by_engine: dict[str, list[Method]] = {}
     for method in others:
-        key = json.dumps(method.engine_args, sort_keys=True)
+        key = _engine_key(method)
         by_engine.setdefault(key, []).append(method)
     engines = list(by_engine.values())
     for first in range(0, max(1, len(engines)), engines_at_once):
@@ -175,11 +175,12 @@ def _start(
     engines: dict[str, Any] = {}
     by_name = {}
     for method in group:
-        key = json.dumps(method.engine_args, sort_keys=True)
+        key = _engine_key(method)
         if key not in engines:
             tell(f"starting {method.name}")
             arguments = {**SHARED_ENGINE_ARGS, **engine_args, **method.engine_args}
-            engine = EngineProcess(arguments, logs / f"{len(engines)}.log")
+            log = logs / f"{len(engines)}.log"
+            engine = EngineProcess(arguments, log, method.environment)
             engines[key] = stack.enter_context(engine)
         by_name[method.name] = engines[key]
     return by_name
@@ -190,6 +191,10 @@ def _sampling(
 ) -> dict[str, Any]:
     own = {"extra_args": method.extra_args} if method.extra_args else {}
     return {**sampling, **own, **changes}
+
+
+def _engine_key(method: Method) -> str:
+    return json.dumps([method.engine_args, method.environment], sort_keys=True)
 
 
 def _names(group: list[Method]) -> list[str]:

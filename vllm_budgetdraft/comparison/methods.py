@@ -9,7 +9,13 @@ from vllm_budgetdraft.errors import ConfigurationError
 
 PLAIN = "vllm"
 #: As ``--methods`` has them.
-KINDS = (PLAIN, "ngram", "suffix", "draft_model", "budgetdraft")
+KINDS = (PLAIN, "vllm_sync", "ngram", "suffix", "draft_model", "budgetdraft")
+#: Plain vLLM in the circumstances of budgetdraft: runner V1, which does not overlap
+#: scheduling with a step that drafts.
+SYNCHRONOUS: dict[str, Any] = {
+    "engine_args": {"async_scheduling": False},
+    "environment": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,7 @@ class Method:
         num_speculative_tokens, kv_budget, eviction_policy: 0 or "" where a method has
             none.
         engine_args: of vLLM's ``LLM``, beside what all methods share.
+        environment: variables of its engine's process.
         extra_args: of its requests' ``SamplingParams``.
     """
 
@@ -28,6 +35,7 @@ class Method:
     kv_budget: int = 0
     eviction_policy: str = ""
     engine_args: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     extra_args: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -39,9 +47,19 @@ class Method:
         return " ".join(filter(None, parts))
 
 
-def installed_kinds() -> list[str]:
-    has_suffix = importlib.util.find_spec("arctic_inference") is not None
-    return [kind for kind in KINDS if kind != "suffix" or has_suffix]
+def has_suffix() -> bool:
+    """Whether vLLM's suffix decoding has what it needs."""
+    return importlib.util.find_spec("arctic_inference") is not None
+
+
+def default_kinds() -> list[str]:
+    """All that can be measured here and are different."""
+    import torch
+
+    left_out = set() if has_suffix() else {"suffix"}
+    if not torch.cuda.is_available():  # where plain vLLM is synchronous by itself
+        left_out.add("vllm_sync")
+    return [kind for kind in KINDS if kind not in left_out]
 
 
 def all_methods(
@@ -63,12 +81,14 @@ def all_methods(
             raise ConfigurationError(
                 f"there is no method {kind!r}; choose from {', '.join(KINDS)}"
             )
-        if kind not in installed_kinds():
+        if kind == "suffix" and not has_suffix():
             raise ConfigurationError(
                 "vLLM's 'suffix' needs the package arctic-inference; install it, or "
                 "leave 'suffix' out of --methods"
             )
-        if kind == "budgetdraft":
+        if kind == "vllm_sync":
+            found.append(Method(kind, **SYNCHRONOUS))
+        elif kind == "budgetdraft":
             found += _budgetdraft(drafter, lengths, budgets, policies)
         elif kind != PLAIN:
             found += [_peer(kind, drafter, length) for length in lengths]

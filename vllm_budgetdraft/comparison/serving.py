@@ -79,7 +79,8 @@ def measure_serving(
                 continue
             shared = {**SHARED_ENGINE_ARGS, "max_num_seqs": max(concurrencies)}
             own = {**shared, **engine_args, **method.engine_args}
-            with _server(own, folder / "server.log") as url:
+            log = folder / "server.log"
+            with _server(own, log, method.environment) as url:
                 for concurrency in missing:
                     requests = max(len(prompts), 2 * concurrency)
                     given = {
@@ -95,7 +96,7 @@ def measure_serving(
                     if result["completed"] != requests:
                         raise BudgetDraftError(
                             f"{method.name} answered {result['completed']} of "
-                            f"{requests} requests; see {folder / 'server.log'}"
+                            f"{requests} requests; see {log}"
                         )
                     file.append(
                         {
@@ -151,7 +152,9 @@ def flags(arguments: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _server(engine_args: dict[str, Any], log: Path) -> Iterator[str]:
+def _server(
+    engine_args: dict[str, Any], log: Path, environment: dict[str, str]
+) -> Iterator[str]:
     """Its address, while it is up."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -162,7 +165,11 @@ def _server(engine_args: dict[str, Any], log: Path) -> Iterator[str]:
     with log.open("w") as output:
         # A session of its own, so that no child outlives it.
         server = subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True
+            command,
+            stdout=output,
+            stderr=output,
+            env=os.environ | environment,
+            start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
     try:

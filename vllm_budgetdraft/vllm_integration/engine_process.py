@@ -50,11 +50,18 @@ class BatchGeneration:
 class EngineProcess:
     """Runs ``LLM(**engine_args)`` in a child; its output goes to a log file."""
 
-    def __init__(self, engine_args: dict[str, Any], log_file: Path) -> None:
+    def __init__(
+        self,
+        engine_args: dict[str, Any],
+        log_file: Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, child_end = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(child_end, engine_args, str(log_file)), daemon=True
+            target=_serve,
+            args=(child_end, engine_args, str(log_file), environment or {}),
+            daemon=True,
         )
         self._log_file = log_file
         self._process.start()
@@ -123,7 +130,13 @@ class EngineProcess:
             ) from None
 
 
-def _serve(pipe: Connection, engine_args: dict[str, Any], log_file: str) -> None:
+def _serve(
+    pipe: Connection,
+    engine_args: dict[str, Any],
+    log_file: str,
+    environment: dict[str, str],
+) -> None:
+    os.environ.update(environment)
     descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -180,10 +193,10 @@ class TimedRunner:
         self._replaced: list[tuple[Any, str]] = []
         for name in self.STEPS:
             self._replace(runner, name, "step")
-        if speculator := getattr(runner, "speculator", None):  # model runner V2
-            self._replace(speculator, "propose", "draft")
-        else:
+        if hasattr(runner, "propose_draft_token_ids"):
             self._replace(runner, "propose_draft_token_ids", "draft")
+        elif speculator := getattr(runner, "speculator", None):  # model runner V2
+            self._replace(speculator, "propose", "draft")
 
     def _replace(self, owner: Any, name: str, part: str) -> None:
         function = getattr(owner, name)
