@@ -108,6 +108,7 @@ def test_the_command_puts_several_runs_on_one_page(document, tmp_path, capsys):
         (tmp_path / name).mkdir()
         write(tmp_path / name, document)
     assert json.loads((tmp_path / "first" / "results.json").read_text()) == document
+    assert (tmp_path / "first" / "speedup.svg").read_text().startswith("<svg")
     assert (tmp_path / "first" / "results.csv").read_text().count("\n") == 29
     output = tmp_path / "both.html"
     main(["report", *(str(tmp_path / n) for n in ("first", "second"))]

@@ -42,7 +42,7 @@ def all_figures(rows: Rows, best: Rows, served: Rows) -> list[tuple[str, str]]:
         served: rows by concurrency.
     """
     found = [
-        ("Speed-up over plain vLLM, prompt included", _bars(best, "speedup")),
+        ("Speed-up over plain vLLM, prompt included", speedups(best)),
         ("Speed-up after the first token", _bars(best, "decode_speedup")),
     ]
     for key, label in (
@@ -68,6 +68,11 @@ def all_figures(rows: Rows, best: Rows, served: Rows) -> list[tuple[str, str]]:
         svg = _lines(same, "context_tokens", "output_throughput", "concurrency")
         found.append(("Output tokens per second by concurrency", svg))
     return found
+
+
+def speedups(best: Rows) -> str:
+    """Of whole requests, by context."""
+    return _bars(best, "speedup")
 
 
 def _panels(rows: Rows, draw: Callable[[Any, Rows], None], **size: float) -> str:

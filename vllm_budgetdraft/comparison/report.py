@@ -37,11 +37,15 @@ def run(args: Namespace) -> None:
 
 
 def write(folder: Path, document: dict[str, Any]) -> None:
-    """results.json, results.csv and report.html."""
+    """results.json, results.csv, report.html and its first figure."""
+    from vllm_budgetdraft.comparison.figures import speedups
+
     text = json.dumps(document, indent=1)
     (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
     rows = document["results"]
     (folder / "results.csv").write_text(to_csv(rows), encoding="utf-8")
+    figure = speedups(best_lengths(rows))
+    (folder / "speedup.svg").write_text(figure, encoding="utf-8")
     html = page({folder.name: document})
     (folder / "report.html").write_text(html, encoding="utf-8")
 
