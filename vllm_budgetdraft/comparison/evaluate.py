@@ -219,8 +219,12 @@ def _notes(
         notes.append("No meetings (QMSum) were given.")
     if not torch.cuda.is_available():
         notes.append(
-            "Measured on a CPU, where vLLM runs without graphs and schedules "
-            "synchronously, plain or not."
+            "Measured on a CPU, where vLLM schedules synchronously, plain or not."
+        )
+    if args.engine_args.get("enforce_eager"):
+        notes.append(
+            "All engines have enforce_eager: vLLM compiles nothing, which slows plain "
+            "vLLM most."
         )
     if args.temperature:
         notes.append(

@@ -188,7 +188,6 @@ class TimedRunner:
     STEPS = ("execute_model", "sample_tokens")
 
     def __init__(self, runner: Any) -> None:
-        self._runner = runner
         self._spans: list[tuple[str, float, float]] = []
         self._replaced: list[tuple[Any, str]] = []
         for name in self.STEPS:
