@@ -27,6 +27,8 @@ def check_attention(
     value_scale: Tensor | None,
     key_rotary: tuple[Tensor, Tensor] | None,
     page_mass: Tensor | None,
+    lse: Tensor | None,
+    causal: bool,
 ) -> None:
     """Arguments of ``paged_sparse_attention``."""
     cos, sin = key_rotary or (None, None)
@@ -41,6 +43,7 @@ def check_attention(
         "key_scale": (key_scale, ("G",)),
         "value_scale": (value_scale, ("G",)),
         "page_mass": (page_mass, ("T", "H", "N")),
+        "lse": (lse, ("T", "H")),
         "cos": (cos, ("num_angles", "D")),
         "sin": (sin, ("num_angles", "D")),
     }
@@ -70,6 +73,7 @@ def check_attention(
         key_scale=key_scale,
         value_scale=value_scale,
         page_mass=page_mass,
+        lse=lse,
     )
     _check_types(
         INTEGERS, page_table=page_table, lengths=lengths, query_starts=query_starts
@@ -83,11 +87,18 @@ def check_attention(
         key_scale=key_scale,
         value_scale=value_scale,
         page_mass=page_mass,
+        lse=lse,
     )
     _check_same_strides(key_pages=key_pages, value_pages=value_pages)
     _check_same_strides(cos=cos, sin=sin)
     _check_page_table(
-        page_table, lengths, query_starts, len(queries), key_pages, max_query_tokens
+        page_table,
+        lengths,
+        query_starts,
+        len(queries),
+        key_pages,
+        max_query_tokens,
+        causal,
     )
 
 
@@ -322,6 +333,7 @@ def _check_page_table(
     num_tokens: int,
     pages: Tensor,
     max_query_tokens: int,
+    causal: bool,
 ) -> None:
     num_pages, page_size = pages.shape[:2]
     held = page_table.shape[-1]
@@ -340,7 +352,8 @@ def _check_page_table(
             f"query_starts go from {ends[0]} to {ends[1]}, not from 0 to the "
             f"{num_tokens} query tokens"
         )
-    if bool((excess := (counts > lengths) & (lengths > 0)).any()):
+    excess = (counts > lengths) & (lengths > 0)
+    if causal and bool(excess.any()):
         request = int(excess.nonzero()[0])
         raise ValueError(
             f"request {request} has {int(counts[request])} query tokens and "

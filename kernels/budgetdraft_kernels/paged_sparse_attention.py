@@ -79,6 +79,7 @@ def attention_kernel(
     TILE_PAGES: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
+    CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     request = tl.program_id(0) // ROW_BLOCKS
@@ -97,7 +98,9 @@ def attention_kernel(
     token = query_start + row // GROUP
     head = kv_head * GROUP + row % GROUP
     token_head = token * (tl.num_programs(1) * GROUP) + head
-    seen = length - num_queries + row // GROUP + 1  # tokens that a row may look at
+    seen = length + row * 0  # tokens that a row may look at
+    if CAUSAL:
+        seen += row // GROUP + 1 - num_queries
     query_rows = queries + token * query_stride_token + head * query_stride_head
     dim = tl.arange(0, DIM_BLOCK)
     row_mask = row_exists[:, None] & (dim < HEAD_DIM)[None, :]
@@ -252,6 +255,8 @@ def paged_sparse_attention(
     value_scale: Tensor | None = None,
     key_rotary: tuple[Tensor, Tensor] | None = None,
     page_mass: Tensor | None = None,
+    causal: bool = True,
+    lse: Tensor | None = None,
     validate: bool = True,
 ) -> Tensor:
     """See ``reference.paged_sparse_attention``."""
@@ -268,6 +273,8 @@ def paged_sparse_attention(
             value_scale,
             key_rotary,
             page_mass,
+            lse,
+            causal,
         )
     if not len(queries):
         return torch.empty_like(queries)
@@ -295,7 +302,8 @@ def paged_sparse_attention(
 
     out = queries.new_empty(queries.shape)
     new: dict[str, Any] = {"dtype": torch.float32, "device": queries.device}
-    lse = torch.empty(num_tokens, num_heads, **new)
+    if not (wants_lse := lse is not None):
+        lse = torch.empty(num_tokens, num_heads, **new)
     if page_mass is not None:
         page_mass.fill_(-torch.inf)  # logarithms first, shares in the end
     parts, parts_lse = out, lse
@@ -334,6 +342,7 @@ def paged_sparse_attention(
         TILE_PAGES=tile_pages,
         ROW_BLOCK=row_block,
         ROW_BLOCKS=row_blocks,
+        CAUSAL=causal,
         # Angles take the room of one more stage.
         STAGES=settings.attention_stages if cos is None else 2,
         num_warps=launch_settings.warps(dim_block, element_bytes),
@@ -353,4 +362,6 @@ def paged_sparse_attention(
     if page_mass is not None:
         # A row that sees nothing has -inf - -inf here.
         page_mass.sub_(lse[..., None]).exp2_().nan_to_num_(0.0)
+    if wants_lse:
+        lse.div_(LOG2_E)  # to base e
     return out

@@ -119,6 +119,8 @@ def paged_sparse_attention(
     value_scale: Tensor | None = None,
     key_rotary: tuple[Tensor, Tensor] | None = None,
     page_mass: Tensor | None = None,
+    causal: bool = True,
+    lse: Tensor | None = None,
     validate: bool = True,
 ) -> Tensor:
     """Attention of each request's last tokens over the pages that it holds.
@@ -142,6 +144,11 @@ def paged_sparse_attention(
             are rotated by their index in the request's pages when they are read.
         page_mass: [T, H, N] float32, receives the share of each query head's attention
             that goes to each page.
+        causal: False where query tokens are none of the request's, and each sees all of
+            its tokens.
+        lse: [T, H] float32, receives the logarithm of the sum of each query head's
+            exponentiated logits, by which attention to other tokens can be merged in;
+            -inf where there are none.
         validate: whether to check the arguments; reads indices back, which waits for
             the device. Without, a page outside the pool is never read, but what comes
             out is undefined.
@@ -166,6 +173,8 @@ def paged_sparse_attention(
             value_scale,
             key_rotary,
             page_mass,
+            lse,
+            causal,
         )
     if not len(queries):
         return torch.empty_like(queries)
@@ -193,7 +202,7 @@ def paged_sparse_attention(
     grouped = queries.view(num_requests, width, num_kv_heads, -1, head_dim)
     rows = grouped.transpose(1, 2).reshape(num_requests, num_kv_heads, -1, head_dim)
     seen = lengths  # tokens that each row sees
-    if width > 1:
+    if width > 1 and causal:
         group = grouped.shape[3]
         row = torch.arange(width * group, device=lengths.device)
         first = lengths + 1 - (width if counts is None else counts)
@@ -208,12 +217,16 @@ def paged_sparse_attention(
         x = x.reshape(num_requests * width, -1, x.shape[-1])
         return x if places is None else x[places.flatten()]
 
-    if page_mass is not None:
+    if page_mass is not None or lse is not None:
         logits = rows.float() @ keys.float().mT
         logits = logits * (head_dim**-0.5 if scale is None else scale)
-        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
-        by_page = weights.unflatten(-1, (-1, key_pages.shape[1])).sum(-1)
-        page_mass.copy_(by_token(by_page))
+        logits = logits.masked_fill(~visible, -torch.inf)
+        if lse is not None:
+            lse.copy_(by_token(logits.logsumexp(-1, keepdim=True)).squeeze(-1))
+        if page_mass is not None:
+            weights = logits.softmax(-1).nan_to_num(0.0)
+            by_page = weights.unflatten(-1, (-1, key_pages.shape[1])).sum(-1)
+            page_mass.copy_(by_token(by_page))
     attended = F.scaled_dot_product_attention(
         rows, keys, values, attn_mask=visible, scale=scale
     )

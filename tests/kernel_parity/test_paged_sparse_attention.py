@@ -39,6 +39,8 @@ class Case:
     shared_pages: bool = False
     key_rotary: bool = False
     page_mass: bool = False
+    causal: bool = True
+    lse: bool = False
     scale: float | None = None
     max_tokens: int | None = None
     table_type: torch.dtype = torch.int64
@@ -110,6 +112,17 @@ CASES = {
     "heads_first": Case(heads_first=True, kv_heads=3, tokens=2, lengths=(63, 100)),
     "heads_first_rotary": Case(heads_first=True, key_rotary=True, queries_of_qkv=True),
     "shared_pages": Case(shared_pages=True, page_mass=True),
+    "lse": Case(EDGES, head_dim=32, lse=True, page_mass=True),
+    "lse_of_empty_requests": Case((0, 5), tokens=(3, 2), lse=True),
+    "queries_of_no_request": Case(
+        (1, 63, 100, 0, 5), tokens=(9, 1, 4, 3, 0), causal=False, lse=True
+    ),
+    "queries_of_no_request_rotary_bf16": Case(
+        key_rotary=True, dtype=BF16, tokens=9, causal=False, lse=True, page_mass=True
+    ),
+    "queries_of_no_request_list_per_head": Case(
+        page_list_per_head=True, tokens=9, causal=False, kv_heads=3, lse=True
+    ),
 }
 
 
@@ -175,6 +188,7 @@ def make(
         "query_starts": torch.cat([ends[:1] * 0, ends]).to(device, case.table_type),
         "max_query_tokens": case.max_tokens or max(case.counts),
         "scale": case.scale,
+        "causal": case.causal,
     }
     if key_type == FP8:
         shared["key_scale"] = (0.5 + torch.rand(kv_heads, generator=random)).to(device)
@@ -193,12 +207,18 @@ def make(
             return None
         return torch.full((num_tokens, heads, held), UNWRITTEN, device=device)
 
+    def lse() -> Tensor | None:
+        if not case.lse:
+            return None
+        return torch.full((num_tokens, heads), UNWRITTEN, device=device)
+
     poisoned = {
         **shared,
         "queries": queries,
         "key_pages": key_pages,
         "value_pages": value_pages,
         "page_mass": mass(),
+        "lse": lse(),
     }
     clean = {
         **shared,
@@ -206,6 +226,7 @@ def make(
         "key_pages": clean_keys if key_type == FP8 else clean_keys.float(),
         "value_pages": clean_values if value_type == FP8 else clean_values.float(),
         "page_mass": mass(),
+        "lse": lse(),
     }
     return poisoned, clean
 
@@ -218,10 +239,15 @@ def check_parity(case: Case, device: torch.device, seed: int = 0) -> None:
     rounded = case.key_rotary and case.dtype != torch.float32
     times = ROTATED if rounded else 1
     assert_close("attention", out, expected, case.dtype, times)
-    if not case.page_mass:
-        return
     # Without rotation, logits are exact products of what is given.
     precision = case.dtype if rounded else torch.float32
+    if case.lse:
+        found, expected = arguments["lse"], clean["lse"]
+        assert torch.equal(found.isneginf(), expected.isneginf())
+        sees_some = expected.isfinite()
+        assert_close("lse", found[sees_some], expected[sees_some], precision, times)
+    if not case.page_mass:
+        return
     mass = arguments["page_mass"]
     assert_close("page_mass", mass, clean["page_mass"], precision, times)
     counts = torch.tensor(case.counts, device=device)
@@ -267,6 +293,8 @@ def cases(draw: st.DrawFn) -> Case:
     tokens = [
         draw(st.integers(0, min(length, 8) if length else 2)) for length in lengths
     ]
+    if not (causal := draw(st.booleans())):
+        tokens = [draw(st.integers(0, 8)) for _ in lengths]
     dtype = draw(st.sampled_from([torch.float32, FP16, BF16]))
     stored = st.sampled_from([None, FP8])
     rotary = draw(st.booleans())
@@ -286,6 +314,8 @@ def cases(draw: st.DrawFn) -> Case:
         shared_pages=draw(st.booleans()),
         key_rotary=rotary,
         page_mass=draw(st.booleans()),
+        causal=causal,
+        lse=draw(st.booleans()),
         scale=draw(st.sampled_from([None, 0.3])),
         max_tokens=max(tokens) + draw(st.integers(0, 3)) or 1,
         table_type=draw(st.sampled_from([torch.int32, torch.int64])),

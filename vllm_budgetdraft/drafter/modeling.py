@@ -23,8 +23,8 @@ from vllm_budgetdraft.drafter.configuration import head_dim, rotary_frequencies
 Attend = Callable[[int, Tensor], Tensor | None]
 
 
-class DecoderLayer(nn.Module):
-    """Attention and gated MLP, with their norms; projections of one input are fused.
+class AttentionProjections(nn.Module):
+    """The matrices of one attention layer; those of one input are fused.
 
     Weights are parameters of the layer itself, for the calls of a module for each would
     be a measurable part of a small drafter's time on a CPU.
@@ -35,38 +35,21 @@ class DecoderLayer(nn.Module):
         self.head_dim = head_dim(config)
         self.heads = (config.num_attention_heads, config.num_key_value_heads)
         self.eps = config.rms_norm_eps
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden = config.hidden_size
         q_rows, kv_rows = (heads * self.head_dim for heads in self.heads)
         attention_bias = getattr(config, "attention_bias", False)
-        mlp_bias = getattr(config, "mlp_bias", False)
         # Qwen2 biases its q, k and v by definition, with no key in its config.
         qkv_bias = attention_bias or config.model_type == "qwen2"
-
-        def matrix(rows: int, columns: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(rows, columns))
-
-        def bias(size: int, used: bool) -> nn.Parameter | None:
-            return nn.Parameter(torch.zeros(size)) if used else None
-
-        def norm(size: int) -> nn.Parameter:
-            return nn.Parameter(torch.ones(size))
-
-        self.input_norm = norm(hidden)
-        self.qkv_weight = matrix(q_rows + 2 * kv_rows, hidden)
-        self.qkv_bias = bias(q_rows + 2 * kv_rows, qkv_bias)
+        self.qkv_weight = _matrix(q_rows + 2 * kv_rows, hidden)
+        self.qkv_bias = _bias(q_rows + 2 * kv_rows, qkv_bias)
         self.has_qk_norms = config.model_type == "qwen3"
         if self.has_qk_norms:
-            self.q_norm, self.k_norm = norm(self.head_dim), norm(self.head_dim)
-        self.o_weight = matrix(hidden, q_rows)
-        self.o_bias = bias(hidden, attention_bias)
-        self.mlp_norm = norm(hidden)
-        self.gate_up_weight = matrix(2 * inner, hidden)
-        self.gate_up_bias = bias(2 * inner, mlp_bias)
-        self.down_weight = matrix(hidden, inner)
-        self.down_bias = bias(hidden, mlp_bias)
+            self.q_norm, self.k_norm = _norm(self.head_dim), _norm(self.head_dim)
+        self.o_weight = _matrix(hidden, q_rows)
+        self.o_bias = _bias(hidden, attention_bias)
 
-    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor | None:
-        h = rms_norm(x, self.input_norm, self.eps)
+    def project(self, h: Tensor) -> Tensor:
+        """Normed hidden states [..., hidden_size] to heads [..., H + 2 * G, D]."""
         h = F.linear(h, self.qkv_weight, self.qkv_bias)
         qkv = h.unflatten(-1, (-1, self.head_dim))
         if self.has_qk_norms:
@@ -75,14 +58,49 @@ class DecoderLayer(nn.Module):
             q = rms_norm(q, self.q_norm, self.eps)
             k = rms_norm(k, self.k_norm, self.eps)
             qkv = torch.cat([q, k, v], -2)
-        attended = attend(layer, qkv)
+        return qkv
+
+    def output(self, attended: Tensor) -> Tensor:
+        """[..., H, D] to [..., hidden_size]."""
+        return F.linear(attended.flatten(-2), self.o_weight, self.o_bias)
+
+
+class DecoderLayer(AttentionProjections):
+    """Attention and gated MLP, with their norms."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        mlp_bias = getattr(config, "mlp_bias", False)
+        self.input_norm = _norm(hidden)
+        self.mlp_norm = _norm(hidden)
+        self.gate_up_weight = _matrix(2 * inner, hidden)
+        self.gate_up_bias = _bias(2 * inner, mlp_bias)
+        self.down_weight = _matrix(hidden, inner)
+        self.down_bias = _bias(hidden, mlp_bias)
+
+    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor | None:
+        h = rms_norm(x, self.input_norm, self.eps)
+        attended = attend(layer, self.project(h))
         if attended is None:
             return None
-        x = x + F.linear(attended.flatten(-2), self.o_weight, self.o_bias)
+        x = x + self.output(attended)
 
         h = rms_norm(x, self.mlp_norm, self.eps)
         gate, up = F.linear(h, self.gate_up_weight, self.gate_up_bias).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, self.down_weight, self.down_bias)
+
+
+def _matrix(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, columns))
+
+
+def _bias(size: int, used: bool) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(size)) if used else None
+
+
+def _norm(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(size))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -117,7 +135,7 @@ class Drafter(nn.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Parameter(torch.empty(shape))
         self.register_buffer(
-            "rotary_table", _rotary_table(config, max_positions), persistent=False
+            "rotary_table", rotary_table(config, max_positions), persistent=False
         )
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +191,7 @@ def initialise(drafter: Drafter) -> None:
             nn.init.normal_(parameter, std=drafter.config.initializer_range)
 
 
-def _rotary_table(config: PretrainedConfig, max_positions: int) -> Tensor:
+def rotary_table(config: PretrainedConfig, max_positions: int) -> Tensor:
     """[2, max_positions, D]: cos, and sin with its first half negated."""
     inv_freq, scaling = rotary_frequencies(config)
     angles = torch.outer(torch.arange(max_positions).float(), inv_freq)

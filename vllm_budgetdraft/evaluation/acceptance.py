@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
+from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer, Drafts
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,28 @@ class Verifier(Protocol):
         Args:
             probabilities: [k, V], what the drafts were drawn from; None if greedily.
         """
+
+
+class Drafter(Protocol):
+    """What of a ``DraftProposer`` is used here; its slot is 0."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def start_request(self, slot: int, kv_budget: int) -> None: ...
+
+    def ingest(self, slot: int, tokens: Tensor, kv_budget: int) -> None: ...
+
+    def draft(
+        self,
+        slots: Tensor,
+        tokens: Tensor,
+        ends: Tensor,
+        num_drafts: int | None = None,
+        temperatures: Tensor | None = None,
+    ) -> Drafts: ...
+
+    def release_request(self, slot: int) -> None: ...
 
 
 class GreedyVerifier:
@@ -104,7 +126,7 @@ class SamplingVerifier:
 
 
 def speculate(
-    proposer: DraftProposer,
+    proposer: Drafter,
     context: list[int],
     verify: Verifier,
     *,
@@ -168,6 +190,7 @@ class HeldOutAcceptance:
         self._prompts = {
             context: passages(texts, context, num_prompts, seed) for context in contexts
         }
+        self._longest = max(contexts) + new_tokens + self._num_drafts + 2
         self._written: dict[int, list[list[int]]] = {}
 
     def measure(self, drafter: Path) -> dict[str, float]:
@@ -217,7 +240,7 @@ class HeldOutAcceptance:
 
     def _steps(
         self,
-        proposer: DraftProposer,
+        proposer: Drafter,
         prompt: list[int],
         written: list[int],
         cache: DynamicCache,
@@ -250,18 +273,17 @@ class HeldOutAcceptance:
             ]
         return self._written[context]
 
-    def _proposer(self, drafter: Path) -> DraftProposer:
+    def _proposer(self, drafter: Path) -> Drafter:
         config = parse_speculative_config(
             self._settings | {"model": str(drafter), "kv_budget": self._budgets[-1]}
         )
         device = self._target.device
         # On a GPU as in serving; on a CPU float32 is the fastest.
         dtype = self._target.dtype if device.type == "cuda" else torch.float32
-        longest = max(self._prompts) + self._new_tokens + self._num_drafts + 2
         return DraftProposer.build(
             config,
             num_slots=1,
-            max_model_len=longest,
+            max_model_len=self._longest,
             dtype=dtype,
             device=device,
             seed=self._seed,

@@ -10,34 +10,32 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch.utils.data import default_collate
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
-    LlamaConfig,
     PretrainedConfig,
-    PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
 
 from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.drafter.checkpoint import load_drafter
-from vllm_budgetdraft.drafter.configuration import check_vocabulary
-from vllm_budgetdraft.drafter.modeling import Drafter, initialise
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance
+from vllm_budgetdraft.flexdraft.acceptance import FlexDraftAcceptance
+from vllm_budgetdraft.flexdraft.checkpoint import fingerprint
 from vllm_budgetdraft.training.arguments import (
     AcceptanceArguments,
     DataArguments,
     DrafterArguments,
     EvictionArguments,
+    FlexDraftArguments,
     ObjectiveArguments,
     ViewArguments,
 )
@@ -46,6 +44,12 @@ from vllm_budgetdraft.training.data import (
     read_continuations,
     read_texts,
 )
+from vllm_budgetdraft.training.drafters import (
+    load_target,
+    make_drafter,
+    make_flexdraft,
+)
+from vllm_budgetdraft.training.flexdraft import FlexDraftModel
 from vllm_budgetdraft.training.model import MultiViewModel
 from vllm_budgetdraft.training.model_card import model_card
 from vllm_budgetdraft.training.teacher_cache import TeacherCache
@@ -54,6 +58,7 @@ from vllm_budgetdraft.training.trainer import DrafterTrainer, last_checkpoint
 PRESETS = Path(__file__).with_name("presets")
 PARTS = (
     DrafterArguments,
+    FlexDraftArguments,
     DataArguments,
     ViewArguments,
     ObjectiveArguments,
@@ -80,7 +85,16 @@ def train(argv: list[str]) -> None:
     """
     parser = HfArgumentParser(PARTS, description=__doc__)
     parts = parser.parse_args_into_dataclasses(with_config(argv))
-    drafter_args, data, views, objective, eviction_args, acceptance, arguments = parts
+    (
+        drafter_args,
+        flexdraft,
+        data,
+        views,
+        objective,
+        eviction_args,
+        acceptance,
+        arguments,
+    ) = parts
     eviction = EvictionSettings(**dataclasses.asdict(eviction_args))
     # Windows have columns that no model's signature names.
     arguments.remove_unused_columns = False
@@ -90,11 +104,7 @@ def train(argv: list[str]) -> None:
     target = load_target(drafter_args.target, arguments)
     window = max(data.prefix_tokens) + data.continuation_tokens
     _check_window(window, target.config, data, objective)
-    drafter = make_drafter(drafter_args, target.config, window)
-    if views.position_mode == "absolute":  # positions of the whole window are learnt
-        native = drafter.config.max_position_embeddings
-        drafter.config.max_position_embeddings = max(native, window)
-    drafter.config.budgetdraft = {
+    learnt = {
         "target": Path(drafter_args.target).name,
         "budgets": views.budgets,
         "position_mode": views.position_mode,
@@ -113,20 +123,41 @@ def train(argv: list[str]) -> None:
         )
         + "\n",
     }
-    held_out: HeldOutAcceptance | None = None
-    if arguments.eval_strategy != "no":
-        held_out = _held_out(acceptance, data, views, eviction, target, tokenizer)
-        _keep_best(arguments)
-
-    trainer = DrafterTrainer(
-        model=MultiViewModel(
-            drafter,
+    model: MultiViewModel
+    if drafter_args.drafter_type == "flexdraft":
+        _check_flexdraft(data, views, objective)
+        settings = {
+            "target": learnt["target"],
+            "fingerprint": fingerprint(target),
+            "draft_tokens": objective.draft_tokens,
+            "budgetdraft": learnt,
+        }
+        model = FlexDraftModel(
+            make_flexdraft(drafter_args, flexdraft, target, window),
             target,
             views,
             objective,
             eviction,
-            _cache(objective, drafter_args, data, arguments, target.config),
-        ),
+            flexdraft,
+            settings,
+        )
+    else:
+        drafter = make_drafter(drafter_args, target.config, window)
+        if views.position_mode == "absolute":  # those of the whole window are learnt
+            native = drafter.config.max_position_embeddings
+            drafter.config.max_position_embeddings = max(native, window)
+        drafter.config.budgetdraft = learnt
+        cache = _cache(objective, drafter_args, data, arguments, target.config)
+        model = MultiViewModel(drafter, target, views, objective, eviction, cache)
+    held_out: HeldOutAcceptance | None = None
+    if arguments.eval_strategy != "no":
+        held_out = _held_out(
+            acceptance, data, views, eviction, target, tokenizer, flexdraft, model
+        )
+        _keep_best(arguments)
+
+    trainer = DrafterTrainer(
+        model=model,
         args=arguments,
         train_dataset=_windows(data, arguments, tokenizer),
         eval_dataset=[] if held_out else None,  # which is not asked
@@ -139,7 +170,7 @@ def train(argv: list[str]) -> None:
     output = Path(arguments.output_dir)
     trainer.save_drafter(output)
     if trainer.is_world_process_zero():
-        card = model_card(drafter, options | run, trainer.state)
+        card = model_card(model.drafter, learnt["target"], options | run, trainer.state)
         (output / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -170,64 +201,6 @@ def with_config(argv: list[str]) -> list[str]:
             values = value if isinstance(value, list) else [value]
             found += [f"--{key}", *map(str, values)]
     return found + rest
-
-
-def load_target(folder: str, arguments: TrainingArguments) -> PreTrainedModel:
-    """On the device that trains, in bfloat16 if that is what it trains in.
-
-    Raises:
-        ConfigurationError: there is no such model.
-    """
-    try:
-        target = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16 if arguments.bf16 else None
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"--target {folder!r} cannot be loaded ({error}); give the folder of a "
-            "causal language model, or its name on the hub"
-        ) from error
-    return target.to(arguments.device)
-
-
-def make_drafter(
-    arguments: DrafterArguments, target: PretrainedConfig, window: int
-) -> Drafter:
-    """The drafter to train: one from a folder, slices of the target, or a new Llama.
-
-    Args:
-        window: tokens of the longest window.
-
-    Raises:
-        UnsupportedDrafterError: see ``load_drafter``; or it has another vocabulary.
-    """
-    if arguments.drafter or arguments.target_layers:
-        drafter = load_drafter(
-            arguments.drafter or arguments.target,
-            max_positions=window,
-            layers=None if arguments.drafter else arguments.target_layers,
-        )
-        check_vocabulary(drafter.config, target.vocab_size)
-        return drafter.train().requires_grad_(True)
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=target.vocab_size,
-        hidden_size=arguments.hidden_size,
-        intermediate_size=arguments.intermediate_size,
-        num_hidden_layers=arguments.num_hidden_layers,
-        num_attention_heads=arguments.num_attention_heads,
-        num_key_value_heads=arguments.num_key_value_heads,
-        max_position_embeddings=target.max_position_embeddings,
-        rms_norm_eps=target.rms_norm_eps,
-        rope_parameters=target.rope_parameters,
-        tie_word_embeddings=True,
-        bos_token_id=target.bos_token_id,
-        eos_token_id=target.eos_token_id,
-        pad_token_id=target.pad_token_id,
-    )
-    drafter = Drafter(config, window)
-    initialise(drafter)
-    return drafter
 
 
 def _check_window(
@@ -318,6 +291,27 @@ def _windows_per_step(arguments: TrainingArguments) -> int:
     )
 
 
+def _check_flexdraft(
+    data: DataArguments, views: ViewArguments, objective: ObjectiveArguments
+) -> None:
+    if views.position_mode != "absolute" or views.draft_prefill != "full":
+        raise ConfigurationError(
+            f"position_mode={views.position_mode!r} and draft_prefill="
+            f"{views.draft_prefill!r}: flexdraft reads the target's own cache, which is "
+            "'absolute' and 'full'; leave both out"
+        )
+    if objective.draft_tokens >= data.continuation_tokens:
+        raise ConfigurationError(
+            f"draft_tokens={objective.draft_tokens} do not fit in continuation_tokens="
+            f"{data.continuation_tokens}; lengthen the continuation"
+        )
+    if objective.teacher_cache is not None:
+        raise ConfigurationError(
+            "teacher_cache keeps hidden states, and flexdraft needs the target's keys "
+            "and values too; leave it out"
+        )
+
+
 def _held_out(
     acceptance: AcceptanceArguments,
     data: DataArguments,
@@ -325,12 +319,17 @@ def _held_out(
     eviction: EvictionSettings,
     target: Any,
     tokenizer: Any,
+    flexdraft: FlexDraftArguments,
+    model: MultiViewModel,
 ) -> HeldOutAcceptance:
     if not acceptance.eval_texts:
         raise ConfigurationError(
             "eval_strategy is set, but eval_texts is not; give held-out texts"
         )
-    return HeldOutAcceptance(
+    kind: Callable[..., HeldOutAcceptance] = HeldOutAcceptance
+    if isinstance(model, FlexDraftModel):
+        kind = partial(FlexDraftAcceptance, page_size=flexdraft.selection_page_size)
+    return kind(
         target,
         _texts(acceptance.eval_texts, data, tokenizer),
         contexts=acceptance.eval_contexts,

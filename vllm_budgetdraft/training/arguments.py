@@ -11,6 +11,14 @@ class DrafterArguments:
     """Who learns from whom."""
 
     target: str = field(metadata={"help": "Folder of the target, whose tokenizer too."})
+    drafter_type: str = field(
+        default="decoder",
+        metadata={
+            "help": "A decoder of its own, or flexdraft: attention of the target's "
+            "last layers for mask tokens.",
+            "choices": ["decoder", "flexdraft"],
+        },
+    )
     drafter: str | None = field(
         default=None,
         metadata={"help": "Folder of a drafter or small model to go on from."},
@@ -24,6 +32,30 @@ class DrafterArguments:
     num_hidden_layers: int = field(default=2, metadata={"help": "Of a new drafter."})
     num_attention_heads: int = field(default=6, metadata={"help": "Of a new drafter."})
     num_key_value_heads: int = field(default=2, metadata={"help": "Of a new drafter."})
+
+
+@dataclass
+class FlexDraftArguments:
+    """Of drafter_type flexdraft, whose k is ``draft_tokens``."""
+
+    mask_layers: int = field(
+        default=0,
+        metadata={
+            "help": "Last layers of the target that masks go through; 0 is a third of "
+            "them, at most 10."
+        },
+    )
+    calibration_rank: int = field(
+        default=256,
+        metadata={"help": "Width of what corrects drafts by the bonus token; 0: none."},
+    )
+    anchors_per_window: int = field(
+        default=32, metadata={"help": "Drafts of each window that are trained on."}
+    )
+    selection_page_size: int = field(
+        default=16,
+        metadata={"help": "Tokens per page that a sparse view keeps or drops."},
+    )
 
 
 @dataclass
@@ -111,7 +143,8 @@ class ObjectiveArguments:
         },
     )
     draft_tokens: int = field(
-        default=8, metadata={"help": "Positions of a draft, for position_weights."}
+        default=8,
+        metadata={"help": "Positions of a draft, for position_weights and flexdraft."},
     )
     position_decay: float = field(
         default=0.8, metadata={"help": "decay of position_weights."}

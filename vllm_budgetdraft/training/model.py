@@ -1,6 +1,7 @@
 """What is trained: the drafter, through its loss on several views of a window."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.catalogue import make_policy
@@ -96,8 +98,8 @@ class MultiViewModel(nn.Module):
             top_ids is not None and self._objective.teacher == "stored"
         )
         drawn_at = None
-        if self._objective.match_temperature and not needs_labels_only:
-            drawn_at = temperatures if temperatures is None else temperatures.flatten()
+        if temperatures is not None and self._matches_temperature:
+            drawn_at = temperatures.flatten()
         teacher: Teacher
         if next_ids is not None and is_enough:
             ids, logprobs = (
@@ -114,12 +116,24 @@ class MultiViewModel(nn.Module):
         hidden = continuation_hidden(
             self.drafter, continuation_ids, views, checkpoints=self._checkpoints
         )
+        loss = self._loss(hidden, self.drafter.head, teacher, counted, names)
+        return {"loss": loss}
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        teacher: Teacher,
+        counted: Tensor,
+        names: list[str],
+    ) -> Tensor:
+        """Equation 4, of views [V, ..., width] whose names ``metrics`` will have."""
         sparse = self._views.sparse_weight / max(1, self._views.views_per_step)
-        weights = torch.full((len(views),), sparse, device=hidden.device)
+        weights = torch.full((len(names),), sparse, device=hidden.device)
         weights[0] = 1.0
         loss, means = multi_view_loss(
-            hidden.flatten(1, 2),
-            self.drafter.head,
+            hidden.flatten(1, -2),
+            head,
             teacher,
             counted.flatten(),
             weights,
@@ -127,7 +141,34 @@ class MultiViewModel(nn.Module):
             self._objective.loss_chunk_tokens,
         )
         self._last = names, means
-        return {"loss": loss}
+        return loss
+
+    def save_drafter(
+        self,
+        folder: Path,
+        state: dict[str, Tensor],
+        dtype: torch.dtype,
+        tokenizer_from: str,
+    ) -> None:
+        """Writes the drafter's folder; ``state`` has its weights, by their names."""
+        save_drafter(
+            self.drafter,
+            folder,
+            dtype=dtype,
+            tokenizer_from=tokenizer_from,
+            state=state,
+        )
+
+    def load_drafter(self, folder: str | Path) -> None:
+        """Takes over the weights of such a folder."""
+        max_positions = self.drafter.rotary_table.shape[1]
+        stored = load_drafter(folder, max_positions=max_positions)
+        self.drafter.load_state_dict(stored.state_dict())
+
+    @property
+    def _matches_temperature(self) -> bool:
+        objective = self._objective
+        return objective.match_temperature and objective.objective != "ce"
 
     def _target_hidden(
         self, window: Tensor, prefix: Tensor, continuation: Tensor

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import TrainerState
 
 from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 
 CARD = """\
 ---
@@ -13,9 +14,7 @@ tags: [speculative-decoding, vllm, vllm-budgetdraft]
 ---
 # A drafter for {target}
 
-A {kind} of {millions:.2f} M parameters ({layers} layers, width {width}), for
-speculative decoding with vllm-budgetdraft. It loads as a plain `transformers` model,
-and as vLLM's `draft_model`, too.
+{about}
 
 ```
 vllm serve {target} --speculative-config \\
@@ -34,15 +33,28 @@ continuations of {continuation}. Objective `{objective}`, position weights
 **Acceptance.** {acceptance}
 """
 
+DECODER = """\
+A {kind} of {millions:.2f} M parameters ({layers} layers, width {width}), for
+speculative decoding with vllm-budgetdraft. It loads as a plain `transformers` model,
+and as vLLM's `draft_model`, too."""
+FLEXDRAFT = """\
+FlexDraft of {millions:.2f} M parameters, for speculative decoding with
+vllm-budgetdraft: attention projections for mask tokens in the target's last {layers}
+layers, and a calibration of rank {rank}. It works with no other target."""
 
-def model_card(drafter: Drafter, options: dict[str, Any], state: TrainerState) -> str:
+
+def model_card(
+    drafter: Drafter | FlexDraft,
+    target: str,
+    options: dict[str, Any],
+    state: TrainerState,
+) -> str:
     """Markdown.
 
     Args:
         options: of the run, by name.
         state: of the trainer, with what was measured.
     """
-    config = drafter.config
     sources = [
         f"{kind}: {', '.join(options[key])}"
         for key, kind in (("texts", "texts"), ("continuations", "the target's own"))
@@ -53,11 +65,8 @@ def model_card(drafter: Drafter, options: dict[str, Any], state: TrainerState) -
         budgets = ", ".join(map(str, options["budgets"]))
         sparse = f" and {options['sparse_weight']:g} of sparse views ({budgets} tokens)"
     return CARD.format(
-        target=config.budgetdraft["target"],
-        kind=config.architectures[0],
-        millions=sum(p.numel() for p in drafter.parameters()) / 1e6,
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
+        target=target,
+        about=_about(drafter),
         budget=options["budgets"][-1],
         data="; ".join(sources),
         steps=state.global_step,
@@ -73,6 +82,22 @@ def model_card(drafter: Drafter, options: dict[str, Any], state: TrainerState) -
         rate=options["learning_rate"],
         seed=options["seed"],
         acceptance=_acceptance(options, state),
+    )
+
+
+def _about(drafter: Drafter | FlexDraft) -> str:
+    millions = sum(p.numel() for p in drafter.parameters()) / 1e6
+    if isinstance(drafter, FlexDraft):
+        return FLEXDRAFT.format(
+            millions=millions,
+            layers=drafter.num_layers,
+            rank=drafter.calibration_rank,
+        )
+    return DECODER.format(
+        kind=drafter.config.architectures[0],
+        millions=millions,
+        layers=drafter.config.num_hidden_layers,
+        width=drafter.config.hidden_size,
     )
 
 

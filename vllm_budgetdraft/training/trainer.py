@@ -20,7 +20,6 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
 from vllm_budgetdraft.errors import TrainingError
 
 logger = logging.get_logger(__name__)
@@ -98,13 +97,8 @@ class DrafterTrainer(Trainer):
         self._write(folder, state_dict or self.model.state_dict(), torch.float32)
 
     def _write(self, folder: Path, state: dict[str, Any], dtype: torch.dtype) -> None:
-        save_drafter(
-            self.model.drafter,
-            folder,
-            dtype=dtype,
-            tokenizer_from=self._tokenizer_from,
-            state={name.removeprefix("drafter."): x for name, x in state.items()},
-        )
+        state = {name.removeprefix("drafter."): x for name, x in state.items()}
+        self.model.save_drafter(folder, state, dtype, self._tokenizer_from)
         for name, text in self._run_files.items():
             (folder / name).write_text(text, encoding="utf-8")
 
@@ -114,11 +108,7 @@ class DrafterTrainer(Trainer):
         if self.is_fsdp_enabled:  # whose checkpoints have a file of their own
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        drafter = (model or self.model).drafter
-        stored = load_drafter(
-            resume_from_checkpoint, max_positions=drafter.rotary_table.shape[1]
-        )
-        drafter.load_state_dict(stored.state_dict())
+        (model or self.model).load_drafter(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info("the best checkpoint is %s", self.state.best_model_checkpoint)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_budgetdraft import environment
-from vllm_budgetdraft.config import parse_request_settings
+from vllm_budgetdraft.config import RequestSettings, parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_length import confident_lengths
 from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
@@ -33,6 +33,7 @@ class Request:
         sampled: whether it sampled a token in this step; if not, its prompt is still
             being prefilled.
         max_drafts: most tokens to draft now.
+        block_tables: of each kind of the target's cache, where its pages are.
     """
 
     row: int
@@ -41,6 +42,7 @@ class Request:
     context: np.ndarray
     sampled: bool
     max_drafts: int
+    block_tables: tuple[np.ndarray, ...] = ()
 
 
 class RequestDrafter:
@@ -60,6 +62,14 @@ class RequestDrafter:
         self._faults = FaultLog()
         self.probabilities: tuple[list[str], Tensor] | None = None
         self.has_only_drafted = False
+
+    @property
+    def pages_in_use(self) -> int:
+        pool = self._core.cache.pool
+        return pool.num_pages - pool.num_free
+
+    def warm_up(self) -> None:
+        self._core.warm_up()
 
     def reset(self, error: Exception) -> None:
         """Drops every request after a failure of none in particular."""
@@ -213,9 +223,8 @@ class RequestDrafter:
                 self._drop(request, FloatingPointError("logits are not finite"))
                 continue
             num_fed = len(drafted) - 1  # all but the last
-            if NOT_CONFIDENT in drafted:
-                drafted = drafted[: drafted.index(NOT_CONFIDENT)]
-            drafted = drafted[: _max_drafts(request, holding)]
+            limit = max_drafts(request, holding.settings)
+            drafted = confident(drafted)[:limit]
             holding.drafted(len(request.context), drafted[:num_fed])
             sound[request.row] = drafted
         return sound
@@ -256,17 +265,14 @@ class RequestDrafter:
             self._tensor([holding.slot for _, holding in ready]),
             self._tensor(np.stack([c[-FIRST_WIDTH:] for c in contexts])),
             self._tensor([len(context) for context in contexts]),
-            max(_max_drafts(*each) for each in ready),
+            max(max_drafts(request, held.settings) for request, held in ready),
             self._tensor(temperatures, torch.float32) if any(temperatures) else None,
         )
         if probabilities is not None:
             ids = [request.request_id for request, _ in ready]
             self.probabilities = ids, probabilities
         threshold = self._core.config.draft_confidence_threshold
-        lengths = confident_lengths(confidences, threshold)[:, None]
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        tokens = tokens.masked_fill(positions >= lengths, NOT_CONFIDENT)
-        return tokens.masked_fill(~confidences.isfinite(), NOT_FINITE).tolist()
+        return marked(tokens, confidences, threshold)
 
     def _tensor(self, data: Any, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.as_tensor(data, dtype=dtype).to(self._core.device)
@@ -286,8 +292,24 @@ class RequestDrafter:
         self._core.release_request(self._slots.release(request_id))
 
 
-def _max_drafts(request: Request, holding: Holding) -> int:
-    asked = holding.settings.num_speculative_tokens
+def marked(tokens: Tensor, confidences: Tensor, threshold: float) -> list[list[int]]:
+    """Drafts [B, k]; ``NOT_FINITE`` or ``NOT_CONFIDENT`` where they are of no use."""
+    lengths = confident_lengths(confidences, threshold)[:, None]
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    tokens = tokens.masked_fill(positions >= lengths, NOT_CONFIDENT)
+    return tokens.masked_fill(~confidences.isfinite(), NOT_FINITE).tolist()
+
+
+def confident(drafted: list[int]) -> list[int]:
+    """What comes before the first ``NOT_CONFIDENT``."""
+    return (
+        drafted[: drafted.index(NOT_CONFIDENT)] if NOT_CONFIDENT in drafted else drafted
+    )
+
+
+def max_drafts(request: Request, settings: RequestSettings) -> int:
+    """Most tokens to draft now for a request that asked for such settings."""
+    asked = settings.num_speculative_tokens
     return request.max_drafts if asked is None else min(asked, request.max_drafts)
 
 

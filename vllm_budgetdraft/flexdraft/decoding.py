@@ -1,0 +1,423 @@
+"""Reference decoding: a target of ``transformers`` that verifies and drafts.
+
+A round emits what it verified and the bonus token after it. *Sequential*: mask tokens
+draft, then the target verifies. *Parallel*: one pass verifies the last round's drafts
+and, for each number of them that may be accepted, drafts what would come after.
+
+Letters in shapes: B sequences, S cells of the cache, T new tokens, A groups of mask
+tokens, H query heads, G KV heads, D head size.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from budgetdraft_kernels.reference import rotate
+from vllm_budgetdraft.flexdraft.modeling import FlexDraft, TargetParts
+from vllm_budgetdraft.flexdraft.pages import PageSelector
+from vllm_budgetdraft.proposer.draft_length import confident_lengths
+from vllm_budgetdraft.proposer.draft_proposer import Drafts
+
+Mode = Literal["parallel", "sequential"]
+#: Rounds of each mode before the faster one is chosen.
+TRIALS = 5
+
+
+@dataclass
+class ContextCache:
+    """The target's keys and values of a batch.
+
+    Attributes:
+        keys, values: [layers, B, G, S, D], keys rotated.
+        lengths: [B] int64, tokens of each sequence; what lies beyond is of no account.
+        hidden_cells: [mask layers, B, G, S] bool, what mask tokens do not see.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    hidden_cells: Tensor
+
+    def row(self, index: int) -> "ContextCache":
+        """One sequence; writes go through."""
+        rows = slice(index, index + 1)
+        return ContextCache(
+            self.keys[:, rows],
+            self.values[:, rows],
+            self.lengths[rows],
+            self.hidden_cells[:, rows],
+        )
+
+
+@dataclass
+class ModeSwitch:
+    """Picks the mode whose rounds took less time at a batch size, on this machine."""
+
+    seconds: dict[tuple[int, Mode], list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    def choose(self, batch_size: int) -> Mode:
+        modes: tuple[Mode, Mode] = ("parallel", "sequential")
+        for mode in modes:
+            if len(self.seconds[batch_size, mode]) < TRIALS:
+                return mode
+        return min(modes, key=lambda mode: self.median(batch_size, mode))
+
+    def median(self, batch_size: int, mode: Mode) -> float:
+        """Seconds of a round."""
+        return statistics.median(self.seconds[batch_size, mode])
+
+
+class FlexDecoder:
+    """Greedy decoding and sampling of batches; outputs are those of the target alone.
+
+    Attributes:
+        accepted: drafts accepted in each round, by sequence, of the last ``generate``.
+        switch: times of rounds, kept from call to call.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: FlexDraft,
+        *,
+        num_drafts: int,
+        selector: PageSelector | None = None,
+        kv_budget: int | None = None,
+        confidence_threshold: float = 0.01,
+    ) -> None:
+        """
+        Args:
+            num_drafts: k.
+            selector: with ``kv_budget``, what mask tokens see of prompts; all of them
+                without.
+            confidence_threshold: a draft ends where the product of its tokens'
+                confidences falls below, each the largest probability of its place
+                (FlexDraft's verification length).
+        """
+        self._target, self._drafter = target, drafter
+        self._layers = list(target.model.layers)
+        self._split = len(self._layers) - drafter.num_layers
+        self._parts = TargetParts(target, drafter.num_layers)
+        self._num_drafts, self._threshold = num_drafts, confidence_threshold
+        self._selector, self._budget = selector, kv_budget
+        self.switch = ModeSwitch()
+        self.accepted: list[list[int]] = []
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        mode: Mode | Literal["auto"] = "auto",
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """New tokens of each prompt.
+
+        Args:
+            mode: "auto" is what ``switch`` chooses.
+        """
+        device = self._target.device
+        generator = torch.Generator(device).manual_seed(seed)
+        longest = max(map(len, prompts)) + max_new_tokens + self._num_drafts + 1
+        cache = self.new_cache(len(prompts), longest)
+        for row, prompt in enumerate(prompts):
+            self.read(cache.row(row), torch.tensor(prompt[:-1], device=device))
+        written: list[list[int]] = [[] for _ in prompts]
+        self.accepted = [[] for _ in prompts]
+        bonus = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+        drafts: Drafts | None = None
+        while min(map(len, written)) < max_new_tokens:
+            chosen = self.switch.choose(len(prompts)) if mode == "auto" else mode
+            if chosen == "parallel" and drafts is None:
+                drafts = self.draft(cache, bonus, temperature, generator)
+            begin = time.perf_counter()
+            if chosen == "parallel":
+                assert drafts is not None
+                tokens, drafts, accepted, bonus = self._parallel(
+                    cache, bonus, drafts, temperature, generator
+                )
+            else:
+                drafts = self.draft(cache, bonus, temperature, generator)
+                tokens, accepted, bonus = self._verify(
+                    cache, bonus, drafts, temperature, generator
+                )
+                drafts = None
+            counts = accepted.tolist()
+            self.switch.seconds[len(prompts), chosen].append(
+                time.perf_counter() - begin
+            )
+            following = bonus.tolist()
+            for row, count in enumerate(counts):
+                if len(written[row]) < max_new_tokens:
+                    written[row] += [*tokens[row, :count].tolist(), following[row]]
+                    self.accepted[row].append(count)
+        return [tokens[:max_new_tokens] for tokens in written]
+
+    def new_cache(self, batch_size: int, num_cells: int) -> ContextCache:
+        """Room for so many tokens of each sequence."""
+        drafter, device = self._drafter, self._target.device
+        head_dim = drafter.rotary_table.shape[-1]
+        sizes = (batch_size, drafter.num_kv_heads, num_cells)
+        shape = (len(self._layers), *sizes, head_dim)
+        new: dict[str, Any] = {"dtype": self._target.dtype, "device": device}
+        return ContextCache(
+            torch.zeros(shape, **new),
+            torch.zeros(shape, **new),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+            torch.zeros(drafter.num_layers, *sizes, dtype=torch.bool, device=device),
+        )
+
+    @torch.inference_mode()
+    def read(
+        self, cache: ContextCache, tokens: Tensor, kv_budget: int | None = None
+    ) -> None:
+        """A prompt [T] into the cache of one sequence, and which of it masks see."""
+        self.extend(cache, tokens)
+        budget = self._budget if kv_budget is None else kv_budget
+        if self._selector is None or budget is None or budget >= len(tokens):
+            return
+        keys = cache.keys[self._split :, :, :, : len(tokens)]
+        visible = self._selector.visible(keys, budget)
+        cache.hidden_cells[..., : len(tokens)] = ~visible
+
+    @torch.inference_mode()
+    def extend(self, cache: ContextCache, tokens: Tensor) -> None:
+        """The next tokens [T] into the cache of one sequence."""
+        if len(tokens):
+            self._forward(cache, tokens[None], None)
+            cache.lengths += len(tokens)
+
+    @torch.inference_mode()
+    def draft(
+        self,
+        cache: ContextCache,
+        bonus: Tensor,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> Drafts:
+        """After the bonus tokens [B], which are not in the cache."""
+        none = bonus[:, None][:, :0]
+        _, masks = self._forward(cache, none, cache.lengths[:, None])
+        return self._pick(masks[:, 0], bonus, temperature, generator)
+
+    def _verify(
+        self,
+        cache: ContextCache,
+        bonus: Tensor,
+        drafts: Drafts,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The drafts [B, n], how many are accepted, and the tokens after them [B]."""
+        lengths = self._lengths(drafts)
+        tokens = drafts.tokens[:, : int(lengths.max())]
+        fed = torch.cat([bonus[:, None], tokens], 1)
+        hidden, _ = self._forward(cache, fed, None)
+        accepted, following = self._accept(
+            hidden, drafts, lengths, temperature, generator
+        )
+        cache.lengths += accepted + 1
+        return tokens, accepted, following
+
+    def _parallel(
+        self,
+        cache: ContextCache,
+        bonus: Tensor,
+        drafts: Drafts,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Drafts, Tensor, Tensor]:
+        """As ``_verify``, and the drafts after the next bonus tokens."""
+        lengths = self._lengths(drafts)
+        tokens = drafts.tokens[:, : int(lengths.max())]
+        fed = torch.cat([bonus[:, None], tokens], 1)
+        # Group i takes i drafts for accepted: its bonus token stands after them.
+        groups = torch.arange(fed.shape[1], device=fed.device)
+        starts = cache.lengths[:, None] + 1 + groups
+        hidden, masks = self._forward(cache, fed, starts)
+        accepted, following = self._accept(
+            hidden, drafts, lengths, temperature, generator
+        )
+        cache.lengths += accepted + 1
+        rows = torch.arange(len(fed), device=fed.device)
+        found = self._pick(masks[rows, accepted], following, temperature, generator)
+        return tokens, found, accepted, following
+
+    def _forward(
+        self, cache: ContextCache, tokens: Tensor, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The target over new tokens, whose states go into the cache, and mask tokens.
+
+        Args:
+            tokens: [B, T], the next ones of each sequence; ``lengths`` stay as they
+                are.
+            starts: [B, A], positions of the bonus tokens of groups of mask tokens;
+                these see what is before them in the cache. None for no masks.
+
+        Returns:
+            Normed hidden states, [B, T, hidden_size] and [B, A, k + 1, hidden_size].
+        """
+        drafter, (batch, num_tokens) = self._drafter, tokens.shape
+        device, lengths = tokens.device, cache.lengths
+        positions = lengths[:, None] + torch.arange(num_tokens, device=device)
+        rotary = [x[:, :, None] for x in drafter.rotary(positions)]
+        num_cells = int(lengths.max()) + num_tokens
+        cells = torch.arange(num_cells, device=device)
+        causal = (cells <= positions[..., None])[:, None]  # [B, 1, T, num_cells]
+        rows = torch.arange(batch, device=device)[:, None]
+
+        block = self._num_drafts + 1
+        groups = starts.shape[1] if starts is not None else 0
+        masks = drafter.masks(batch, groups * block)
+        if starts is not None:
+            offsets = torch.arange(block, device=device)
+            places = (starts[..., None] + offsets).flatten(1)
+            mask_rotary = [x[:, :, None] for x in drafter.rotary(places)]
+            before = (cells < starts.repeat_interleave(block, 1)[..., None])[:, None]
+            of_group = torch.arange(groups, device=device).repeat_interleave(block)
+            own = (of_group == of_group[:, None]).expand(
+                batch, drafter.num_heads, -1, -1
+            )
+
+        x = self._parts.embed(tokens)
+        for index, layer in enumerate(self._layers):
+            attention, keys, values = layer.self_attn, cache.keys, cache.values
+            if num_tokens:
+                q, k, v = _heads(attention, layer.input_layernorm(x))
+                keys[index, rows, :, positions] = rotate(k, *rotary)
+                values[index, rows, :, positions] = v
+                attended = _attend(
+                    rotate(q, *rotary),
+                    keys[index, :, :, :num_cells],
+                    values[index, :, :, :num_cells],
+                    causal,
+                )
+                x = x + attention.o_proj(attended.flatten(2))
+            depth = index - self._split
+            if depth >= 0 and groups:
+                tuned = drafter.layers[depth]
+                qkv = tuned.project(layer.input_layernorm(masks))
+                q, k, v = qkv.split((drafter.num_heads, *[drafter.num_kv_heads] * 2), 2)
+                shown = ~cache.hidden_cells[depth, :, :, None, :num_cells]
+                shown = shown.repeat_interleave(q.shape[2] // k.shape[2], 1)
+                both = (keys[index, :, :, :num_cells], values[index, :, :, :num_cells])
+                own_states = (rotate(k, *mask_rotary), v)
+                attended = _attend(
+                    rotate(q, *mask_rotary),
+                    *(
+                        torch.cat([context, states.transpose(1, 2)], 2)
+                        for context, states in zip(both, own_states, strict=True)
+                    ),
+                    torch.cat([before & shown, own], -1),
+                )
+                masks = masks + tuned.output(attended)
+            # One product for both, so that the weights are read once.
+            sizes = (num_tokens, groups * block if depth >= 0 else 0)
+            together = torch.cat([x, masks[:, : sizes[1]]], 1)
+            if together.shape[1]:
+                normed = layer.post_attention_layernorm(together)
+                together = together + layer.mlp(normed)
+            x, changed = together.split(sizes, 1)
+            masks = changed if depth >= 0 else masks
+        return (
+            self._parts.norm(x),
+            self._parts.norm(masks).unflatten(1, (groups, block)),
+        )
+
+    def _pick(
+        self,
+        masks: Tensor,
+        bonus: Tensor,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> Drafts:
+        """Drafts from mask tokens [B, k + 1, hidden_size]."""
+        logits = self._drafter.logits(masks[:, 1:], self._parts, bonus).float()
+        if temperature:
+            probabilities = (logits / temperature).softmax(-1)
+            tokens = _draw(probabilities, generator)
+        else:
+            probabilities = logits.softmax(-1)
+            tokens = logits.argmax(-1)
+        drawn_from = probabilities if temperature else None
+        return Drafts(tokens, probabilities.amax(-1), drawn_from)
+
+    def _lengths(self, drafts: Drafts) -> Tensor:
+        """[B] int64, how many drafts are worth verifying: 1 to k."""
+        return confident_lengths(drafts.confidences, self._threshold).clamp_min(1)
+
+    def _accept(
+        self,
+        hidden: Tensor,
+        drafts: Drafts,
+        lengths: Tensor,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """How many drafts are accepted, and the tokens after them: [B] each.
+
+        With a temperature this is speculative sampling
+        (https://arxiv.org/abs/2211.17192).
+
+        Args:
+            hidden: [B, n + 1, hidden_size], of the bonus token and n drafts.
+            lengths: [B] int64, how many drafts of each are verified, at most n.
+        """
+        logits = F.linear(hidden, self._parts.head).float()
+        count = hidden.shape[1] - 1
+        tokens = drafts.tokens[:, :count]
+        places = torch.arange(count, device=hidden.device)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        if drafts.probabilities is None:
+            chosen = logits.argmax(-1)
+            fits = (tokens == chosen[:, :-1]) & (places < lengths[:, None])
+            accepted = fits.cumprod(-1).sum(-1)
+            return accepted, chosen[rows, accepted]
+        p, q = (logits / temperature).softmax(-1), drafts.probabilities[:, :count]
+        index = tokens[..., None]
+        chances = (p[:, :-1].gather(-1, index) / q.gather(-1, index)).squeeze(-1)
+        draws = torch.rand(chances.shape, generator=generator, device=hidden.device)
+        fits = (draws < chances) & (places < lengths[:, None])
+        accepted = fits.cumprod(-1).sum(-1)
+        # After a refused draft, what q gave too little of; p after the last one.
+        was_refused = (accepted < lengths)[:, None]
+        refused = q[rows, accepted.clamp_max(count - 1)] * was_refused
+        left = (p[rows, accepted] - refused).clamp_min(0)
+        return accepted, torch.multinomial(left, 1, generator=generator)[:, 0]
+
+
+def _heads(attention: Any, h: Tensor) -> list[Tensor]:
+    """Query, key and value heads of one of the target's layers, [B, T, heads, D]."""
+    q, k, v = (
+        projection(h).unflatten(-1, (-1, attention.head_dim))
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return [q, k, v]
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """[B, T, H, D] over [B, G, cells, D]; returns [B, T, H, D]."""
+    attended = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=True
+    )
+    return attended.transpose(1, 2)
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token of each distribution, [..., V] to [...]."""
+    flat = probabilities.flatten(0, -2)
+    drawn = torch.multinomial(flat, 1, generator=generator)
+    return drawn.view(probabilities.shape[:-1])

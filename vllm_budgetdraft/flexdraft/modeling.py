@@ -1,0 +1,156 @@
+"""Mask tokens that go through a target's last layers and come out as a draft.
+
+They have attention projections of their own, and see the target's keys and values and
+each other; norms, MLPs, embeddings and output matrix are the target's, unchanged.
+
+Letters in shapes: T mask tokens, H query heads, G KV heads, D head size.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from vllm_budgetdraft.drafter.modeling import (
+    Attend,
+    AttentionProjections,
+    rotary_table,
+)
+
+
+class TargetParts:
+    """What mask tokens use of a target, by the names that its modules have.
+
+    ``transformers`` and vLLM have the same ones for the Llama family.
+    """
+
+    def __init__(self, model: Any, num_layers: int) -> None:
+        """
+        Args:
+            num_layers: how many of the last layers.
+        """
+        decoder = model.model
+        self.layers = list(decoder.layers)[-num_layers:]
+        self.norm = decoder.norm
+        self.embed = decoder.embed_tokens
+        self._vocab_size = model.config.vocab_size
+        self._head = model.lm_head
+
+    @property
+    def head(self) -> Tensor:
+        """[vocab_size, hidden_size]; vLLM's has rows of padding."""
+        return self._head.weight[: self._vocab_size]
+
+
+class FlexDraft(nn.Module):
+    """Tuned attention of the last layers, one mask embedding, and calibration.
+
+    A draft of k tokens takes k + 1 mask tokens: the first stands where the bonus token
+    does, which is not known yet when masks go along with verification, and comes out
+    unused. The others predict the tokens at their own positions. Calibration then adds
+    W2 SiLU(W1 [embedding of the bonus token; hidden]) to their logits.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        num_layers: int,
+        calibration_rank: int,
+        max_positions: int,
+    ) -> None:
+        """
+        Args:
+            config: the target's.
+            num_layers: how many of its last layers mask tokens go through.
+            calibration_rank: width of the calibration; 0 for none.
+            max_positions: rows of the rotary table; positions stay below.
+        """
+        super().__init__()
+        self.config = config
+        self.num_layers, self.calibration_rank = num_layers, calibration_rank
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        hidden = config.hidden_size
+        self.mask_embedding = nn.Parameter(torch.empty(hidden))
+        self.layers = nn.ModuleList(
+            AttentionProjections(config) for _ in range(num_layers)
+        )
+        self.calibration_in = self.calibration_out = None
+        if calibration_rank:
+            shapes = (
+                (calibration_rank, 2 * hidden),
+                (config.vocab_size, calibration_rank),
+            )
+            self.calibration_in, self.calibration_out = (
+                nn.Parameter(torch.empty(shape)) for shape in shapes
+            )
+        self.rotary_table: Tensor
+        self.register_buffer(
+            "rotary_table", rotary_table(config, max_positions), persistent=False
+        )
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of ``positions`` [...], as ``rotate`` takes them: [..., D]."""
+        cos, sin = self.rotary_table[:, positions]
+        return cos, sin
+
+    def masks(self, *shape: int) -> Tensor:
+        """Mask tokens as they enter the first of the layers, [*shape, hidden_size]."""
+        return self.mask_embedding.expand(*shape, -1)
+
+    def forward(self, x: Tensor, target: TargetParts, attend: Attend) -> Tensor:
+        """Mask tokens [..., T, hidden_size] to normed hidden states of that shape."""
+        for index, (own, theirs) in enumerate(
+            zip(self.layers, target.layers, strict=True)
+        ):
+            qkv = own.project(theirs.input_layernorm(x))
+            x = x + own.output(attend(index, qkv))
+            x = x + theirs.mlp(theirs.post_attention_layernorm(x))
+        return target.norm(x)
+
+    def features(self, hidden: Tensor, bonus: Tensor) -> Tensor:
+        """SiLU(W1 [embedding of the bonus token; hidden]), [..., calibration_rank].
+
+        Args:
+            hidden: [..., hidden_size].
+            bonus: the bonus token's embedding, of that shape.
+        """
+        return F.silu(F.linear(torch.cat([bonus, hidden], -1), self.calibration_in))
+
+    def logits(self, hidden: Tensor, target: TargetParts, bonus: Tensor) -> Tensor:
+        """Of drafts: [..., k, hidden_size] to [..., k, vocab_size].
+
+        Args:
+            bonus: [...] int64, the bonus token of each draft.
+        """
+        logits = F.linear(hidden, target.head)
+        if self.calibration_rank:
+            embedded = target.embed(bonus)[..., None, :].expand_as(hidden)
+            features = self.features(hidden, embedded)
+            logits = logits + F.linear(features, self.calibration_out)
+        return logits
+
+
+@torch.no_grad()
+def begin_as_target(drafter: FlexDraft, target: Any) -> None:
+    """Weights to begin training with: the target's own projections, no calibration."""
+    layers = list(target.model.layers)[-drafter.num_layers :]
+    for own, theirs in zip(drafter.layers, layers, strict=True):
+        attention = theirs.self_attn
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        own.qkv_weight.copy_(torch.cat([part.weight for part in parts]))
+        own.o_weight.copy_(attention.o_proj.weight)
+        if own.qkv_bias is not None:
+            own.qkv_bias.copy_(torch.cat([part.bias for part in parts]))
+        if own.o_bias is not None:
+            own.o_bias.copy_(attention.o_proj.bias)
+        if own.has_qk_norms:
+            own.q_norm.copy_(attention.q_norm.weight)
+            own.k_norm.copy_(attention.k_norm.weight)
+    nn.init.normal_(drafter.mask_embedding, std=0.02)
+    if drafter.calibration_in is not None:
+        nn.init.normal_(drafter.calibration_in, std=drafter.config.initializer_range)
+        nn.init.zeros_(drafter.calibration_out)

@@ -1,0 +1,119 @@
+"""What training begins with: the target, and a drafter of either type."""
+
+import math
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+from vllm_budgetdraft.drafter.checkpoint import load_drafter
+from vllm_budgetdraft.drafter.configuration import (
+    check_drafter_config,
+    check_vocabulary,
+)
+from vllm_budgetdraft.drafter.modeling import Drafter, initialise
+from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
+from vllm_budgetdraft.flexdraft.modeling import FlexDraft, begin_as_target
+from vllm_budgetdraft.training.arguments import DrafterArguments, FlexDraftArguments
+
+#: FlexDraft's own depth (section 2.1), where a third of the target is more.
+MOST_MASK_LAYERS = 10
+
+
+def load_target(folder: str, arguments: TrainingArguments) -> PreTrainedModel:
+    """On the device that trains, in bfloat16 if that is what it trains in.
+
+    Raises:
+        ConfigurationError: there is no such model.
+    """
+    try:
+        target = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16 if arguments.bf16 else None
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"--target {folder!r} cannot be loaded ({error}); give the folder of a "
+            "causal language model, or its name on the hub"
+        ) from error
+    return target.to(arguments.device)
+
+
+def make_drafter(
+    arguments: DrafterArguments, target: PretrainedConfig, window: int
+) -> Drafter:
+    """The drafter to train: one from a folder, slices of the target, or a new Llama.
+
+    Args:
+        window: tokens of the longest window.
+
+    Raises:
+        UnsupportedDrafterError: see ``load_drafter``; or it has another vocabulary.
+    """
+    if arguments.drafter or arguments.target_layers:
+        drafter = load_drafter(
+            arguments.drafter or arguments.target,
+            max_positions=window,
+            layers=None if arguments.drafter else arguments.target_layers,
+        )
+        check_vocabulary(drafter.config, target.vocab_size)
+        return drafter.train().requires_grad_(True)
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=target.vocab_size,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.intermediate_size,
+        num_hidden_layers=arguments.num_hidden_layers,
+        num_attention_heads=arguments.num_attention_heads,
+        num_key_value_heads=arguments.num_key_value_heads,
+        max_position_embeddings=target.max_position_embeddings,
+        rms_norm_eps=target.rms_norm_eps,
+        rope_parameters=target.rope_parameters,
+        tie_word_embeddings=True,
+        bos_token_id=target.bos_token_id,
+        eos_token_id=target.eos_token_id,
+        pad_token_id=target.pad_token_id,
+    )
+    drafter = Drafter(config, window)
+    initialise(drafter)
+    return drafter
+
+
+def make_flexdraft(
+    arguments: DrafterArguments,
+    flexdraft: FlexDraftArguments,
+    target: PreTrainedModel,
+    window: int,
+) -> FlexDraft:
+    """One from a folder, or a new one that begins with the target's projections.
+
+    Args:
+        window: tokens of the longest window.
+
+    Raises:
+        ConfigurationError: more layers than the target has.
+        UnsupportedDrafterError: see ``load_flexdraft`` and ``check_drafter_config``.
+    """
+    check_drafter_config(target.config, arguments.target)
+    if arguments.drafter:
+        drafter = load_flexdraft(arguments.drafter, target, max_positions=window)
+        return drafter.train().requires_grad_(True)
+    has = target.config.num_hidden_layers
+    num_layers = flexdraft.mask_layers or min(MOST_MASK_LAYERS, math.ceil(has / 3))
+    if num_layers > has:
+        raise ConfigurationError(
+            f"mask_layers={num_layers}, but the target has {has} layers; use fewer"
+        )
+    drafter = FlexDraft(
+        target.config,
+        num_layers=num_layers,
+        calibration_rank=flexdraft.calibration_rank,
+        max_positions=window,
+    )
+    begin_as_target(drafter, target)
+    return drafter
