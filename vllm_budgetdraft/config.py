@@ -95,6 +95,12 @@ class BudgetDraftConfig(EvictionSettings):
     """The settings of ``--speculative-config '{"method": "budgetdraft", ...}'``."""
 
     model: str = Field(description="Folder of the drafter (Hugging Face layout).")
+    drafter_type: Literal["auto", "decoder", "flexdraft"] = Field(
+        "auto",
+        description="What that is: a decoder, which keeps a cache of its own, or "
+        "flexdraft, by which the target drafts from its own cache; auto is what the "
+        "folder says.",
+    )
     num_speculative_tokens: int = Field(
         ge=1, le=128, description="Most tokens drafted per step."
     )
@@ -262,6 +268,22 @@ class RequestSettings(BaseModel):
 
     kv_budget: int | None = None
     num_speculative_tokens: int | None = None
+
+
+#: What a drafter without a cache of its own leaves nothing for.
+CACHE_SETTINGS = (
+    *("page_size", "pool_memory_gib", "position_mode"),
+    *("draft_prefill", "draft_prefill_chunk", "draft_dtype"),
+)
+
+
+def check_flexdraft_settings(config: BudgetDraftConfig) -> None:
+    """Raises ConfigurationError for settings that mean nothing to flexdraft."""
+    if given := sorted(config.model_fields_set.intersection(CACHE_SETTINGS)):
+        raise ConfigurationError(
+            f"{given} are about a drafter's own cache and weights; flexdraft reads the "
+            "target's cache, in the target's type; leave them out"
+        )
 
 
 def parse_request_settings(

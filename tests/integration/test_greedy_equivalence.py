@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.engines import (
     DRAFTER,
+    FLEXDRAFT,
     NATIVE_512,
     TARGET,
     Answer,
@@ -102,6 +103,21 @@ def draft(**settings: object) -> dict[str, object]:
                 "enable_prefix_caching": False,
             },
             id="keep_all",
+        ),
+        pytest.param(
+            {
+                "speculative_config": draft(model=FLEXDRAFT),
+                "max_num_batched_tokens": 512,
+            },
+            id="flexdraft",
+        ),
+        pytest.param(
+            {
+                "speculative_config": draft(
+                    model=FLEXDRAFT, eviction_policy="keep_all"
+                ),
+            },
+            id="flexdraft-keep_all",
         ),
     ],
 )

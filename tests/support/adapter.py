@@ -76,7 +76,8 @@ class Engine:
         for row, name in enumerate(names):
             token_ids[row, : lengths[row]] = self.tokens[name]
         sampled = [[] if name in self.prefilling else [1] for name in names]
-        rows = SimpleNamespace(req_ids=names)
+        no_tables = SimpleNamespace(block_tables=[])
+        rows = SimpleNamespace(req_ids=names, block_table=no_tables)
         runner = SimpleNamespace(requests=self.requests, input_batch=rows)
         self.proposer.bind(runner, self.verified)
         drafts = self.proposer.propose(sampled, lengths, token_ids)

@@ -103,7 +103,9 @@ def _sample(job: Job, altered: Callable[[], AbstractContextManager]) -> Sampled:
 def _restart_noise() -> None:
     torch.manual_seed(0)
     runner = _llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    if generator := getattr(runner.drafter._core, "_generator", None):
+    drafter = runner.drafter._drafter
+    drafter = getattr(drafter, "_core", drafter)
+    if generator := getattr(drafter, "_generator", None):
         generator.manual_seed(0)
 
 

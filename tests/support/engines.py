@@ -17,6 +17,9 @@ DRAFTER = str(MODELS / "books-9m-drafter")
 #: A drafter that has never seen a position beyond 511.
 NATIVE_512 = str(MODELS / "books-9m-native512")
 
+#: By which the target drafts for itself.
+FLEXDRAFT = str(MODELS / "books-9m-flexdraft")
+
 #: In float32 an argmax does not depend on how many tokens vLLM verifies at once.
 ENGINE_ARGS = {
     "model": TARGET,
@@ -246,16 +249,19 @@ class SteppedEngine:
 
         A request without room for a draft has the proposer release who is over.
         """
-        if not hasattr(self._proposer, "_core"):
+        drafter = getattr(self._proposer, "_drafter", None)
+        if drafter is None:
             return
         prompt = book_tokens(self.max_model_len - 1)
         self.add("without room", Request(prompt, {"max_tokens": 1}))
         self.finish()
         self.courses.pop()
-        cache = self._proposer._core.cache
+        assert drafter._faults.num_faults == 0, "drafting failed"
+        if not hasattr(drafter, "_core"):
+            return
+        cache = drafter._core.cache
         cache.check_invariants()
         assert cache.pool.num_free == cache.pool.num_pages, "pages are still held"
-        assert self._proposer._drafter._faults.num_faults == 0, "drafting failed"
 
     def _observe(self) -> None:
         for row, name in enumerate(self._runner.input_batch.req_ids):
@@ -264,8 +270,9 @@ class SteppedEngine:
         for name, request in self._scheduler.requests.items():
             if course := self.live.get(name):
                 course.num_preemptions = request.num_preemptions
-        if hasattr(self._proposer, "_core"):
-            held = dict(self._proposer._drafter._slots._held)
+        slots = getattr(getattr(self._proposer, "_drafter", None), "_slots", None)
+        if slots is not None:
+            held = dict(slots._held)
             for name, holding in self._holdings.items():
                 lives_on = self._runner.requests.get(name) is holding.state
                 if lives_on and held.get(name) is not holding:

@@ -36,7 +36,6 @@ def run(args: Namespace) -> None:
         "model": args.target,
         "dtype": args.dtype,
         "max_model_len": max(args.context_tokens) + args.new_tokens,
-        "enforce_eager": True,
     }
     measure.prepare_environment()
     with tempfile.TemporaryDirectory() as folder:

@@ -87,7 +87,7 @@ def load_flexdraft(
     if (found := fingerprint(target)) != config["fingerprint"]:
         raise UnsupportedDrafterError(
             f"model={str(folder)!r} was trained for the target {config['target']!r} "
-            f"(fingerprint {config['fingerprint']}), and this is another one ({found}); "
+            f"(fingerprint {config['fingerprint']}); this is another one ({found}); "
             "serve that target, or train a drafter for this one"
         )
     drafter = FlexDraft(

@@ -297,8 +297,8 @@ def _check_flexdraft(
     if views.position_mode != "absolute" or views.draft_prefill != "full":
         raise ConfigurationError(
             f"position_mode={views.position_mode!r} and draft_prefill="
-            f"{views.draft_prefill!r}: flexdraft reads the target's own cache, which is "
-            "'absolute' and 'full'; leave both out"
+            f"{views.draft_prefill!r}: flexdraft reads the target's own cache, which "
+            "is 'absolute' and 'full'; leave both out"
         )
     if objective.draft_tokens >= data.continuation_tokens:
         raise ConfigurationError(

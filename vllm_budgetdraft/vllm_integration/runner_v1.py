@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
+from vllm_budgetdraft.attention.backend import select_operations
+from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -17,6 +19,8 @@ from vllm_budgetdraft.vllm_integration import metrics
 from vllm_budgetdraft.vllm_integration.faults import logger
 from vllm_budgetdraft.vllm_integration.patches import runner_v1
 from vllm_budgetdraft.vllm_integration.request_drafter import Request, RequestDrafter
+from vllm_budgetdraft.vllm_integration.speculative_config import drafter_type
+from vllm_budgetdraft.vllm_integration.target_drafter import TargetDrafter
 
 
 class BudgetDraftProposer:
@@ -32,8 +36,7 @@ class BudgetDraftProposer:
         self._target_dtype = vllm_config.model_config.dtype
         self._seed = vllm_config.model_config.seed
         self._is_parallel = vllm_config.parallel_config.tensor_parallel_size > 1
-        self._core: DraftProposer
-        self._drafter: RequestDrafter
+        self._drafter: RequestDrafter | TargetDrafter
         self._runner: Any
         self._verified: dict[str, int] = {}
         self._last_batch: set[str] = set()
@@ -48,6 +51,9 @@ class BudgetDraftProposer:
         if not self._is_leader:
             return
         device = next(target.parameters()).device
+        if drafter_type(self._config) == "flexdraft":
+            self._drafter = self._target_drafter(target, device)
+            return
         dtype = resolve_dtype(self._config, device.type, self._target_dtype)
         core = DraftProposer.build(
             self._config,
@@ -59,11 +65,27 @@ class BudgetDraftProposer:
         )
         core.warm_up()
         self._use(core)
-        self._log_memory(dtype)
-        self._warn_of_long_contexts()
+        self._log_memory(core, dtype)
+        self._warn_of_long_contexts(core)
 
     def _use(self, core: DraftProposer) -> None:
-        self._core, self._drafter = core, RequestDrafter(core, self._num_slots)
+        self._drafter = RequestDrafter(core, self._num_slots)
+
+    def _target_drafter(self, target: nn.Module, device: torch.device) -> TargetDrafter:
+        drafter = load_flexdraft(
+            self._config.model,
+            target,
+            max_positions=self._max_model_len + self._config.num_speculative_tokens + 1,
+            dtype=self._target_dtype,
+            device=device,
+        )
+        weights = sum(p.nbytes for p in drafter.parameters())
+        logger.info(
+            "BudgetDraft memory: FlexDraft weights %.1f MiB, no draft cache",
+            weights / 2**20,
+        )
+        operations = select_operations(self._config.attention_backend, device)
+        return TargetDrafter(self._config, target, drafter, operations, self._seed)
 
     @property
     def _is_leader(self) -> bool:
@@ -93,7 +115,7 @@ class BudgetDraftProposer:
 
     def profile_run(self) -> None:
         if self._is_leader:
-            self._core.warm_up()
+            self._drafter.warm_up()
 
     def propose(
         self,
@@ -125,8 +147,7 @@ class BudgetDraftProposer:
                 # Of no request in particular, so that no cache is known to be good.
                 self._drafter.reset(error)
             self._probabilities = self._drafter.probabilities
-            pool = self._core.cache.pool
-            metrics.PAGES_IN_USE.set(pool.num_pages - pool.num_free)
+            metrics.PAGES_IN_USE.set(self._drafter.pages_in_use)
         return self._shared(drafts) if self._is_parallel else drafts
 
     def _shared(self, drafts: list[list[int]]) -> list[list[int]]:
@@ -162,7 +183,9 @@ class BudgetDraftProposer:
             return {}
         # The target samples one more token after the last draft that it accepts.
         room = self._max_model_len - 1 - num_tokens
-        ids = self._runner.input_batch.req_ids
+        batch = self._runner.input_batch
+        ids = batch.req_ids
+        tables = [each.get_numpy_array() for each in batch.block_table.block_tables]
         requests = [
             Request(
                 row,
@@ -171,6 +194,7 @@ class BudgetDraftProposer:
                 context=token_ids[row, : num_tokens[row]],
                 sampled=bool(sampled),
                 max_drafts=min(length, int(room[row])),
+                block_tables=tuple(table[row] for table in tables),
             )
             for row, sampled in enumerate(sampled_token_ids)
             # A prompt of embeddings has no ids; its row holds those of another request.
@@ -206,8 +230,8 @@ class BudgetDraftProposer:
         batch = tuple(ids) if all(sampled_token_ids) else None
         return self._adaptive.choose(time.perf_counter(), batch, batch_size, length)
 
-    def _log_memory(self, dtype: torch.dtype) -> None:
-        core, mib = self._core, 2**20
+    def _log_memory(self, core: DraftProposer, dtype: torch.dtype) -> None:
+        mib = 2**20
         plan = MemoryPlan.of(
             core.config,
             core.drafter.config,
@@ -231,9 +255,9 @@ class BudgetDraftProposer:
             plan.probabilities / mib,
         )
 
-    def _warn_of_long_contexts(self) -> None:
-        native = self._core.drafter.config.max_position_embeddings
-        is_absolute = self._core.config.position_mode == "absolute"
+    def _warn_of_long_contexts(self, core: DraftProposer) -> None:
+        native = core.drafter.config.max_position_embeddings
+        is_absolute = core.config.position_mode == "absolute"
         if is_absolute and self._max_model_len > native:
             logger.warning(
                 "max_model_len=%d is beyond the %d tokens that the drafter was made "

@@ -11,14 +11,25 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 
 from vllm_budgetdraft.attention.backend import select_operations
-from vllm_budgetdraft.config import BudgetDraftConfig, parse_speculative_config
+from vllm_budgetdraft.config import (
+    BudgetDraftConfig,
+    check_flexdraft_settings,
+    parse_speculative_config,
+)
 from vllm_budgetdraft.drafter.configuration import (
+    check_drafter_config,
     check_vocabulary,
     read_drafter_config,
     settle,
 )
-from vllm_budgetdraft.errors import UnsupportedVllmError
+from vllm_budgetdraft.errors import (
+    ConfigurationError,
+    UnsupportedDrafterError,
+    UnsupportedVllmError,
+)
 from vllm_budgetdraft.eviction.catalogue import make_policy
+from vllm_budgetdraft.flexdraft.checkpoint import is_flexdraft, read_flexdraft_config
+from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
 from vllm_budgetdraft.vllm_integration.patches import front_end
@@ -75,22 +86,13 @@ def make_config(
             "does not apply them where it verifies drafts; uninstall what brings them, "
             "or do without speculation"
         )
-    make_policy(ours)
     select_operations(
         ours.attention_backend, torch.device(current_platform.device_type)
     )
-    drafter = read_drafter_config(ours.model)
-    check_vocabulary(drafter, target_model_config.get_vocab_size())
-    max_model_len = target_model_config.max_model_len
-    MemoryPlan.of(
-        settle(ours, drafter, max_model_len),
-        drafter,
-        num_slots=1,  # at least; how many there will be is not known here
-        max_model_len=max_model_len,
-        dtype=resolve_dtype(
-            ours, current_platform.device_type, target_model_config.dtype
-        ),
-    )
+    if drafter_type(ours) == "flexdraft":
+        _check_flexdraft(ours, target_model_config, target_parallel_config)
+    else:
+        _check_decoder(ours, target_model_config)
     front_end.apply(BudgetDraftSpeculativeConfig)
     return BudgetDraftSpeculativeConfig(
         method="custom_class",
@@ -103,3 +105,46 @@ def make_config(
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
     )
+
+
+def drafter_type(config: BudgetDraftConfig) -> str:
+    """What the drafter's folder holds, where the config leaves that open."""
+    if config.drafter_type != "auto":
+        return config.drafter_type
+    return "flexdraft" if is_flexdraft(config.model) else "decoder"
+
+
+def _check_decoder(config: BudgetDraftConfig, target: Any) -> None:
+    make_policy(config)
+    drafter = read_drafter_config(config.model)
+    check_vocabulary(drafter, target.get_vocab_size())
+    MemoryPlan.of(
+        settle(config, drafter, target.max_model_len),
+        drafter,
+        num_slots=1,  # at least; how many there will be is not known here
+        max_model_len=target.max_model_len,
+        dtype=resolve_dtype(config, current_platform.device_type, target.dtype),
+    )
+
+
+def _check_flexdraft(config: BudgetDraftConfig, target: Any, parallel: Any) -> None:
+    check_flexdraft_settings(config)
+    PageSelector(config, page_size=1)
+    found = read_flexdraft_config(config.model)
+    if config.num_speculative_tokens > found["draft_tokens"]:
+        raise ConfigurationError(
+            f"num_speculative_tokens={config.num_speculative_tokens}, but the drafter "
+            f"was trained for {found['draft_tokens']} (draft_tokens of its "
+            "config.json); use at most so many"
+        )
+    check_drafter_config(target.hf_text_config, "the target")
+    if target.get_sliding_window() is not None:
+        raise UnsupportedDrafterError(
+            f"the target has a sliding window of {target.get_sliding_window()} tokens; "
+            "flexdraft drafts for targets that see all of their context"
+        )
+    if parallel.tensor_parallel_size > 1:
+        raise UnsupportedVllmError(
+            f"tensor_parallel_size={parallel.tensor_parallel_size}: flexdraft drafts "
+            "on one device; use 1, or a drafter that is a decoder"
+        )

@@ -47,6 +47,6 @@ def pages_of(attention: Any) -> tuple[Tensor, Tensor]:
                 return cache[0], cache[1]
     raise UnsupportedVllmError(
         f"the target's cache is {tuple(cache.shape)} {cache.dtype} on "
-        f"{cache.device.type} (instruction set {isa}), a layout that flexdraft does not "
-        "read; on a CPU use dtype='float32', on a GPU attention_backend TRITON_ATTN"
+        f"{cache.device.type} (instruction set {isa}), a layout that flexdraft does "
+        "not read; on a CPU use dtype='float32', on a GPU attention_backend=TRITON_ATTN"
     )

@@ -86,10 +86,6 @@ class TargetDrafter:
     def warm_up(self) -> None:
         """Nothing: there is no cache to read before vLLM has measured its memory."""
 
-    def describe_memory(self) -> str:
-        weights = sum(p.nbytes for p in self._drafter.parameters())
-        return f"FlexDraft weights {weights / 2**20:.1f} MiB, no draft cache"
-
     def reset(self, error: Exception) -> None:
         """After a failure of no request in particular."""
         self._faults.report("every request", error)
