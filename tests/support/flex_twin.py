@@ -20,8 +20,8 @@ def random_drafter(target: PreTrainedModel, seed: int = 0, **changes: Any) -> Fl
     """All of whose weights matter, and none is the target's."""
     sizes = {"num_layers": NUM_LAYERS, "calibration_rank": RANK, "max_positions": 512}
     drafter = FlexDraft(target.config, **{**sizes, **changes})
-    begin_as_target(drafter, target)
     torch.manual_seed(seed)
+    begin_as_target(drafter, target)
     with torch.no_grad():
         for parameter in drafter.parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3

@@ -192,15 +192,21 @@ def test_a_page_counts_as_one_token_of_the_policy():
     keys[0, 0, 13] = 8.0  # page 3 of the first head, page 5 of the second
     keys[0, 1, 20] = 8.0
     keys[0, :, -1] = 1.0
-    kept = selector().select(keys, BUDGET)  # 4 pages: 1 sink, 1 at the end
-    assert kept[0, 0].tolist()[0] == kept[0, 1].tolist()[0] == 0
-    assert 3 in kept[0, 0] and 3 not in kept[0, 1]
-    assert 5 in kept[0, 1] and 5 not in kept[0, 0]
-    assert (kept[..., -1] == 7).all() and kept.shape == (1, 2, 4)
-    visible = selector().visible(keys, BUDGET)
-    assert visible.shape == (1, 2, 30)
-    assert visible[0, 0, 12:16].all() and not visible[0, 1, 12:16].any()
-    assert visible.sum(-1).tolist() == [[14, 14]]  # the last page holds two tokens
+    kept = selector().select(keys, 3 * PAGE_SIZE)
+    assert kept.tolist() == [[[0, 3, 7], [0, 5, 7]]]
+    visible = selector().visible(keys, 3 * PAGE_SIZE)
+    assert visible[0, 0].nonzero().flatten().tolist() == [
+        *range(4),
+        *range(12, 16),
+        28,
+        29,
+    ]
+    assert visible[0, 1].nonzero().flatten().tolist() == [
+        *range(4),
+        *range(20, 24),
+        28,
+        29,
+    ]
 
 
 def test_sinks_and_window_in_pages():

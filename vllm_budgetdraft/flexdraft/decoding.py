@@ -129,7 +129,9 @@ class FlexDecoder:
         """
         device = self._target.device
         generator = torch.Generator(device).manual_seed(seed)
-        longest = max(map(len, prompts)) + max_new_tokens + self._num_drafts + 1
+        # The last round may emit more than was asked for, and is repeated by rows that
+        # wait for others.
+        longest = max(map(len, prompts)) + max_new_tokens + 2 * self._num_drafts + 2
         cache = self.new_cache(len(prompts), longest)
         for row, prompt in enumerate(prompts):
             self.read(cache.row(row), torch.tensor(prompt[:-1], device=device))
@@ -153,15 +155,16 @@ class FlexDecoder:
                     cache, bonus, drafts, temperature, generator
                 )
                 drafts = None
-            counts = accepted.tolist()
+            counts, following = accepted.tolist(), bonus.tolist()
             self.switch.seconds[len(prompts), chosen].append(
                 time.perf_counter() - begin
             )
-            following = bonus.tolist()
             for row, count in enumerate(counts):
                 if len(written[row]) < max_new_tokens:
                     written[row] += [*tokens[row, :count].tolist(), following[row]]
                     self.accepted[row].append(count)
+                else:  # goes along, and stays where it is, until all are at their end
+                    cache.lengths[row] -= count + 1
         return [tokens[:max_new_tokens] for tokens in written]
 
     def new_cache(self, batch_size: int, num_cells: int) -> ContextCache:
