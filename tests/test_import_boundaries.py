@@ -27,9 +27,10 @@ MAY_IMPORT_OURS = {
 CORE = set(MAY_IMPORT_OURS)
 MAY_IMPORT_OURS |= {
     "proposer": CORE,
-    "training": CORE | {"evaluation"},
-    "evaluation": CORE | {"proposer"},
-    "vllm_integration": CORE | {"proposer"},
+    "flexdraft": CORE | {"proposer"},
+    "training": CORE | {"flexdraft", "evaluation"},
+    "evaluation": CORE | {"proposer", "flexdraft"},
+    "vllm_integration": CORE | {"proposer", "flexdraft"},
 }
 USER_FACING = ("cli", "comparison", "generation", "__main__")
 EVERYTHING = set(MAY_IMPORT_OURS) | set(USER_FACING)

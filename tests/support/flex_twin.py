@@ -83,11 +83,9 @@ def twin_logits(
         x = x + theirs.mlp(theirs.post_attention_layernorm(x))
     hidden = target.model.norm(x)[1:]
     logits = target.lm_head(hidden)
-    if drafter.calibration_in is not None:
-        embedded = target.model.embed_tokens.weight[bonus].expand_as(hidden)
-        inner = torch.cat([embedded, hidden], -1) @ drafter.calibration_in.T
-        logits = logits + torch.nn.functional.silu(inner) @ drafter.calibration_out.T
-    return logits
+    embedded = target.model.embed_tokens.weight[bonus].expand_as(hidden)
+    inner = torch.cat([embedded, hidden], -1) @ drafter.calibration_in.T
+    return logits + torch.nn.functional.silu(inner) @ drafter.calibration_out.T
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

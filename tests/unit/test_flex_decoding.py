@@ -9,7 +9,7 @@ from tests.support.flex_twin import random_drafter, random_target
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation.acceptance import greedy_continuation
-from vllm_budgetdraft.flexdraft.acceptance import FlexDraftAcceptance
+from vllm_budgetdraft.evaluation.flexdraft_acceptance import FlexDraftAcceptance
 from vllm_budgetdraft.flexdraft.checkpoint import fingerprint, save_flexdraft
 from vllm_budgetdraft.flexdraft.decoding import TRIALS, FlexDecoder, ModeSwitch
 from vllm_budgetdraft.flexdraft.pages import PageSelector

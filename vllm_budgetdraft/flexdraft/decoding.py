@@ -309,19 +309,19 @@ class FlexDecoder:
                 x = x + attention.o_proj(attended.flatten(2))
             depth = index - self._split
             if depth >= 0 and groups:
-                tuned = drafter.layers[depth]
+                tuned: Any = drafter.layers[depth]
                 qkv = tuned.project(layer.input_layernorm(masks))
                 q, k, v = qkv.split((drafter.num_heads, *[drafter.num_kv_heads] * 2), 2)
                 shown = ~cache.hidden_cells[depth, :, :, None, :num_cells]
                 shown = shown.repeat_interleave(q.shape[2] // k.shape[2], 1)
-                both = (keys[index, :, :, :num_cells], values[index, :, :, :num_cells])
-                own_states = (rotate(k, *mask_rotary), v)
+                context_keys, context_values = (
+                    x[index, :, :, :num_cells] for x in (keys, values)
+                )
+                own_keys = rotate(k, *mask_rotary).transpose(1, 2)
                 attended = _attend(
                     rotate(q, *mask_rotary),
-                    *(
-                        torch.cat([context, states.transpose(1, 2)], 2)
-                        for context, states in zip(both, own_states, strict=True)
-                    ),
+                    torch.cat([context_keys, own_keys], 2),
+                    torch.cat([context_values, v.transpose(1, 2)], 2),
                     torch.cat([before & shown, own], -1),
                 )
                 masks = masks + tuned.output(attended)

@@ -78,15 +78,13 @@ class FlexDraft(nn.Module):
         self.layers = nn.ModuleList(
             AttentionProjections(config) for _ in range(num_layers)
         )
-        self.calibration_in = self.calibration_out = None
-        if calibration_rank:
-            shapes = (
+        self.calibration_in, self.calibration_out = (
+            nn.Parameter(torch.empty(shape))
+            for shape in (
                 (calibration_rank, 2 * hidden),
                 (config.vocab_size, calibration_rank),
             )
-            self.calibration_in, self.calibration_out = (
-                nn.Parameter(torch.empty(shape)) for shape in shapes
-            )
+        )
         self.rotary_table: Tensor
         self.register_buffer(
             "rotary_table", rotary_table(config, max_positions), persistent=False
@@ -103,9 +101,8 @@ class FlexDraft(nn.Module):
 
     def forward(self, x: Tensor, target: TargetParts, attend: Attend) -> Tensor:
         """Mask tokens [..., T, hidden_size] to normed hidden states of that shape."""
-        for index, (own, theirs) in enumerate(
-            zip(self.layers, target.layers, strict=True)
-        ):
+        tuned: Any = self.layers
+        for index, (own, theirs) in enumerate(zip(tuned, target.layers, strict=True)):
             qkv = own.project(theirs.input_layernorm(x))
             x = x + own.output(attend(index, qkv))
             x = x + theirs.mlp(theirs.post_attention_layernorm(x))
@@ -126,19 +123,17 @@ class FlexDraft(nn.Module):
         Args:
             bonus: [...] int64, the bonus token of each draft.
         """
-        logits = F.linear(hidden, target.head)
-        if self.calibration_rank:
-            embedded = target.embed(bonus)[..., None, :].expand_as(hidden)
-            features = self.features(hidden, embedded)
-            logits = logits + F.linear(features, self.calibration_out)
-        return logits
+        embedded = target.embed(bonus)[..., None, :].expand_as(hidden)
+        features = self.features(hidden, embedded)
+        return F.linear(hidden, target.head) + F.linear(features, self.calibration_out)
 
 
 @torch.no_grad()
 def begin_as_target(drafter: FlexDraft, target: Any) -> None:
     """Weights to begin training with: the target's own projections, no calibration."""
     layers = list(target.model.layers)[-drafter.num_layers :]
-    for own, theirs in zip(drafter.layers, layers, strict=True):
+    tuned: Any = drafter.layers
+    for own, theirs in zip(tuned, layers, strict=True):
         attention = theirs.self_attn
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         own.qkv_weight.copy_(torch.cat([part.weight for part in parts]))
@@ -151,6 +146,5 @@ def begin_as_target(drafter: FlexDraft, target: Any) -> None:
             own.q_norm.copy_(attention.q_norm.weight)
             own.k_norm.copy_(attention.k_norm.weight)
     nn.init.normal_(drafter.mask_embedding, std=0.02)
-    if drafter.calibration_in is not None:
-        nn.init.normal_(drafter.calibration_in, std=drafter.config.initializer_range)
-        nn.init.zeros_(drafter.calibration_out)
+    nn.init.normal_(drafter.calibration_in, std=drafter.config.initializer_range)
+    nn.init.zeros_(drafter.calibration_out)

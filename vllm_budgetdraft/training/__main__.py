@@ -28,7 +28,7 @@ from transformers import (
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance
-from vllm_budgetdraft.flexdraft.acceptance import FlexDraftAcceptance
+from vllm_budgetdraft.evaluation.flexdraft_acceptance import FlexDraftAcceptance
 from vllm_budgetdraft.flexdraft.checkpoint import fingerprint
 from vllm_budgetdraft.training.arguments import (
     AcceptanceArguments,
@@ -123,7 +123,7 @@ def train(argv: list[str]) -> None:
         )
         + "\n",
     }
-    model: MultiViewModel
+    model: MultiViewModel | FlexDraftModel
     if drafter_args.drafter_type == "flexdraft":
         _check_flexdraft(data, views, objective)
         settings = {
@@ -320,7 +320,7 @@ def _held_out(
     target: Any,
     tokenizer: Any,
     flexdraft: FlexDraftArguments,
-    model: MultiViewModel,
+    model: MultiViewModel | FlexDraftModel,
 ) -> HeldOutAcceptance:
     if not acceptance.eval_texts:
         raise ConfigurationError(

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from budgetdraft_kernels.reference import rotate
 from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft, save_flexdraft
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft, TargetParts
 from vllm_budgetdraft.flexdraft.pages import PageSelector
@@ -19,11 +20,11 @@ from vllm_budgetdraft.training.arguments import (
     ObjectiveArguments,
     ViewArguments,
 )
-from vllm_budgetdraft.training.model import MultiViewModel
+from vllm_budgetdraft.training.base import DrafterTraining
 from vllm_budgetdraft.training.teacher import LiveTeacher
 
 
-class FlexDraftModel(MultiViewModel):
+class FlexDraftModel(DrafterTraining):
     """FlexDraft's loss on a full view and sparse views of the target's own cache.
 
     An anchor is the position of a bonus token. Its mask tokens see what they do when
@@ -32,8 +33,6 @@ class FlexDraftModel(MultiViewModel):
     the tokens between, says of the same positions. Neither the paper's loss nor its
     choice of anchors is published; these are ours.
     """
-
-    drafter: FlexDraft
 
     def __init__(
         self,
@@ -53,10 +52,18 @@ class FlexDraftModel(MultiViewModel):
         Raises:
             ConfigurationError: settings that do not fit each other, or this target.
         """
-        super().__init__(drafter, target, views, objective, eviction)
+        super().__init__(target, views, objective, eviction)
+        self.drafter = drafter
         self._selector = PageSelector(eviction, flexdraft.selection_page_size)
         self._num_anchors = flexdraft.anchors_per_window
         self._settings = settings
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Raises ConfigurationError: few activations are held as it is."""
+        raise ConfigurationError(
+            "gradient_checkpointing: flexdraft has gradients in a few layers, of its "
+            "mask tokens alone; leave it out, or lower anchors_per_window"
+        )
 
     def forward(
         self,
@@ -105,12 +112,11 @@ class FlexDraftModel(MultiViewModel):
             seen,
         )
         found = found[..., 1:, :]  # [V, B, A, k, hidden_size]
-        head = parts.head
-        if self.drafter.calibration_rank:
-            bonus = parts.embed(continuation_ids[:, anchors])[:, :, None]
-            features = self.drafter.features(found, bonus.expand_as(found))
-            found = torch.cat([found, features.to(found.dtype)], -1)
-            head = torch.cat([head, self.drafter.calibration_out], -1)
+        bonus = parts.embed(continuation_ids[:, anchors])[:, :, None]
+        features = self.drafter.features(found, bonus.expand_as(found))
+        # What calibration adds is one product with what the target's matrix does.
+        found = torch.cat([found, features.to(found.dtype)], -1)
+        head = torch.cat([parts.head, self.drafter.calibration_out], -1)
         loss = self._loss(found, head, teacher, counted[:, predicting], names)
         return {"loss": loss}
 

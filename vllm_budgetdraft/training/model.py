@@ -1,32 +1,29 @@
 """What is trained: the drafter, through its loss on several views of a window."""
 
-import random
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.arguments import ObjectiveArguments, ViewArguments
-from vllm_budgetdraft.training.losses import ViewMeans, multi_view_loss
+from vllm_budgetdraft.training.base import DrafterTraining
 from vllm_budgetdraft.training.teacher import (
     LiveTeacher,
     StoredTeacher,
     Teacher,
-    check_target,
     last_hidden,
 )
 from vllm_budgetdraft.training.teacher_cache import TeacherCache
 from vllm_budgetdraft.training.views import PrefixViews, View, continuation_hidden
 
 
-class MultiViewModel(nn.Module):
+class MultiViewModel(DrafterTraining):
     """The drafter's loss on a full view and sparse views of the same window."""
 
     def __init__(
@@ -45,30 +42,11 @@ class MultiViewModel(nn.Module):
         Raises:
             ConfigurationError: settings that do not fit each other, or this target.
         """
-        super().__init__()
-        _check(views, objective, eviction)
-        check_target(target)
+        super().__init__(target, views, objective, eviction)
         self.drafter = drafter
-        # In a tuple, so that the frozen target is neither trained nor saved.
-        self._target = (target.eval().requires_grad_(False),)
         self._cache = cache
-        self._views = views
-        self._objective = objective
         self._policy = make_policy(eviction)
         self._checkpoints = False
-        self._last: tuple[list[str], ViewMeans] | None = None
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Of the last windows, by name; waits for the device."""
-        if self._last is None:
-            return {}
-        names, means = self._last
-        return {
-            f"{metric}_{view}": value
-            for metric, values in means._asdict().items()
-            for view, value in zip(names, values.tolist(), strict=True)
-        }
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """As ``Trainer`` asks for it with ``gradient_checkpointing``."""
@@ -119,30 +97,6 @@ class MultiViewModel(nn.Module):
         loss = self._loss(hidden, self.drafter.head, teacher, counted, names)
         return {"loss": loss}
 
-    def _loss(
-        self,
-        hidden: Tensor,
-        head: Tensor,
-        teacher: Teacher,
-        counted: Tensor,
-        names: list[str],
-    ) -> Tensor:
-        """Equation 4, of views [V, ..., width] whose names ``metrics`` will have."""
-        sparse = self._views.sparse_weight / max(1, self._views.views_per_step)
-        weights = torch.full((len(names),), sparse, device=hidden.device)
-        weights[0] = 1.0
-        loss, means = multi_view_loss(
-            hidden.flatten(1, -2),
-            head,
-            teacher,
-            counted.flatten(),
-            weights,
-            self._objective,
-            self._objective.loss_chunk_tokens,
-        )
-        self._last = names, means
-        return loss
-
     def save_drafter(
         self,
         folder: Path,
@@ -150,7 +104,6 @@ class MultiViewModel(nn.Module):
         dtype: torch.dtype,
         tokenizer_from: str,
     ) -> None:
-        """Writes the drafter's folder; ``state`` has its weights, by their names."""
         save_drafter(
             self.drafter,
             folder,
@@ -160,15 +113,9 @@ class MultiViewModel(nn.Module):
         )
 
     def load_drafter(self, folder: str | Path) -> None:
-        """Takes over the weights of such a folder."""
         max_positions = self.drafter.rotary_table.shape[1]
         stored = load_drafter(folder, max_positions=max_positions)
         self.drafter.load_state_dict(stored.state_dict())
-
-    @property
-    def _matches_temperature(self) -> bool:
-        objective = self._objective
-        return objective.match_temperature and objective.objective != "ce"
 
     def _target_hidden(
         self, window: Tensor, prefix: Tensor, continuation: Tensor
@@ -203,38 +150,3 @@ class MultiViewModel(nn.Module):
                     views.append(found.sparse(budget))
                     names.append(f"budget_{budget}")
         return views, names
-
-    def _draw_budgets(self) -> list[int]:
-        """From the global generator, whose state checkpoints keep."""
-        settings = self._views
-        if not settings.sparse_weight:
-            return []
-        left = dict(zip(settings.budgets, settings.budget_weights, strict=True))
-        drawn = []
-        for _ in range(settings.views_per_step):
-            (budget,) = random.choices(list(left), list(left.values()))
-            drawn.append(budget)
-            if len(left) > 1:
-                del left[budget]
-        return drawn
-
-
-def _check(
-    views: ViewArguments, objective: ObjectiveArguments, eviction: EvictionSettings
-) -> None:
-    if min(views.budgets) < eviction.min_budget:
-        raise ConfigurationError(
-            f"budgets={views.budgets}: the smallest is below {eviction.min_budget} "
-            "tokens, the sinks plus one chunk; raise it or lower sink_tokens"
-        )
-    if len(views.budgets) != len(views.budget_weights):
-        raise ConfigurationError(
-            f"{len(views.budgets)} budgets and {len(views.budget_weights)} "
-            "budget_weights; give one weight for each budget"
-        )
-    block, chunk = objective.draft_tokens, objective.loss_chunk_tokens
-    if objective.position_weights != "uniform" and chunk % block:
-        raise ConfigurationError(
-            f"loss_chunk_tokens={chunk} is no multiple of draft_tokens={block}, whose "
-            f"positions have weights together; use {chunk // block * block or block}"
-        )
