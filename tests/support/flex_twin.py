@@ -24,7 +24,8 @@ def random_drafter(target: PreTrainedModel, seed: int = 0, **changes: Any) -> Fl
     begin_as_target(drafter, target)
     with torch.no_grad():
         for parameter in drafter.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
+            wide = parameter.ndim == 2 and parameter.numel() > 0
+            scale = parameter.shape[-1] ** -0.5 if wide else 0.3
             parameter.add_(scale * torch.randn_like(parameter))
     return drafter.eval().requires_grad_(False)
 
@@ -51,6 +52,8 @@ def twin_logits(
     target.model(torch.tensor([context]), past_key_values=cache)
     rotary = LlamaRotaryEmbedding(target.config)
     x = drafter.mask_embedding.repeat(num_drafts + 1, 1)
+    if drafter.sees_bonus:
+        x = x + drafter.bonus_in @ target.model.embed_tokens.weight[bonus]
     positions = torch.arange(len(context), len(context) + num_drafts + 1)
     cos, sin = rotary(x[None], positions[None])
     first = len(target.model.layers) - drafter.num_layers

@@ -167,6 +167,13 @@ def test_acceptance_is_that_of_decoding(tmp_path):
         assert found[budget, 1.0].acceptance_length > 1
 
 
+def test_masks_that_know_the_bonus_token_come_after_verification(target):
+    drafter = random_drafter(target, sees_bonus=True)
+    decoding = FlexDecoder(target, drafter, num_drafts=NUM_DRAFTS)
+    with pytest.raises(ConfigurationError, match="has yet to find; use 'sequential'"):
+        decoding.generate(prompts(1), 3, mode="parallel")
+
+
 def test_a_policy_that_needs_attention_is_refused_before_measuring(target):
     settings = {"num_speculative_tokens": 4, "eviction_policy": "observation_window"}
     with pytest.raises(ConfigurationError, match="by keys alone"):

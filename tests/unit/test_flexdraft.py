@@ -61,18 +61,19 @@ def seen_of(target: Any, prompt: Tensor, length: int) -> Tensor:
     return torch.cat([visible, more], -1)
 
 
+@pytest.mark.parametrize("sees_bonus", [False, True], ids=["", "sees_bonus"])
 @pytest.mark.parametrize("is_budgeted", [False, True], ids=["all", "budget"])
-def test_what_is_trained_is_the_definition(target, is_budgeted):
-    drafter = random_drafter(target)
+def test_what_is_trained_is_the_definition(target, is_budgeted, sees_bonus):
+    drafter = random_drafter(target, sees_bonus=sees_bonus)
     tokens = models.random_tokens(40)
     prompt, anchors = tokens[:30], torch.tensor([30, 33, 35])
     _, keys, values = target_states(target, tokens[None], NUM_LAYERS)
     budgeted = [selector().visible(k[:, :, :30], BUDGET) for k in keys]
     seen = [None, budgeted] if is_budgeted else [None]
     parts = TargetParts(target, NUM_LAYERS)
-    hidden = mask_hidden(drafter, parts, keys, values, anchors, NUM_DRAFTS + 1, seen)[
-        -1, 0, :, 1:
-    ]
+    block, bonus = NUM_DRAFTS + 1, parts.embed(tokens[None, anchors])
+    hidden = mask_hidden(drafter, parts, keys, values, anchors, bonus, block, seen)
+    hidden = hidden[-1, 0, :, 1:]
     logits = drafter.logits(hidden, parts, tokens[anchors])
     for index, anchor in enumerate(anchors.tolist()):
         expected = twin_logits(
@@ -89,7 +90,8 @@ def test_what_is_trained_is_the_definition(target, is_budgeted):
 @pytest.mark.parametrize("is_budgeted", [False, True], ids=["all", "budget"])
 def test_paged_attention_is_the_definition(target, is_budgeted):
     """As in vLLM: a pool whose pages lie anywhere, and a table for each KV head."""
-    drafter, parts = random_drafter(target), TargetParts(target, NUM_LAYERS)
+    drafter = random_drafter(target, sees_bonus=is_budgeted)
+    parts = TargetParts(target, NUM_LAYERS)
     tokens = models.random_tokens(43)
     contexts = [tokens[:38], tokens[5:14]]
     prompt_length = 30
@@ -136,8 +138,9 @@ def test_paged_attention_is_the_definition(target, is_budgeted):
         drafter.rotary(positions),
         block,
     )
-    hidden = drafter(drafter.masks(2 * block), parts, attend)
     bonus = tokens[[38, 14]]
+    masks = drafter.masks(parts.embed(bonus), block).flatten(0, 1)
+    hidden = drafter(masks, parts, attend)
     logits = drafter.logits(hidden.unflatten(0, (2, block))[:, 1:], parts, bonus)
     for index, context in enumerate(contexts):
         seen = None
@@ -149,11 +152,14 @@ def test_paged_attention_is_the_definition(target, is_budgeted):
         torch.testing.assert_close(logits[index], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize(
+    ("mode", "sees_bonus"),
+    [("sequential", False), ("parallel", False), ("auto", True)],
+)
 @pytest.mark.parametrize("budget", [None, BUDGET])
-def test_decoding_drafts_as_defined(mode, budget, target):
+def test_decoding_drafts_as_defined(mode, sees_bonus, budget, target):
     """Of a batch whose rows have got different numbers of drafts accepted."""
-    drafter = random_drafter(target)
+    drafter = random_drafter(target, sees_bonus=sees_bonus)
     decoder = FlexDecoder(
         target,
         drafter,

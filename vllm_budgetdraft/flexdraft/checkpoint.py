@@ -13,6 +13,10 @@ from vllm_budgetdraft.errors import UnsupportedDrafterError
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 
 MODEL_TYPE = "flexdraft"
+KEYS = (
+    *("num_layers", "calibration_rank", "sees_bonus"),
+    *("draft_tokens", "target", "fingerprint"),
+)
 #: Rows of the embedding that tell a target from others of the same norms.
 EMBEDDING_ROWS = 8
 
@@ -28,7 +32,7 @@ def is_flexdraft(folder: str | Path) -> bool:
 
 
 def read_flexdraft_config(folder: str | Path) -> dict[str, Any]:
-    """``config.json``: num_layers, calibration_rank, draft_tokens, target, fingerprint.
+    """What ``config.json`` says, the keys of ``KEYS`` at least.
 
     Raises:
         UnsupportedDrafterError: there is none, or it lacks a key.
@@ -41,8 +45,7 @@ def read_flexdraft_config(folder: str | Path) -> dict[str, Any]:
             "flexdraft"
         )
     config = json.loads(path.read_text(encoding="utf-8"))
-    keys = {"num_layers", "calibration_rank", "draft_tokens", "target", "fingerprint"}
-    if missing := keys - set(config):
+    if missing := set(KEYS) - set(config):
         raise UnsupportedDrafterError(f"{path} lacks the keys {sorted(missing)}")
     return config
 
@@ -94,6 +97,7 @@ def load_flexdraft(
         target.config,
         num_layers=config["num_layers"],
         calibration_rank=config["calibration_rank"],
+        sees_bonus=config["sees_bonus"],
         max_positions=max_positions,
     )
     path = Path(folder) / "model.safetensors"
@@ -131,6 +135,7 @@ def save_flexdraft(
         "model_type": MODEL_TYPE,
         "num_layers": drafter.num_layers,
         "calibration_rank": drafter.calibration_rank,
+        "sees_bonus": drafter.sees_bonus,
         **settings,
     }
     text = json.dumps(config, indent=2) + "\n"

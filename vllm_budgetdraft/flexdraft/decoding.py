@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from budgetdraft_kernels.reference import rotate
+from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft, TargetParts
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.proposer.draft_length import confident_lengths
@@ -125,8 +126,20 @@ class FlexDecoder:
         """New tokens of each prompt.
 
         Args:
-            mode: "auto" is what ``switch`` chooses.
+            mode: "auto" is what ``switch`` chooses; sequential, if the drafter
+                ``sees_bonus``.
+
+        Raises:
+            ConfigurationError: mode "parallel" of such a drafter.
         """
+        if self._drafter.sees_bonus:
+            if mode == "parallel":
+                raise ConfigurationError(
+                    "mode='parallel': this drafter's mask tokens know the bonus token "
+                    "(sees_bonus), which verification has yet to find; use "
+                    "'sequential'"
+                )
+            mode = "sequential"
         device = self._target.device
         generator = torch.Generator(device).manual_seed(seed)
         # The last round may emit more than was asked for, and is repeated by rows that
@@ -198,7 +211,7 @@ class FlexDecoder:
     def extend(self, cache: ContextCache, tokens: Tensor) -> None:
         """The next tokens [T] into the cache of one sequence."""
         if len(tokens):
-            self._forward(cache, tokens[None], None)
+            self._forward(cache, tokens[None])
             cache.lengths += len(tokens)
 
     @torch.inference_mode()
@@ -211,7 +224,8 @@ class FlexDecoder:
     ) -> Drafts:
         """After the bonus tokens [B], which are not in the cache."""
         none = bonus[:, None][:, :0]
-        _, masks = self._forward(cache, none, cache.lengths[:, None])
+        known = self._parts.embed(bonus)[:, None]
+        _, masks = self._forward(cache, none, cache.lengths[:, None], known)
         return self._pick(masks[:, 0], bonus, temperature, generator)
 
     def _verify(
@@ -226,7 +240,7 @@ class FlexDecoder:
         lengths = self._lengths(drafts)
         tokens = drafts.tokens[:, : int(lengths.max())]
         fed = torch.cat([bonus[:, None], tokens], 1)
-        hidden, _ = self._forward(cache, fed, None)
+        hidden, _ = self._forward(cache, fed)
         accepted, following = self._accept(
             hidden, drafts, lengths, temperature, generator
         )
@@ -248,7 +262,8 @@ class FlexDecoder:
         # Group i takes i drafts for accepted: its bonus token stands after them.
         groups = torch.arange(fed.shape[1], device=fed.device)
         starts = cache.lengths[:, None] + 1 + groups
-        hidden, masks = self._forward(cache, fed, starts)
+        unknown = self._parts.embed(fed)  # as many groups as tokens
+        hidden, masks = self._forward(cache, fed, starts, unknown)
         accepted, following = self._accept(
             hidden, drafts, lengths, temperature, generator
         )
@@ -258,7 +273,11 @@ class FlexDecoder:
         return tokens, found, accepted, following
 
     def _forward(
-        self, cache: ContextCache, tokens: Tensor, starts: Tensor | None
+        self,
+        cache: ContextCache,
+        tokens: Tensor,
+        starts: Tensor | None = None,
+        bonus: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The target over new tokens, whose states go into the cache, and mask tokens.
 
@@ -267,6 +286,7 @@ class FlexDecoder:
                 are.
             starts: [B, A], positions of the bonus tokens of groups of mask tokens;
                 these see what is before them in the cache. None for no masks.
+            bonus: [B, A, hidden_size], embeddings of the bonus tokens.
 
         Returns:
             Normed hidden states, [B, T, hidden_size] and [B, A, k + 1, hidden_size].
@@ -282,8 +302,9 @@ class FlexDecoder:
 
         block = self._num_drafts + 1
         groups = starts.shape[1] if starts is not None else 0
-        masks = drafter.masks(batch, groups * block)
-        if starts is not None:
+        masks = self._parts.embed(tokens)[:, :0]
+        if starts is not None and bonus is not None:
+            masks = drafter.masks(bonus, block).flatten(1, 2)
             offsets = torch.arange(block, device=device)
             places = (starts[..., None] + offsets).flatten(1)
             mask_rotary = [x[:, :, None] for x in drafter.rotary(places)]

@@ -51,6 +51,9 @@ class FlexDraft(nn.Module):
     does, which is not known yet when masks go along with verification, and comes out
     unused. The others predict the tokens at their own positions. Calibration then adds
     W2 SiLU(W1 [embedding of the bonus token; hidden]) to their logits.
+
+    Ours: where masks always come after verification, they may know the bonus token from
+    the start (``sees_bonus``); W0 times its embedding is added to the mask embedding.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class FlexDraft(nn.Module):
         *,
         num_layers: int,
         calibration_rank: int,
+        sees_bonus: bool = False,
         max_positions: int,
     ) -> None:
         """
@@ -66,15 +70,19 @@ class FlexDraft(nn.Module):
             config: the target's.
             num_layers: how many of its last layers mask tokens go through.
             calibration_rank: width of the calibration; 0 for none.
+            sees_bonus: whether mask tokens enter with the bonus token's embedding.
             max_positions: rows of the rotary table; positions stay below.
         """
         super().__init__()
         self.config = config
         self.num_layers, self.calibration_rank = num_layers, calibration_rank
+        self.sees_bonus = sees_bonus
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
         hidden = config.hidden_size
         self.mask_embedding = nn.Parameter(torch.empty(hidden))
+        # Empty, and adding nothing, where it is not wanted; so is the calibration.
+        self.bonus_in = nn.Parameter(torch.empty(hidden, hidden if sees_bonus else 0))
         self.layers = nn.ModuleList(
             AttentionProjections(config) for _ in range(num_layers)
         )
@@ -95,9 +103,20 @@ class FlexDraft(nn.Module):
         cos, sin = self.rotary_table[:, positions]
         return cos, sin
 
-    def masks(self, *shape: int) -> Tensor:
-        """Mask tokens as they enter the first of the layers, [*shape, hidden_size]."""
-        return self.mask_embedding.expand(*shape, -1)
+    def masks(self, bonus: Tensor, block: int) -> Tensor:
+        """Mask tokens as they enter the first of the layers.
+
+        Args:
+            bonus: embeddings of the bonus tokens, [..., hidden_size]; their values are
+                of no account unless the drafter ``sees_bonus``.
+            block: mask tokens of each.
+
+        Returns:
+            [..., block, hidden_size].
+        """
+        known = bonus[..., : self.bonus_in.shape[1]]
+        x = self.mask_embedding + F.linear(known, self.bonus_in)
+        return x[..., None, :].expand(*x.shape[:-1], block, -1)
 
     def forward(self, x: Tensor, target: TargetParts, attend: Attend) -> Tensor:
         """Mask tokens [..., T, hidden_size] to normed hidden states of that shape."""
@@ -146,5 +165,6 @@ def begin_as_target(drafter: FlexDraft, target: Any) -> None:
             own.q_norm.copy_(attention.q_norm.weight)
             own.k_norm.copy_(attention.k_norm.weight)
     nn.init.normal_(drafter.mask_embedding, std=0.02)
+    nn.init.zeros_(drafter.bonus_in)
     nn.init.normal_(drafter.calibration_in, std=drafter.config.initializer_range)
     nn.init.zeros_(drafter.calibration_out)

@@ -49,6 +49,13 @@ class FlexDraftArguments:
         default=256,
         metadata={"help": "Width of what corrects drafts by the bonus token; 0: none."},
     )
+    sees_bonus: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether mask tokens know the bonus token from the start, for "
+            "drafting after verification only, as in vLLM."
+        },
+    )
     anchors_per_window: int = field(
         default=32, metadata={"help": "Drafts of each window that are trained on."}
     )

@@ -113,6 +113,7 @@ def make_flexdraft(
         target.config,
         num_layers=num_layers,
         calibration_rank=flexdraft.calibration_rank,
+        sees_bonus=flexdraft.sees_bonus,
         max_positions=window,
     )
     begin_as_target(drafter, target)

@@ -102,18 +102,19 @@ class FlexDraftModel(DrafterTraining):
 
         seen, names = self._seen(keys, prefix_ids.shape[1])
         parts = TargetParts(target, self.drafter.num_layers)
+        bonus = parts.embed(continuation_ids[:, anchors])
         found = mask_hidden(
             self.drafter,
             parts,
             keys,
             values,
             anchors + prefix_ids.shape[1],
+            bonus,
             num_drafts + 1,
             seen,
         )
         found = found[..., 1:, :]  # [V, B, A, k, hidden_size]
-        bonus = parts.embed(continuation_ids[:, anchors])[:, :, None]
-        features = self.drafter.features(found, bonus.expand_as(found))
+        features = self.drafter.features(found, bonus[:, :, None].expand_as(found))
         # What calibration adds is one product with what the target's matrix does.
         found = torch.cat([found, features.to(found.dtype)], -1)
         head = torch.cat([parts.head, self.drafter.calibration_out], -1)
@@ -171,6 +172,7 @@ def mask_hidden(
     keys: list[Tensor],
     values: list[Tensor],
     anchors: Tensor,
+    bonus: Tensor,
     block: int,
     seen: list[list[Tensor] | None],
 ) -> Tensor:
@@ -179,6 +181,7 @@ def mask_hidden(
     Args:
         keys, values: the target's, by layer, [B, G, S, D].
         anchors: [A] int64, positions in the context, the same for each sequence.
+        bonus: [B, A, hidden_size], embeddings of the tokens there.
         block: mask tokens of an anchor.
         seen: by view, all of the context (None), or by layer which tokens of the
             beginning are seen, [B, G, n] bool; what follows is.
@@ -186,7 +189,7 @@ def mask_hidden(
     Returns:
         [V, B, A, block, hidden_size].
     """
-    batch, num_kv_heads, num_tokens, _ = keys[0].shape
+    _, num_kv_heads, num_tokens, _ = keys[0].shape
     group = drafter.num_heads // num_kv_heads
     device = anchors.device
     positions = (anchors[:, None] + torch.arange(block, device=device)).flatten()
@@ -222,5 +225,5 @@ def mask_hidden(
             )
         return torch.stack(attended).transpose(-2, -3)
 
-    x = drafter.masks(len(seen), batch, len(positions))
+    x = drafter.masks(bonus, block).flatten(1, 2).expand(len(seen), -1, -1, -1)
     return drafter(x, target, attend).unflatten(2, (len(anchors), block))

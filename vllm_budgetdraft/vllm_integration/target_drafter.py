@@ -177,9 +177,8 @@ class TargetDrafter:
             self._drafter.rotary((ends[:, None] + offsets).flatten()),
             block,
         )
-        hidden = self._drafter(
-            self._drafter.masks(len(ready) * block), self._parts, attend
-        )
+        masks = self._drafter.masks(self._parts.embed(bonus), block).flatten(0, 1)
+        hidden = self._drafter(masks, self._parts, attend)
         hidden = hidden.unflatten(0, (-1, block))[:, 1:]
         logits = self._drafter.logits(hidden, self._parts, bonus).flatten(0, 1)
         temperatures = [served.temperature for _, served in ready]
