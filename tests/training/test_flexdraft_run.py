@@ -156,7 +156,8 @@ def test_every_weight_gets_a_gradient():
     training = model()
     training(**batch())["loss"].backward()
     for name, parameter in training.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        is_empty = not parameter.numel()  # what was not asked for
+        assert is_empty or parameter.grad.any(), name
 
 
 def test_a_full_view_alone_sees_no_budget():
