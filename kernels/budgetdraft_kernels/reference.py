@@ -217,20 +217,21 @@ def paged_sparse_attention(
         x = x.reshape(num_requests * width, -1, x.shape[-1])
         return x if places is None else x[places.flatten()]
 
-    if page_mass is not None or lse is not None:
-        logits = rows.float() @ keys.float().mT
-        logits = logits * (head_dim**-0.5 if scale is None else scale)
-        logits = logits.masked_fill(~visible, -torch.inf)
-        if lse is not None:
-            lse.copy_(by_token(logits.logsumexp(-1, keepdim=True)).squeeze(-1))
-        if page_mass is not None:
-            weights = logits.softmax(-1).nan_to_num(0.0)
-            by_page = weights.unflatten(-1, (-1, key_pages.shape[1])).sum(-1)
-            page_mass.copy_(by_token(by_page))
-    attended = F.scaled_dot_product_attention(
-        rows, keys, values, attn_mask=visible, scale=scale
-    )
-    return by_token(attended)
+    if page_mass is None and lse is None:
+        attended = F.scaled_dot_product_attention(
+            rows, keys, values, attn_mask=visible, scale=scale
+        )
+        return by_token(attended)
+    logits = rows.float() @ keys.float().mT
+    logits = logits * (head_dim**-0.5 if scale is None else scale)
+    logits = logits.masked_fill(~visible, -torch.inf)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    if lse is not None:
+        lse.copy_(by_token(logits.logsumexp(-1, keepdim=True)).squeeze(-1))
+    if page_mass is not None:
+        by_page = weights.unflatten(-1, (-1, key_pages.shape[1])).sum(-1)
+        page_mass.copy_(by_token(by_page))
+    return by_token((weights @ values.float()).to(queries.dtype))
 
 
 def chunk_scores(
