@@ -86,7 +86,7 @@ def drafter_of(cache: Cache, **settings: Any) -> Any:
             **settings,
         },
     )
-    own = random_drafter(cache.model)
+    own = random_drafter(cache.model, sees_bonus=True, chains=True)
     return TargetDrafter(config, cache.model, own, reference, seed=0)
 
 
@@ -206,7 +206,12 @@ def test_drawn_drafts_come_with_their_distributions(cache):
     assert probabilities.shape == (2, NUM_DRAFTS, models.VOCAB_SIZE)
     context = drawn.context.tolist()
     logits = twin_logits(
-        cache.model, drafter._drafter, context[:-1], context[-1], NUM_DRAFTS
+        cache.model,
+        drafter._drafter,
+        context[:-1],
+        context[-1],
+        NUM_DRAFTS,
+        forced=[context[-1], *drafts[0]],
     )
     torch.testing.assert_close(
         probabilities[0], (logits / 0.7).softmax(-1), rtol=1e-3, atol=1e-4

@@ -42,11 +42,14 @@ def twin_logits(
     bonus: int,
     num_drafts: int,
     seen: Tensor | None = None,
+    forced: list[int] | None = None,
 ) -> Tensor:
     """Logits of the drafts after ``context`` and the bonus token, [k, V].
 
     Args:
         seen: [layers, G, len(context)] bool; None for all of it.
+        forced: the bonus token and those after it, where drafts go by the token before
+            them; None for the likeliest ones.
     """
     cache = DynamicCache()
     target.model(torch.tensor([context]), past_key_values=cache)
@@ -84,11 +87,15 @@ def twin_logits(
             output = output + own.o_bias
         x = x + output
         x = x + theirs.mlp(theirs.post_attention_layernorm(x))
-    hidden = target.model.norm(x)[1:]
-    logits = target.lm_head(hidden)
-    embedded = target.model.embed_tokens.weight[bonus].expand_as(hidden)
-    inner = torch.cat([embedded, hidden], -1) @ drafter.calibration_in.T
-    return logits + torch.nn.functional.silu(inner) @ drafter.calibration_out.T
+    logits = []
+    for hidden in target.model.norm(x)[1:]:
+        known = target.model.embed_tokens.weight[bonus]
+        inner = drafter.calibration_in @ torch.cat([known, hidden])
+        delta = drafter.calibration_out @ torch.nn.functional.silu(inner)
+        logits.append(target.lm_head(hidden) + delta)
+        if drafter.chains:
+            bonus = int(logits[-1].argmax()) if forced is None else forced[len(logits)]
+    return torch.stack(logits)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

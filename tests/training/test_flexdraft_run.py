@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.support import models
 from tests.support.books import write_books, write_target
-from tests.support.flex_twin import random_drafter, random_target
+from tests.support.flex_twin import random_drafter, random_target, twin_logits
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.training.__main__ import main
@@ -112,10 +112,10 @@ def test_what_cannot_be_is_said(more, message, inputs, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def model(**views: object) -> FlexDraftModel:
+def model(chains: bool = False, **views: object) -> FlexDraftModel:
     target = random_target()
     return FlexDraftModel(
-        random_drafter(target).requires_grad_(True),
+        random_drafter(target, chains=chains).requires_grad_(True),
         target,
         ViewArguments(**{"budgets": [16], "budget_weights": [1.0], **views}),
         ObjectiveArguments(draft_tokens=4),
@@ -134,6 +134,37 @@ def batch() -> dict[str, torch.Tensor]:
         "counted": torch.ones(2, 20, dtype=torch.bool),
         "temperatures": torch.ones(2, 20),
     }
+
+
+@pytest.mark.parametrize("chains", [False, True])
+def test_drafts_are_compared_as_they_would_be_made(chains, monkeypatch):
+    """Of two anchors, against the definition and the target's own logits."""
+    training = model(sparse_weight=0.0, chains=chains)
+    target, drafter = training._target[0], training.drafter
+    compared = {}
+
+    def loss(found, head, teacher, counted, names):
+        compared["q"] = found @ head.T
+        compared["p"] = teacher._head(teacher._hidden)
+        return found.sum()
+
+    monkeypatch.setattr(training, "_loss", loss)
+    monkeypatch.setattr(random, "sample", lambda *_: [11, 2])
+    window = batch()
+    training(**window)
+    tokens = torch.cat([window["prefix_ids"], window["continuation_ids"]], 1)
+    p = compared["p"].view(2, 2, 4, -1)
+    for row, ids in enumerate(tokens):
+        logits = target(ids[None]).logits[0]
+        for index, anchor in enumerate((32, 41)):
+            context, following = ids[:anchor].tolist(), ids[anchor:].tolist()
+            q = twin_logits(target, drafter, context, following[0], 4, forced=following)
+            torch.testing.assert_close(
+                compared["q"][0, row, index], q, rtol=1e-3, atol=1e-4
+            )
+            torch.testing.assert_close(
+                p[row, index], logits[anchor : anchor + 4], rtol=1e-3, atol=1e-4
+            )
 
 
 def test_the_target_stays_as_it_is_to_the_bit():

@@ -61,10 +61,25 @@ def seen_of(target: Any, prompt: Tensor, length: int) -> Tensor:
     return torch.cat([visible, more], -1)
 
 
-@pytest.mark.parametrize("sees_bonus", [False, True], ids=["", "sees_bonus"])
+def logits_of(
+    drafter: FlexDraft, hidden: Tensor, parts: TargetParts, bonus: Tensor
+) -> Tensor:
+    """Of greedy drafts from [B, k, hidden_size]: [B, k, V]."""
+    picked = drafter.draft(hidden, parts, bonus, lambda x: (x.argmax(-1), x))
+    return torch.stack([logits for _, logits in picked], 1)
+
+
+VARIANTS = pytest.mark.parametrize(
+    "variant",
+    [{}, {"sees_bonus": True}, {"chains": True}],
+    ids=["as_published", "sees_bonus", "chains"],
+)
+
+
+@VARIANTS
 @pytest.mark.parametrize("is_budgeted", [False, True], ids=["all", "budget"])
-def test_what_is_trained_is_the_definition(target, is_budgeted, sees_bonus):
-    drafter = random_drafter(target, sees_bonus=sees_bonus)
+def test_what_is_trained_is_the_definition(target, is_budgeted, variant):
+    drafter = random_drafter(target, **variant)
     tokens = models.random_tokens(40)
     prompt, anchors = tokens[:30], torch.tensor([30, 33, 35])
     _, keys, values = target_states(target, tokens[None], NUM_LAYERS)
@@ -74,7 +89,7 @@ def test_what_is_trained_is_the_definition(target, is_budgeted, sees_bonus):
     block, bonus = NUM_DRAFTS + 1, parts.embed(tokens[None, anchors])
     hidden = mask_hidden(drafter, parts, keys, values, anchors, bonus, block, seen)
     hidden = hidden[-1, 0, :, 1:]
-    logits = drafter.logits(hidden, parts, tokens[anchors])
+    logits = logits_of(drafter, hidden, parts, tokens[anchors])
     for index, anchor in enumerate(anchors.tolist()):
         expected = twin_logits(
             target,
@@ -141,7 +156,8 @@ def test_paged_attention_is_the_definition(target, is_budgeted):
     bonus = tokens[[38, 14]]
     masks = drafter.masks(parts.embed(bonus), block).flatten(0, 1)
     hidden = drafter(masks, parts, attend)
-    logits = drafter.logits(hidden.unflatten(0, (2, block))[:, 1:], parts, bonus)
+    hidden = hidden.unflatten(0, (2, block))[:, 1:]
+    logits = logits_of(drafter, hidden, parts, bonus)
     for index, context in enumerate(contexts):
         seen = None
         if is_budgeted and index == 0:
@@ -153,13 +169,18 @@ def test_paged_attention_is_the_definition(target, is_budgeted):
 
 
 @pytest.mark.parametrize(
-    ("mode", "sees_bonus"),
-    [("sequential", False), ("parallel", False), ("auto", True)],
+    ("mode", "variant"),
+    [
+        ("sequential", {}),
+        ("parallel", {}),
+        ("parallel", {"chains": True}),
+        ("auto", {"sees_bonus": True, "chains": True}),
+    ],
 )
 @pytest.mark.parametrize("budget", [None, BUDGET])
-def test_decoding_drafts_as_defined(mode, sees_bonus, budget, target):
+def test_decoding_drafts_as_defined(mode, variant, budget, target):
     """Of a batch whose rows have got different numbers of drafts accepted."""
-    drafter = random_drafter(target, sees_bonus=sees_bonus)
+    drafter = random_drafter(target, **variant)
     decoder = FlexDecoder(
         target,
         drafter,
@@ -260,7 +281,7 @@ def test_it_begins_as_the_target():
     expected = target.model(tokens[None]).last_hidden_state[0]
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
     # Calibration adds nothing yet.
-    logits = drafter.logits(hidden[None], parts, tokens[:1])[0]
+    logits = logits_of(drafter, hidden[None], parts, tokens[:1])[0]
     torch.testing.assert_close(logits, target.lm_head(hidden))
 
 

@@ -14,7 +14,7 @@ from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 
 MODEL_TYPE = "flexdraft"
 KEYS = (
-    *("num_layers", "calibration_rank", "sees_bonus"),
+    *("num_layers", "calibration_rank", "sees_bonus", "chains"),
     *("draft_tokens", "target", "fingerprint"),
 )
 #: Rows of the embedding that tell a target from others of the same norms.
@@ -98,6 +98,7 @@ def load_flexdraft(
         num_layers=config["num_layers"],
         calibration_rank=config["calibration_rank"],
         sees_bonus=config["sees_bonus"],
+        chains=config["chains"],
         max_positions=max_positions,
     )
     path = Path(folder) / "model.safetensors"
@@ -136,6 +137,7 @@ def save_flexdraft(
         "num_layers": drafter.num_layers,
         "calibration_rank": drafter.calibration_rank,
         "sees_bonus": drafter.sees_bonus,
+        "chains": drafter.chains,
         **settings,
     }
     text = json.dumps(config, indent=2) + "\n"

@@ -367,13 +367,18 @@ class FlexDecoder:
         generator: torch.Generator,
     ) -> Drafts:
         """Drafts from mask tokens [B, k + 1, hidden_size]."""
-        logits = self._drafter.logits(masks[:, 1:], self._parts, bonus).float()
-        if temperature:
-            probabilities = (logits / temperature).softmax(-1)
-            tokens = _draw(probabilities, generator)
-        else:
-            probabilities = logits.softmax(-1)
-            tokens = logits.argmax(-1)
+
+        def pick(logits: Tensor) -> tuple[Tensor, Tensor]:
+            probabilities = (logits.float() / (temperature or 1)).softmax(-1)
+            if temperature:
+                drawn = torch.multinomial(probabilities, 1, generator=generator)
+                return drawn[:, 0], probabilities
+            return logits.argmax(-1), probabilities
+
+        picked = self._drafter.draft(masks[:, 1:], self._parts, bonus, pick)
+        tokens, probabilities = (
+            torch.stack(each, 1) for each in zip(*picked, strict=True)
+        )
         drawn_from = probabilities if temperature else None
         return Drafts(tokens, probabilities.amax(-1), drawn_from)
 
@@ -438,10 +443,3 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
         q.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=True
     )
     return attended.transpose(1, 2)
-
-
-def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One token of each distribution, [..., V] to [...]."""
-    flat = probabilities.flatten(0, -2)
-    drawn = torch.multinomial(flat, 1, generator=generator)
-    return drawn.view(probabilities.shape[:-1])

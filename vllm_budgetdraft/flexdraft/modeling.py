@@ -6,6 +6,7 @@ each other; norms, MLPs, embeddings and output matrix are the target's, unchange
 Letters in shapes: T mask tokens, H query heads, G KV heads, D head size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,8 +53,11 @@ class FlexDraft(nn.Module):
     unused. The others predict the tokens at their own positions. Calibration then adds
     W2 SiLU(W1 [embedding of the bonus token; hidden]) to their logits.
 
-    Ours: where masks always come after verification, they may know the bonus token from
-    the start (``sees_bonus``); W0 times its embedding is added to the mask embedding.
+    Two additions are ours. Where masks always come after verification, they may know
+    the bonus token from the start (``sees_bonus``): W0 times its embedding is added to
+    the mask embedding. And calibration may go by the token before each draft, which is
+    the bonus token for the first alone (``chains``): then a draft is no longer blind to
+    the one before it, at the cost of k small products, one after the other.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class FlexDraft(nn.Module):
         num_layers: int,
         calibration_rank: int,
         sees_bonus: bool = False,
+        chains: bool = False,
         max_positions: int,
     ) -> None:
         """
@@ -71,12 +76,13 @@ class FlexDraft(nn.Module):
             num_layers: how many of its last layers mask tokens go through.
             calibration_rank: width of the calibration; 0 for none.
             sees_bonus: whether mask tokens enter with the bonus token's embedding.
+            chains: whether calibration goes by the token before, not the bonus token.
             max_positions: rows of the rotary table; positions stay below.
         """
         super().__init__()
         self.config = config
         self.num_layers, self.calibration_rank = num_layers, calibration_rank
-        self.sees_bonus = sees_bonus
+        self.sees_bonus, self.chains = sees_bonus, chains
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
         hidden = config.hidden_size
@@ -127,24 +133,46 @@ class FlexDraft(nn.Module):
             x = x + theirs.mlp(theirs.post_attention_layernorm(x))
         return target.norm(x)
 
-    def features(self, hidden: Tensor, bonus: Tensor) -> Tensor:
-        """SiLU(W1 [embedding of the bonus token; hidden]), [..., calibration_rank].
+    def features(self, hidden: Tensor, known: Tensor) -> Tensor:
+        """SiLU(W1 [embedding of a known token; hidden]), [..., calibration_rank].
 
         Args:
             hidden: [..., hidden_size].
-            bonus: the bonus token's embedding, of that shape.
+            known: the token's embedding, of that shape.
         """
-        return F.silu(F.linear(torch.cat([bonus, hidden], -1), self.calibration_in))
+        return F.silu(F.linear(torch.cat([known, hidden], -1), self.calibration_in))
 
-    def logits(self, hidden: Tensor, target: TargetParts, bonus: Tensor) -> Tensor:
-        """Of drafts: [..., k, hidden_size] to [..., k, vocab_size].
+    def draft(
+        self,
+        hidden: Tensor,
+        target: TargetParts,
+        bonus: Tensor,
+        pick: Callable[[Tensor], tuple[Tensor, ...]],
+    ) -> list[tuple[Tensor, ...]]:
+        """Picks drafts from hidden states [B, k, hidden_size], first to last.
 
         Args:
-            bonus: [...] int64, the bonus token of each draft.
+            bonus: [B] int64, the bonus tokens.
+            pick: of logits [B, vocab_size], tokens [B] and what else there is to say.
+
+        Returns:
+            What ``pick`` returned for each of the k places.
         """
-        embedded = target.embed(bonus)[..., None, :].expand_as(hidden)
-        features = self.features(hidden, embedded)
-        return F.linear(hidden, target.head) + F.linear(features, self.calibration_out)
+        logits = F.linear(hidden, target.head)
+        known = target.embed(bonus)
+        if not self.chains:
+            features = self.features(hidden, known[:, None].expand_as(hidden))
+            logits = logits + F.linear(features, self.calibration_out)
+        picked = []
+        for place in range(hidden.shape[1]):
+            here = logits[:, place]
+            if self.chains:
+                features = self.features(hidden[:, place], known)
+                here = here + F.linear(features, self.calibration_out)
+            picked.append(pick(here))
+            if self.chains:
+                known = target.embed(picked[-1][0])
+        return picked
 
 
 @torch.no_grad()

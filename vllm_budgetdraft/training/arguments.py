@@ -56,6 +56,13 @@ class FlexDraftArguments:
             "drafting after verification only, as in vLLM."
         },
     )
+    chains: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether calibration goes by the token before each draft, not by "
+            "the bonus token."
+        },
+    )
     anchors_per_window: int = field(
         default=32, metadata={"help": "Drafts of each window that are trained on."}
     )

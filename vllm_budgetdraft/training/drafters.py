@@ -114,6 +114,7 @@ def make_flexdraft(
         num_layers=num_layers,
         calibration_rank=flexdraft.calibration_rank,
         sees_bonus=flexdraft.sees_bonus,
+        chains=flexdraft.chains,
         max_positions=window,
     )
     begin_as_target(drafter, target)

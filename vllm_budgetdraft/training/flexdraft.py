@@ -114,7 +114,11 @@ class FlexDraftModel(DrafterTraining):
             seen,
         )
         found = found[..., 1:, :]  # [V, B, A, k, hidden_size]
-        features = self.drafter.features(found, bonus[:, :, None].expand_as(found))
+        known = bonus[:, :, None]
+        if self.drafter.chains:  # the tokens before, as the text has them
+            before = continuation_ids[:, predicting]
+            known = parts.embed(before).unflatten(1, (-1, num_drafts))
+        features = self.drafter.features(found, known.expand_as(found))
         # What calibration adds is one product with what the target's matrix does.
         found = torch.cat([found, features.to(found.dtype)], -1)
         head = torch.cat([parts.head, self.drafter.calibration_out], -1)

@@ -180,25 +180,26 @@ class TargetDrafter:
         masks = self._drafter.masks(self._parts.embed(bonus), block).flatten(0, 1)
         hidden = self._drafter(masks, self._parts, attend)
         hidden = hidden.unflatten(0, (-1, block))[:, 1:]
-        logits = self._drafter.logits(hidden, self._parts, bonus).flatten(0, 1)
         temperatures = [served.temperature for _, served in ready]
+        drawn_at: Tensor | None = None
         if any(temperatures):
-            tokens, confidences, probabilities = self._operations.gumbel_pick(
-                logits,
-                self._tensor(temperatures, torch.float32).repeat_interleave(num_drafts),
-                self._seeds(len(logits)),
-                validate=False,
-            )
-            ids = [request.request_id for request, _ in ready]
-            shape = (len(ready), num_drafts)
-            self.probabilities = ids, probabilities.unflatten(0, shape)
-        else:
-            tokens, confidences = self._operations.greedy_pick(logits, validate=False)
-        drafts = marked(
-            tokens.view(len(ready), num_drafts),
-            confidences.view(len(ready), num_drafts),
-            self._config.draft_confidence_threshold,
+            drawn_at = self._tensor(temperatures, torch.float32)
+
+        def pick(logits: Tensor) -> tuple[Tensor, ...]:
+            if drawn_at is None:
+                return self._operations.greedy_pick(logits, validate=False)
+            seeds = self._seeds(len(logits))
+            return self._operations.gumbel_pick(logits, drawn_at, seeds, validate=False)
+
+        picked = self._drafter.draft(hidden, self._parts, bonus, pick)
+        tokens, confidences, *probabilities = (
+            torch.stack(each, 1) for each in zip(*picked, strict=True)
         )
+        if probabilities:
+            ids = [request.request_id for request, _ in ready]
+            self.probabilities = ids, probabilities[0]
+        threshold = self._config.draft_confidence_threshold
+        drafts = marked(tokens, confidences, threshold)
         found = {}
         for (request, served), drafted in zip(ready, drafts, strict=True):
             if NOT_FINITE in drafted:
