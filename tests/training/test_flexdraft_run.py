@@ -44,6 +44,10 @@ def train(inputs: Path, output: Path, *more: str, steps: int = 4) -> None:
     main([*arguments.split(), *more])
 
 
+#: What differs from FlexDraft as it was published.
+OURS = ("--sees_bonus", "true", "--chains", "true")
+
+
 def history(checkpoint: Path) -> list[dict]:
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return state["log_history"]
@@ -57,7 +61,7 @@ def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         --eval_contexts 40 --eval_budgets 16 --eval_prompts 1 --eval_new_tokens 8
         --eval_draft_tokens 4
     """
-    train(inputs, output, *evaluation.split())
+    train(inputs, output, *OURS, *evaluation.split())
     return output
 
 
@@ -72,6 +76,7 @@ def test_a_run_lowers_the_loss_and_writes_a_small_folder(inputs, trained):
     drafter = load_flexdraft(trained, target, max_positions=64)
     assert drafter.calibration_out.abs().max() > 0, "calibration learnt nothing"
     config = json.loads((trained / "config.json").read_text())
+    assert drafter.sees_bonus and drafter.chains
     assert config["target"] == "target" and config["draft_tokens"] == 4
     assert config["budgetdraft"]["budgets"] == [16, 20]
     assert "FlexDraft of" in (trained / "README.md").read_text()
@@ -79,8 +84,8 @@ def test_a_run_lowers_the_loss_and_writes_a_small_folder(inputs, trained):
 
 
 def test_it_goes_on_where_it_was_stopped(inputs, trained, tmp_path):
-    train(inputs, tmp_path, steps=2)
-    train(inputs, tmp_path, "--resume_from_checkpoint", "true", steps=4)
+    train(inputs, tmp_path, *OURS, steps=2)
+    train(inputs, tmp_path, *OURS, "--resume_from_checkpoint", "true", steps=4)
     whole, parts = (
         load_file(folder / "checkpoint-4" / "model.safetensors")
         for folder in (trained, tmp_path)
