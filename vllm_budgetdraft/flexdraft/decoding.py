@@ -4,57 +4,30 @@ A round emits what it verified and the bonus token after it. *Sequential*: mask 
 draft, then the target verifies. *Parallel*: one pass verifies the last round's drafts
 and, for each number of them that may be accepted, drafts what would come after.
 
-Letters in shapes: B sequences, S cells of the cache, T new tokens, A groups of mask
-tokens, H query heads, G KV heads, D head size.
+Letters in shapes: B sequences, T new tokens.
 """
 
 import statistics
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from budgetdraft_kernels.reference import rotate
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.flexdraft.modeling import FlexDraft, TargetParts
+from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 from vllm_budgetdraft.flexdraft.pages import PageSelector
+from vllm_budgetdraft.flexdraft.target_pass import ContextCache, TargetPass
 from vllm_budgetdraft.proposer.draft_length import confident_lengths
 from vllm_budgetdraft.proposer.draft_proposer import Drafts
 
 Mode = Literal["parallel", "sequential"]
 #: Rounds of each mode before the faster one is chosen.
 TRIALS = 5
-
-
-@dataclass
-class ContextCache:
-    """The target's keys and values of a batch.
-
-    Attributes:
-        keys, values: [layers, B, G, S, D], keys rotated.
-        lengths: [B] int64, tokens of each sequence; what lies beyond is of no account.
-        hidden_cells: [mask layers, B, G, S] bool, what mask tokens do not see.
-    """
-
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor
-    hidden_cells: Tensor
-
-    def row(self, index: int) -> "ContextCache":
-        """One sequence; writes go through."""
-        rows = slice(index, index + 1)
-        return ContextCache(
-            self.keys[:, rows],
-            self.values[:, rows],
-            self.lengths[rows],
-            self.hidden_cells[:, rows],
-        )
 
 
 @dataclass
@@ -104,10 +77,9 @@ class FlexDecoder:
                 confidences falls below, each the largest probability of its place
                 (FlexDraft's verification length).
         """
-        self._target, self._drafter = target, drafter
-        self._layers = list(target.model.layers)
-        self._split = len(self._layers) - drafter.num_layers
-        self._parts = TargetParts(target, drafter.num_layers)
+        self._drafter, self._device = drafter, target.device
+        self._pass = TargetPass(target, drafter, num_drafts)
+        self._parts = self._pass.parts
         self._num_drafts, self._threshold = num_drafts, confidence_threshold
         self._selector, self._budget = selector, kv_budget
         self.switch = ModeSwitch()
@@ -140,7 +112,7 @@ class FlexDecoder:
                     "'sequential'"
                 )
             mode = "sequential"
-        device = self._target.device
+        device = self._device
         generator = torch.Generator(device).manual_seed(seed)
         # The last round may emit more than was asked for, and is repeated by rows that
         # wait for others.
@@ -182,17 +154,7 @@ class FlexDecoder:
 
     def new_cache(self, batch_size: int, num_cells: int) -> ContextCache:
         """Room for so many tokens of each sequence."""
-        drafter, device = self._drafter, self._target.device
-        head_dim = drafter.rotary_table.shape[-1]
-        sizes = (batch_size, drafter.num_kv_heads, num_cells)
-        shape = (len(self._layers), *sizes, head_dim)
-        new: dict[str, Any] = {"dtype": self._target.dtype, "device": device}
-        return ContextCache(
-            torch.zeros(shape, **new),
-            torch.zeros(shape, **new),
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
-            torch.zeros(drafter.num_layers, *sizes, dtype=torch.bool, device=device),
-        )
+        return self._pass.new_cache(batch_size, num_cells)
 
     @torch.inference_mode()
     def read(
@@ -203,7 +165,7 @@ class FlexDecoder:
         budget = self._budget if kv_budget is None else kv_budget
         if self._selector is None or budget is None or budget >= len(tokens):
             return
-        keys = cache.keys[self._split :, :, :, : len(tokens)]
+        keys = cache.keys[self._pass.split :, :, :, : len(tokens)]
         visible = self._selector.visible(keys, budget)
         cache.hidden_cells[..., : len(tokens)] = ~visible
 
@@ -211,7 +173,7 @@ class FlexDecoder:
     def extend(self, cache: ContextCache, tokens: Tensor) -> None:
         """The next tokens [T] into the cache of one sequence."""
         if len(tokens):
-            self._forward(cache, tokens[None])
+            self._pass(cache, tokens[None])
             cache.lengths += len(tokens)
 
     @torch.inference_mode()
@@ -225,7 +187,7 @@ class FlexDecoder:
         """After the bonus tokens [B], which are not in the cache."""
         none = bonus[:, None][:, :0]
         known = self._parts.embed(bonus)[:, None]
-        _, masks = self._forward(cache, none, cache.lengths[:, None], known)
+        _, masks = self._pass(cache, none, cache.lengths[:, None], known)
         return self._pick(masks[:, 0], bonus, temperature, generator)
 
     def _verify(
@@ -240,7 +202,7 @@ class FlexDecoder:
         lengths = self._lengths(drafts)
         tokens = drafts.tokens[:, : int(lengths.max())]
         fed = torch.cat([bonus[:, None], tokens], 1)
-        hidden, _ = self._forward(cache, fed)
+        hidden, _ = self._pass(cache, fed)
         accepted, following = self._accept(
             hidden, drafts, lengths, temperature, generator
         )
@@ -263,7 +225,7 @@ class FlexDecoder:
         groups = torch.arange(fed.shape[1], device=fed.device)
         starts = cache.lengths[:, None] + 1 + groups
         unknown = self._parts.embed(fed)  # as many groups as tokens
-        hidden, masks = self._forward(cache, fed, starts, unknown)
+        hidden, masks = self._pass(cache, fed, starts, unknown)
         accepted, following = self._accept(
             hidden, drafts, lengths, temperature, generator
         )
@@ -271,93 +233,6 @@ class FlexDecoder:
         rows = torch.arange(len(fed), device=fed.device)
         found = self._pick(masks[rows, accepted], following, temperature, generator)
         return tokens, found, accepted, following
-
-    def _forward(
-        self,
-        cache: ContextCache,
-        tokens: Tensor,
-        starts: Tensor | None = None,
-        bonus: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The target over new tokens, whose states go into the cache, and mask tokens.
-
-        Args:
-            tokens: [B, T], the next ones of each sequence; ``lengths`` stay as they
-                are.
-            starts: [B, A], positions of the bonus tokens of groups of mask tokens;
-                these see what is before them in the cache. None for no masks.
-            bonus: [B, A, hidden_size], embeddings of the bonus tokens.
-
-        Returns:
-            Normed hidden states, [B, T, hidden_size] and [B, A, k + 1, hidden_size].
-        """
-        drafter, (batch, num_tokens) = self._drafter, tokens.shape
-        device, lengths = tokens.device, cache.lengths
-        positions = lengths[:, None] + torch.arange(num_tokens, device=device)
-        rotary = [x[:, :, None] for x in drafter.rotary(positions)]
-        num_cells = int(lengths.max()) + num_tokens
-        cells = torch.arange(num_cells, device=device)
-        causal = (cells <= positions[..., None])[:, None]  # [B, 1, T, num_cells]
-        rows = torch.arange(batch, device=device)[:, None]
-
-        block = self._num_drafts + 1
-        groups = starts.shape[1] if starts is not None else 0
-        masks = self._parts.embed(tokens)[:, :0]
-        if starts is not None and bonus is not None:
-            masks = drafter.masks(bonus, block).flatten(1, 2)
-            offsets = torch.arange(block, device=device)
-            places = (starts[..., None] + offsets).flatten(1)
-            mask_rotary = [x[:, :, None] for x in drafter.rotary(places)]
-            before = (cells < starts.repeat_interleave(block, 1)[..., None])[:, None]
-            of_group = torch.arange(groups, device=device).repeat_interleave(block)
-            own = (of_group == of_group[:, None]).expand(
-                batch, drafter.num_heads, -1, -1
-            )
-
-        x = self._parts.embed(tokens)
-        for index, layer in enumerate(self._layers):
-            attention, keys, values = layer.self_attn, cache.keys, cache.values
-            if num_tokens:
-                q, k, v = _heads(attention, layer.input_layernorm(x))
-                keys[index, rows, :, positions] = rotate(k, *rotary)
-                values[index, rows, :, positions] = v
-                attended = _attend(
-                    rotate(q, *rotary),
-                    keys[index, :, :, :num_cells],
-                    values[index, :, :, :num_cells],
-                    causal,
-                )
-                x = x + attention.o_proj(attended.flatten(2))
-            depth = index - self._split
-            if depth >= 0 and groups:
-                tuned: Any = drafter.layers[depth]
-                qkv = tuned.project(layer.input_layernorm(masks))
-                q, k, v = qkv.split((drafter.num_heads, *[drafter.num_kv_heads] * 2), 2)
-                shown = ~cache.hidden_cells[depth, :, :, None, :num_cells]
-                shown = shown.repeat_interleave(q.shape[2] // k.shape[2], 1)
-                context_keys, context_values = (
-                    x[index, :, :, :num_cells] for x in (keys, values)
-                )
-                own_keys = rotate(k, *mask_rotary).transpose(1, 2)
-                attended = _attend(
-                    rotate(q, *mask_rotary),
-                    torch.cat([context_keys, own_keys], 2),
-                    torch.cat([context_values, v.transpose(1, 2)], 2),
-                    torch.cat([before & shown, own], -1),
-                )
-                masks = masks + tuned.output(attended)
-            # One product for both, so that the weights are read once.
-            sizes = (num_tokens, groups * block if depth >= 0 else 0)
-            together = torch.cat([x, masks[:, : sizes[1]]], 1)
-            if together.shape[1]:
-                normed = layer.post_attention_layernorm(together)
-                together = together + layer.mlp(normed)
-            x, changed = together.split(sizes, 1)
-            masks = changed if depth >= 0 else masks
-        return (
-            self._parts.norm(x),
-            self._parts.norm(masks).unflatten(1, (groups, block)),
-        )
 
     def _pick(
         self,
@@ -424,22 +299,3 @@ class FlexDecoder:
         refused = q[rows, accepted.clamp_max(count - 1)] * was_refused
         left = (p[rows, accepted] - refused).clamp_min(0)
         return accepted, torch.multinomial(left, 1, generator=generator)[:, 0]
-
-
-def _heads(attention: Any, h: Tensor) -> list[Tensor]:
-    """Query, key and value heads of one of the target's layers, [B, T, heads, D]."""
-    q, k, v = (
-        projection(h).unflatten(-1, (-1, attention.head_dim))
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    if hasattr(attention, "q_norm"):
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    return [q, k, v]
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """[B, T, H, D] over [B, G, cells, D]; returns [B, T, H, D]."""
-    attended = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=True
-    )
-    return attended.transpose(1, 2)
