@@ -65,7 +65,10 @@ def main() -> None:
 
 
 def measure_acceptance(args: argparse.Namespace, target: Any, texts: Any) -> None:
-    """acceptance.json, and acceptance.svg with the means over contexts."""
+    """acceptance.json, and acceptance.svg with the means over contexts.
+
+    Drafters whose names are in that file already are not measured again.
+    """
     settings = {
         "num_speculative_tokens": NUM_DRAFTS,
         "local_tokens": args.local_tokens,
@@ -78,8 +81,12 @@ def measure_acceptance(args: argparse.Namespace, target: Any, texts: Any) -> Non
         "new_tokens": args.new_tokens,
         "settings": settings,
     }
-    rows = []
+    path = args.output / "acceptance.json"
+    rows = json.loads(path.read_text())["results"] if path.is_file() else []
+    known = {row["drafter"] for row in rows}
     for folder in args.drafters:
+        if Path(folder).name in known:
+            continue
         held_out = HeldOutAcceptance(target, texts, **arguments)
         if is_flexdraft(folder):
             held_out = FlexDraftAcceptance(
