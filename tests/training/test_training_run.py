@@ -381,16 +381,16 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
 def test_a_step_that_is_not_finite_is_left_out_and_counted(
     inputs, tmp_path, monkeypatch
 ):
-    from vllm_budgetdraft.training import model
+    from vllm_budgetdraft.training import base
 
-    original, calls = model.multi_view_loss, []
+    original, calls = base.multi_view_loss, []
 
     def sometimes_nan(*args):
         calls.append(args)
         loss, means = original(*args)
         return loss * (float("nan") if len(calls) == 2 else 1.0), means
 
-    monkeypatch.setattr(model, "multi_view_loss", sometimes_nan)
+    monkeypatch.setattr(base, "multi_view_loss", sometimes_nan)
     train(inputs, tmp_path, "--save_steps", "1", steps=3)
     counts = [e["skipped_steps"] for e in history(tmp_path / "checkpoint-3")[:3]]
     assert counts == [0, 1, 1]
