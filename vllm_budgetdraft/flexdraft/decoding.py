@@ -126,20 +126,12 @@ class FlexDecoder:
         drafts: Drafts | None = None
         while min(map(len, written)) < max_new_tokens:
             chosen = self.switch.choose(len(prompts)) if mode == "auto" else mode
-            if chosen == "parallel" and drafts is None:
-                drafts = self.draft(cache, bonus, temperature, generator)
             begin = time.perf_counter()
-            if chosen == "parallel":
-                assert drafts is not None
-                tokens, drafts, accepted, bonus = self._parallel(
-                    cache, bonus, drafts, temperature, generator
-                )
-            else:
+            if drafts is None:
                 drafts = self.draft(cache, bonus, temperature, generator)
-                tokens, accepted, bonus = self._verify(
-                    cache, bonus, drafts, temperature, generator
-                )
-                drafts = None
+            tokens, accepted, bonus, drafts = self._verify(
+                cache, bonus, drafts, temperature, generator, chosen == "parallel"
+            )
             counts, following = accepted.tolist(), bonus.tolist()
             self.switch.seconds[len(prompts), chosen].append(
                 time.perf_counter() - begin
@@ -197,42 +189,33 @@ class FlexDecoder:
         drafts: Drafts,
         temperature: float,
         generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The drafts [B, n], how many are accepted, and the tokens after them [B]."""
-        lengths = self._lengths(drafts)
-        tokens = drafts.tokens[:, : int(lengths.max())]
-        fed = torch.cat([bonus[:, None], tokens], 1)
-        hidden, _ = self._pass(cache, fed)
-        accepted, following = self._accept(
-            hidden, drafts, lengths, temperature, generator
-        )
-        cache.lengths += accepted + 1
-        return tokens, accepted, following
+        is_parallel: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Drafts | None]:
+        """One pass of the target over the bonus tokens [B] and the drafts after them.
 
-    def _parallel(
-        self,
-        cache: ContextCache,
-        bonus: Tensor,
-        drafts: Drafts,
-        temperature: float,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Drafts, Tensor, Tensor]:
-        """As ``_verify``, and the drafts after the next bonus tokens."""
+        Returns:
+            The drafts [B, n], how many are accepted [B], the bonus tokens after them
+            [B], and, of a parallel round, the drafts after these.
+        """
         lengths = self._lengths(drafts)
         tokens = drafts.tokens[:, : int(lengths.max())]
         fed = torch.cat([bonus[:, None], tokens], 1)
-        # Group i takes i drafts for accepted: its bonus token stands after them.
-        groups = torch.arange(fed.shape[1], device=fed.device)
-        starts = cache.lengths[:, None] + 1 + groups
-        unknown = self._parts.embed(fed)  # as many groups as tokens
+        starts = unknown = None
+        if is_parallel:
+            # Group i takes i drafts for accepted: its bonus token stands after them.
+            groups = torch.arange(fed.shape[1], device=fed.device)
+            starts = cache.lengths[:, None] + 1 + groups
+            unknown = self._parts.embed(fed)  # as many groups as tokens
         hidden, masks = self._pass(cache, fed, starts, unknown)
         accepted, following = self._accept(
             hidden, drafts, lengths, temperature, generator
         )
         cache.lengths += accepted + 1
+        if not is_parallel:
+            return tokens, accepted, following, None
         rows = torch.arange(len(fed), device=fed.device)
         found = self._pick(masks[rows, accepted], following, temperature, generator)
-        return tokens, found, accepted, following
+        return tokens, accepted, following, found
 
     def _pick(
         self,
