@@ -302,7 +302,8 @@ def paged_sparse_attention(
 
     out = queries.new_empty(queries.shape)
     new: dict[str, Any] = {"dtype": torch.float32, "device": queries.device}
-    if not (wants_lse := lse is not None):
+    wants_lse = lse is not None
+    if lse is None:
         lse = torch.empty(num_tokens, num_heads, **new)
     if page_mass is not None:
         page_mass.fill_(-torch.inf)  # logarithms first, shares in the end

@@ -55,6 +55,7 @@ class FlexDraftModel(DrafterTraining):
         super().__init__(target, views, objective, eviction)
         self.drafter = drafter
         self._selector = PageSelector(eviction, flexdraft.selection_page_size)
+        self._parts = TargetParts(target, drafter.num_layers)
         self._num_anchors = flexdraft.anchors_per_window
         self._settings = settings
 
@@ -101,7 +102,7 @@ class FlexDraftModel(DrafterTraining):
         )
 
         seen, names = self._seen(keys, prefix_ids.shape[1])
-        parts = TargetParts(target, self.drafter.num_layers)
+        parts = self._parts
         bonus = parts.embed(continuation_ids[:, anchors])
         found = mask_hidden(
             self.drafter,

@@ -302,9 +302,9 @@ def marked(tokens: Tensor, confidences: Tensor, threshold: float) -> list[list[i
 
 def confident(drafted: list[int]) -> list[int]:
     """What comes before the first ``NOT_CONFIDENT``."""
-    return (
-        drafted[: drafted.index(NOT_CONFIDENT)] if NOT_CONFIDENT in drafted else drafted
-    )
+    if NOT_CONFIDENT not in drafted:
+        return drafted
+    return drafted[: drafted.index(NOT_CONFIDENT)]
 
 
 def max_drafts(request: Request, settings: RequestSettings) -> int:

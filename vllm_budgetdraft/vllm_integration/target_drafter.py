@@ -106,8 +106,8 @@ class TargetDrafter:
     ) -> dict[int, list[int]]:
         """Drafts by row, of the rows that have sampled and do not fail."""
         self.probabilities = None
-        if not self._pages:
-            self._find_pages(requests)
+        if requests and not self._pages:
+            self._find_pages(requests[0])
         ready = []
         for request in requests:
             if not request.sampled or request.request_id in self._given_up:
@@ -120,16 +120,15 @@ class TargetDrafter:
                 self._give_up(request, error)
         return self._draft(ready) if ready else {}
 
-    def _find_pages(self, requests: list[Request]) -> None:
-        """Once the engine has its cache."""
+    def _find_pages(self, request: Request) -> None:
+        """Once the engine has its cache; any of its requests will do."""
+        if len(request.block_tables) != 1:
+            raise UnsupportedVllmError(
+                f"the target has {len(request.block_tables)} kinds of cache; "
+                "flexdraft drafts for targets with full attention in every layer"
+            )
         layers = self._parts.layers
         self._pages = [pages_of(layer.self_attn.attn) for layer in layers]
-        for request in requests:
-            if len(request.block_tables) != 1:
-                raise UnsupportedVllmError(
-                    f"the target has {len(request.block_tables)} kinds of cache; "
-                    "flexdraft drafts for targets with full attention in every layer"
-                )
         self._selector = PageSelector(self._config, self._pages[0][0].shape[1])
 
     def _served_request(self, request: Request) -> Served:
