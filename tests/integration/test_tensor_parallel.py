@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,19 @@ def contexts(worker: Any) -> list[list[int]]:
 
 def keep_probabilities(worker: Any) -> None:
     """Has ranks other than the first verify without the drafts' probabilities."""
-    drafter = worker.model_runner.drafter
-    drafter._adaptive = None  # which might find that no drafts are faster
     if worker.rank:
-        drafter.take_probabilities = lambda: None
+        worker.model_runner.drafter.take_probabilities = lambda: None
 
 
-def generate(folder: str) -> dict[str, tuple[list[list[int]], list[Any], float]]:
-    """Tokens, contexts by rank, and accepted tokens of several jobs."""
+def adapt_length(worker: Any, adapts: bool) -> None:
+    """Adaptive length may find that no drafts are faster: nothing would be accepted."""
+    drafter = worker.model_runner.drafter
+    kept = vars(drafter).setdefault("adaptive_of_test", drafter._adaptive)
+    drafter._adaptive = kept if adapts else None
+
+
+def generate(folder: str) -> dict[str, Any]:
+    """Tokens, contexts by rank, and numbers of drafts of several jobs."""
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -74,13 +80,15 @@ def generate(folder: str) -> dict[str, tuple[list[list[int]], list[Any], float]]
         "plain": {"temperature": 0.0, **no_drafts},
         "greedy": {"temperature": 0.0},
         "drawn": {"temperature": 0.7},
+        "adaptive": {"temperature": 0.7},
         "not shared": {"temperature": 0.7},
     }
     results = {}
     for name, settings in jobs.items():
+        llm.collective_rpc(adapt_length, args=(name == "adaptive",))
         if name == "not shared":
             llm.collective_rpc(keep_probabilities)
-        before = num_accepted(llm)
+        before = num_drafts(llm)
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
             SamplingParams(
@@ -89,15 +97,18 @@ def generate(folder: str) -> dict[str, tuple[list[list[int]], list[Any], float]]
             use_tqdm=False,
         )
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        accepted = num_accepted(llm) - before
-        results[name] = tokens, llm.collective_rpc(contexts), accepted
+        drafts = num_drafts(llm) - before
+        results[name] = tokens, llm.collective_rpc(contexts), drafts
     llm.llm_engine.engine_core.shutdown()  # else its processes stay
     return results
 
 
-def num_accepted(llm: Any) -> float:
+def num_drafts(llm: Any) -> Counter[str]:
+    """Tokens drafted and tokens accepted so far."""
+    names = "vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"
     metrics = {metric.name: metric for metric in llm.get_metrics()}
-    return metrics["vllm:spec_decode_num_accepted_tokens"].value
+    drafted, accepted = (int(metrics[name].value) for name in names)
+    return Counter(drafted=drafted, accepted=accepted)
 
 
 def test_ranks_accept_the_same_drafts(tmp_path: Path) -> None:
@@ -106,9 +117,9 @@ def test_ranks_accept_the_same_drafts(tmp_path: Path) -> None:
     with ProcessPoolExecutor(1, context) as processes:
         results = processes.submit(generate, folder).result()
     assert results["greedy"][0] == results["plain"][0]
-    for name in ("greedy", "drawn"):
-        _, (first, second), accepted = results[name]
-        assert accepted > 0
+    for name in ("greedy", "drawn", "adaptive"):
+        _, (first, second), drafts = results[name]
+        assert drafts["drafted" if name == "adaptive" else "accepted"] > 0, name
         assert first == second, name
     # The test of the test: ranks whose probabilities differ go separate ways.
     _, (first, second), _ = results["not shared"]
