@@ -54,9 +54,10 @@ def log(monkeypatch) -> Iterator[list[str]]:
     from vllm_budgetdraft.vllm_integration import faults
 
     lines: list[str] = []
-    monkeypatch.setattr(
-        faults.logger, "error", lambda text, *args, **kw: lines.append(text % args)
-    )
+    for level in ("error", "warning"):
+        monkeypatch.setattr(
+            faults.logger, level, lambda text, *args, **kw: lines.append(text % args)
+        )
     yield lines
 
 
@@ -151,6 +152,27 @@ def test_a_corrupted_table_ends_the_drafting_of_its_request(
     assert "request long" in log[0]
     assert f"slot {slot} lists pages" in log[0]
     engine.core.cache.check_invariants()
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_graphs_that_cannot_be_captured_are_done_without(drafter_folder, log, at):
+    """At once, or when some were captured already."""
+    from vllm_budgetdraft.vllm_integration.core_loader import capture_graphs
+
+    captured = []
+
+    def capture(function):
+        if len(captured) == at:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        captured.append(function)
+        return lambda: pytest.fail("a graph of an incomplete set was replayed")
+
+    engine = started(drafter_folder, "sink_window")
+    expected = [engine.step() for _ in range(3)]
+    engine = started(drafter_folder, "sink_window")
+    capture_graphs(engine.core, capture)
+    assert [engine.step() for _ in range(3)] == expected
+    assert "RuntimeError: operation not permitted when stream" in log[0]
 
 
 def counted(error: str) -> float:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from budgetdraft_kernels.reference import accumulated_attention, rotate
 from vllm_budgetdraft.eviction.base import PromptStates
-from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 
 #: Pages whose attention is that close may be told apart by rounding.
 TIE = 1e-4

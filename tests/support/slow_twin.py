@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
-from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 
 
 class SlowTwin:

@@ -16,7 +16,7 @@ from tests.support.drafting import (
 from tests.support.models import VOCAB_SIZE, random_tokens
 from tests.support.policies import EVERY_SECOND
 from tests.support.slow_twin import SlowTwin
-from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 
 PROMPT_TOKENS = [2, 3, 17, 150]
 

@@ -42,9 +42,9 @@ def test_the_pool_is_slots_times_capacity_times_bytes_per_token(
     sizes = {"num_slots": NUM_SLOTS, "max_model_len": max_model_len, "dtype": dtype}
     proposer = build_proposer(drafter_folder, **sizes, **settings)
     per_token = NUMBERS_PER_TOKEN * dtype.itemsize
-    assert pool_bytes(proposer) == NUM_SLOTS * capacity * per_token
-
     cache = proposer.cache
+    num_tokens = NUM_SLOTS * capacity + cache.page_size  # of the spare page
+    assert pool_bytes(proposer) == num_tokens * per_token
     assert cache.capacity == capacity
     assert cache.pool.num_bytes == pool_bytes(proposer)
     assert cache.bytes_per_token == per_token
@@ -87,7 +87,7 @@ SMALL = {"kv_budget": 43, "recent_window": 36, "page_size": 8}
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "num_pages"), [(100_000, 26), (42_240, 11), (1e9, 33)]
+    ("num_bytes", "num_pages"), [(100_000, 25), (46_080, 11), (1e9, 33)]
 )
 def test_the_pool_takes_the_memory_it_is_given_or_less(
     drafter_folder, num_bytes, num_pages
@@ -100,7 +100,7 @@ def test_the_pool_takes_the_memory_it_is_given_or_less(
         **SMALL,
     )
     assert proposer.cache.pool.num_pages == num_pages
-    assert pool_bytes(proposer) == num_pages * 8 * 480 <= num_bytes
+    assert pool_bytes(proposer) == (num_pages + 1) * 8 * 480 <= num_bytes
 
 
 def test_memory_that_holds_no_request_is_refused(drafter_folder):
@@ -108,7 +108,7 @@ def test_memory_that_holds_no_request_is_refused(drafter_folder):
         build_proposer(
             drafter_folder, max_model_len=1_000, pool_memory_gib=3e-5, **SMALL
         )
-    for part in ("pool_memory_gib=3e-05", "3.93e-05 GiB", "raise it", "kv_budget=43"):
+    for part in ("pool_memory_gib=3e-05", "4.29e-05 GiB", "raise it", "kv_budget=43"):
         assert part in str(refusal.value)
 
 
@@ -118,7 +118,7 @@ def test_requests_draft_in_less_memory_as_far_as_it_goes(drafter_folder):
         drafter_folder,
         num_slots=NUM_SLOTS,
         max_model_len=1_000,
-        pool_memory_gib=28 * 8 * 480 / 2**30,
+        pool_memory_gib=(28 + 1) * 8 * 480 / 2**30,
         **SMALL,
     )
     proposer.start_request(0)

@@ -21,8 +21,10 @@ class BudgetedCache:
 
     Attributes:
         capacity: most tokens of a slot, a multiple of the page size.
-        num_evicted: [num_slots] int64, context tokens that the cache dropped.
-        attention: [num_slots, pages_per_slot] float32, what each page of a slot has
+        spare_slot: one that is nobody's. Many rows of a batch may name it; what they
+            write is lost.
+        num_evicted: [num_slots + 1] int64, context tokens that the cache dropped.
+        attention: [num_slots + 1, pages_per_slot] float32, what each page of a slot has
             received; None unless eviction goes by it.
     """
 
@@ -56,11 +58,14 @@ class BudgetedCache:
         self.pages_per_slot = capacity // page_size
         self._protected_tokens = protected_tokens
         self._num_recycled = -(-max_growth // page_size)
-        self.page_table = PageTable(num_slots, self.pages_per_slot, device)
+        self.num_slots = self.spare_slot = num_slots
+        self.page_table = PageTable(
+            num_slots, self.pages_per_slot, pool.spare_page, device
+        )
         self._places = torch.arange(self.pages_per_slot, device=device)
-        self.num_evicted = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._capacities = torch.zeros_like(self.num_evicted)
-        shape = (num_slots, self.pages_per_slot)
+        shape = (num_slots + 1, self.pages_per_slot)
+        self.num_evicted = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self._capacities = torch.full_like(self.num_evicted, capacity)
         self._evictable = torch.zeros(shape, dtype=torch.bool, device=device)
         self._unused = torch.zeros(shape, dtype=torch.bool, device=device)
         self.attention: Tensor | None = None
@@ -70,7 +75,7 @@ class BudgetedCache:
 
     @property
     def bytes_per_token(self) -> int:
-        return self.pool.num_bytes // (self.pool.num_pages * self.page_size)
+        return self.pool.bytes_per_page // self.page_size
 
     @property
     def bytes_per_slot(self) -> int:

@@ -9,10 +9,11 @@ class PagePool:
     """Pages of keys and values, allocated once, and the list of the free ones.
 
     Attributes:
-        keys, values: [num_layers, num_pages, page_size, num_kv_heads, head_dim]. A page
-            is the same one in every layer.
-        layers: keys and values [num_pages, page_size, num_kv_heads, head_dim] of each
-            layer; the same memory.
+        keys, values: [num_layers, num_pages + 1, page_size, num_kv_heads, head_dim]. A
+            page is the same one in every layer.
+        layers: keys and values [num_pages + 1, page_size, num_kv_heads, head_dim] of
+            each layer; the same memory.
+        spare_page: one that is nobody's, for what is written and not read.
     """
 
     def __init__(
@@ -26,14 +27,14 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
+        shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
         # Zeroed, not empty: attention multiplies a masked value by a weight of zero,
         # which stays zero only if the value is finite. Also makes the memory resident
         # on a CPU, where vLLM sizes its own cache by what the process holds.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
-        self.num_pages = num_pages
+        self.num_pages = self.spare_page = num_pages
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
 
@@ -44,6 +45,10 @@ class PagePool:
     @property
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def bytes_per_page(self) -> int:
+        return self.num_bytes // (self.num_pages + 1)
 
     def take(self, num_pages: int) -> list[int]:
         """Takes pages off the free list.

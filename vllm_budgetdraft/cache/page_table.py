@@ -8,16 +8,21 @@ class PageTable:
     """Page numbers by slot.
 
     Attributes:
-        pages: [num_slots, pages_per_slot] int64; row of a slot in the order of its
-            tokens. Rows of released slots are stale.
+        pages: [num_slots + 1, pages_per_slot] int64; row of a slot in the order of its
+            tokens. Rows of released slots are stale; the last one is the spare page.
     """
 
     def __init__(
-        self, num_slots: int, pages_per_slot: int, device: torch.device
+        self,
+        num_slots: int,
+        pages_per_slot: int,
+        spare_page: int,
+        device: torch.device,
     ) -> None:
         self.pages = torch.zeros(
-            (num_slots, pages_per_slot), dtype=torch.int64, device=device
+            (num_slots + 1, pages_per_slot), dtype=torch.int64, device=device
         )
+        self.pages[num_slots] = spare_page
 
     def assign(self, slot: int, pages: list[int]) -> None:
         """Gives a slot its pages, as many as a row has or fewer."""

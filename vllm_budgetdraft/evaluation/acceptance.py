@@ -15,7 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer, Drafts
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 
 
 @dataclass(frozen=True)

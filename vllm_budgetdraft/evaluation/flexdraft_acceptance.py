@@ -12,7 +12,7 @@ from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.flexdraft.decoding import ContextCache, FlexDecoder
 from vllm_budgetdraft.flexdraft.pages import PageSelector
-from vllm_budgetdraft.proposer.draft_proposer import Drafts
+from vllm_budgetdraft.proposer.draft_loop import Drafts
 
 
 class FlexDraftAcceptance(HeldOutAcceptance):

@@ -6,6 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from statistics import median, median_low
 
+from vllm_budgetdraft.proposer.draft_length import ladder
+
 #: Share of the time that trying other lengths than the best may cost.
 EXPLORATION = 0.005
 #: Steps without drafts that a batch size far from all others begins with.
@@ -209,7 +211,8 @@ class AdaptiveLength:
 
     def _next_trial(self, batch_size: int, best: int) -> int:
         """The one whose trials have cost the least."""
-        others = [length for length in _ladder(self._max_length) if length != best]
+        lengths = [0, *ladder(self._max_length)]
+        others = [length for length in lengths if length != best]
         return min(others, key=lambda length: self._costs[batch_size, length])
 
     def _end(self, step: _Step, now: float, batch: Hashable) -> None:
@@ -233,16 +236,6 @@ class AdaptiveLength:
 
 def _is_complete(known: dict[int, float]) -> bool:
     return 0 in known and len(known) > 1
-
-
-def _ladder(max_length: int) -> list[int]:
-    """0, 1, 2, 3, 4, 6, 8, 12, 16, ... and the longest."""
-    lengths = [0, 1]
-    while lengths[-1] < max_length:
-        last = lengths[-1]
-        power = 1 << (last.bit_length() - 1)
-        lengths.append(last + max(1, power // 2))
-    return [*(length for length in lengths if length < max_length), max_length]
 
 
 def _interpolate(known: dict[int, float], max_length: int) -> list[float]:

@@ -1,8 +1,10 @@
-"""How many tokens to draft, by a rule: of the batch size, or of the confidence."""
+"""How many tokens to draft: what there is to choose from, and rules to choose by."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
+
+from vllm_budgetdraft.config import BudgetDraftConfig
 
 
 def scheduled_length(
@@ -20,6 +22,26 @@ def scheduled_length(
         if first <= batch_size:
             return min(length, max_length)
     return max_length
+
+
+def draft_lengths(config: BudgetDraftConfig) -> list[int]:
+    """Lengths worth a graph, ascending: those that steps may often have."""
+    longest = config.num_speculative_tokens
+    if config.adaptive_draft_length:
+        return ladder(longest)
+    schedule = config.num_speculative_tokens_per_batch_size or ()
+    lengths = {longest, *(min(length, longest) for *_, length in schedule)}
+    return sorted(lengths - {0})
+
+
+def ladder(longest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, 24, ... below ``longest``, and that."""
+    steps = [1]
+    while steps[-1] < longest:
+        last = steps[-1]
+        power = 1 << (last.bit_length() - 1)
+        steps.append(last + max(1, power // 2))
+    return [*(step for step in steps if step < longest), longest]
 
 
 def confident_lengths(confidences: Tensor, threshold: float) -> Tensor:

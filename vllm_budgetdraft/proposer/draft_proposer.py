@@ -1,13 +1,12 @@
 """Drafting with no engine in sight: fixed slots, tensors in, tensors out."""
 
+from collections.abc import Iterable
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vllm_budgetdraft.attention.backend import select_operations
-from vllm_budgetdraft.attention.paged import PagedAttention
 from vllm_budgetdraft.attention.prompt import PromptAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.page_pool import PagePool
@@ -17,31 +16,20 @@ from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import EvictionPolicy
 from vllm_budgetdraft.eviction.catalogue import make_policy
+from vllm_budgetdraft.proposer.draft_graphs import Capture, DraftGraphs
+from vllm_budgetdraft.proposer.draft_length import draft_lengths, ladder
+from vllm_budgetdraft.proposer.draft_loop import (
+    FIRST_WIDTH,
+    DraftInputs,
+    DraftLoop,
+    Drafts,
+    Draws,
+)
 from vllm_budgetdraft.proposer.memory import MemoryPlan
 from vllm_budgetdraft.proposer.prompt_reader import PromptReader
 
-#: Tokens fed in the first step of a draft. After a full acceptance the cache lacks the
-#: last draft token and the bonus token; otherwise it lacks the bonus token alone, and
-#: the token before it is computed again, to the same result.
-FIRST_WIDTH = 2
 #: Most tokens of a request that ``paged_sparse_attention`` takes at once.
 MAX_WIDTH = 32
-
-
-class Drafts(NamedTuple):
-    """What was drafted, valid until the next call.
-
-    Attributes:
-        tokens: [B, k] int64.
-        confidences: [B, k] float32, the largest probability at each position; not
-            finite where the drafter's logits were not.
-        probabilities: [B, k, V] float32, what each token was drawn from; None where all
-            were picked greedily.
-    """
-
-    tokens: Tensor
-    confidences: Tensor
-    probabilities: Tensor | None
 
 
 class DraftProposer:
@@ -76,30 +64,22 @@ class DraftProposer:
         self.max_drafts = config.num_speculative_tokens
         self.max_append = min(self.max_drafts + 1, MAX_WIDTH)
         self.reader = PromptReader(drafter, policy, prompt, config, self.kv_budget)
-        self._is_relative = config.position_mode == "cache_relative"
         self.device = cache.num_evicted.device
-        widths = range(-FIRST_WIDTH, max(self.max_drafts, self.max_append))
-        self._offsets = torch.tensor(widths, device=self.device)
-        num_slots = cache.num_evicted.shape[0]
-        starts = torch.arange(num_slots + 1, device=self.device)
-        self._query_starts = {width: starts * width for width in (FIRST_WIDTH, 1)}
-        shape = (num_slots, self.max_drafts)
-        self._drafts = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self._confidences = torch.zeros(shape, device=self.device)
-        self._probabilities: Tensor | None = None
-        if config.draft_sample_method == "probabilistic":
+        draws = config.draft_sample_method == "probabilistic"
+        if draws:
             # Its own, for verification must not know the noise of what it verifies.
             self._generator = torch.Generator(self.device).manual_seed(seed)
-            self._probabilities = torch.zeros(
-                (*shape, drafter.config.vocab_size), device=self.device
-            )
-        self._page_mass: Tensor | None = None
-        if policy.accumulates_attention:
-            width = max(FIRST_WIDTH, self.max_append)
-            self._page_mass = torch.zeros(
-                (width * num_slots, drafter.num_heads, cache.pages_per_slot),
-                device=self.device,
-            )
+        self._loop = DraftLoop(
+            drafter,
+            cache,
+            operations,
+            is_relative=config.position_mode == "cache_relative",
+            max_drafts=self.max_drafts,
+            max_width=self.max_append,
+            draws=draws,
+            counts_attention=policy.accumulates_attention,
+        )
+        self._graphs: DraftGraphs | None = None
 
     @classmethod
     def build(
@@ -178,10 +158,7 @@ class DraftProposer:
     @property
     def scratch_bytes(self) -> int:
         """Of prompts being read, counts of attention, and drafts' distributions."""
-        others = (self._page_mass, self._probabilities)
-        return self.reader.prompt.num_bytes + sum(
-            x.nbytes for x in others if x is not None
-        )
+        return self.reader.prompt.num_bytes + self._loop.num_bytes
 
     def start_request(self, slot: int, kv_budget: int | None = None) -> None:
         """Gives a slot its pages.
@@ -253,21 +230,8 @@ class DraftProposer:
             starts: [B] int64, position of the first. A slot's cache must hold, or have
                 evicted, all before it.
         """
-        width = tokens.shape[1]
-        assert width <= self.max_append, (width, self.max_append)
-        self.cache.make_room(slots, starts + width)
-        offsets = self._offsets[FIRST_WIDTH : FIRST_WIDTH + width]
-        rotary, cells, lengths = self._places(slots, starts[:, None] + offsets)
-        attention = self._attention(slots, validate)
-        query_starts = width * self._query_starts[1][: len(slots) + 1]
-        cos, sin = (x.flatten(0, 1) for x in rotary)
-        self.drafter(
-            tokens.flatten(),
-            attention.step(
-                (cos, sin), cells.flatten(), lengths[:, -1], query_starts, width
-            ),
-        )
-        self._count(slots, attention)
+        assert tokens.shape[1] <= self.max_append, (tokens.shape, self.max_append)
+        self._loop.append(slots, tokens, starts, validate=validate)
 
     @torch.inference_mode()
     def draft(
@@ -295,92 +259,68 @@ class DraftProposer:
             validate: whether the operations check what they are given, which waits for
                 the device.
         """
-        cache, batch = self.cache, len(slots)
         num_drafts = num_drafts or self.max_drafts
-        cache.make_room(slots, ends + (num_drafts - 1))
-        # From the end of a context to each token fed; the last draft token is not.
-        positions = ends[:, None] + self._offsets[: FIRST_WIDTH + num_drafts - 1]
-        (cos, sin), cells, lengths = self._places(slots, positions)
-        steps = zip(
-            zip(_by_step(cos), _by_step(sin), strict=True),
-            _by_step(cells),
-            lengths[:, FIRST_WIDTH - 1 :].T.contiguous(),
-            strict=True,
-        )
-        attention = self._attention(slots, validate)
-        drafts = self._drafts[:batch, :num_drafts]
-        confidences = self._confidences[:batch, :num_drafts]
-        probabilities: Tensor | None = None
+        draws: Draws | None = None
         if temperatures is not None:
-            assert self._probabilities is not None
-            probabilities = self._probabilities[:batch, :num_drafts]
             seeds = torch.randint(
                 2**62,
-                (num_drafts, batch),
+                (num_drafts, len(slots)),
                 generator=self._generator,
                 device=self.device,
             )
-        fed, width = tokens.flatten(), FIRST_WIDTH
-        for step, (rotary, step_cells, step_lengths) in enumerate(steps):
-            starts = self._query_starts[width][: batch + 1]
-            attend = attention.step(rotary, step_cells, step_lengths, starts, width)
-            hidden = self.drafter(fed, attend)
-            # The last token fed of each request.
-            logits = self.drafter.logits(hidden[width - 1 :: width])
-            if probabilities is None:
-                fed, confidence = self.operations.greedy_pick(logits, validate=validate)
-            else:
-                fed, confidence, probabilities[:, step] = self.operations.gumbel_pick(
-                    logits, temperatures, seeds[step], validate=validate
-                )
-            drafts[:, step], confidences[:, step] = fed, confidence
-            width = 1
-        self._count(slots, attention)
-        return Drafts(drafts, confidences, probabilities)
-
-    def _places(
-        self, slots: Tensor, positions: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """Of positions [B, T]: cos and sin [B, T, D], cells, and lengths with them."""
-        cache = self.cache
-        indices = positions - cache.num_evicted[slots, None]
-        rotary = self.drafter.rotary(indices if self._is_relative else positions)
-        cells = cache.page_table.cells(slots, indices, cache.page_size)
-        return rotary, cells, indices + 1
-
-    def _attention(self, slots: Tensor, validate: bool) -> PagedAttention:
-        return PagedAttention(
-            self.operations,
-            self.cache.pool,
-            self.cache.page_table.pages[slots],
-            key_rotary=self.drafter.rotary_rows if self._is_relative else None,
-            page_mass=self._page_mass,
-            validate=validate,
-        )
-
-    def _count(self, slots: Tensor, attention: PagedAttention) -> None:
-        if attention.attention is not None:
-            self.cache.add_attention(slots, attention.attention)
+            draws = Draws(temperatures, seeds)
+        inputs = DraftInputs(slots, ends, tokens, draws)
+        if self._graphs is not None:
+            return self._graphs.draft(inputs, num_drafts)
+        return self._loop.draft(inputs, num_drafts, validate=validate)
 
     def warm_up(self) -> None:
-        """Runs every operation once, on slot 0, which must be idle."""
+        """Runs every operation once, on slot 0, which must be idle.
+
+        On a GPU it does so at every batch size that another kernel may be compiled for.
+        """
         length = min(self.config.draft_prefill_chunk, self.reader.prompt.max_tokens)
         length = max(length, FIRST_WIDTH)  # no context that drafts is shorter
         tokens = torch.zeros(length, dtype=torch.int64, device=self.device)
-        slots = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.start_request(0)
         self.ingest(0, tokens[:-FIRST_WIDTH])
-        first = slots.expand(1, FIRST_WIDTH)
-        self.append(slots, first[:, :1], slots + length - FIRST_WIDTH, validate=True)
-        temperatures: list[Tensor | None] = [None]
-        if self._probabilities is not None:
-            temperatures.append(torch.ones(1, device=self.device))
-        for each in temperatures:
-            self.draft(slots, first, slots + length, None, each, validate=True)
+        self._try_all(torch.zeros_like(tokens[:1]), length, [1])
         self.release_request(0)
+        if self.device.type == "cuda":
+            widths = range(1, self.max_append + 1)
+            for size in ladder(self.cache.num_slots):
+                spare = tokens.new_full((size,), self.cache.spare_slot)
+                self._try_all(spare, FIRST_WIDTH, widths)
 
+    def _try_all(self, slots: Tensor, length: int, widths: Iterable[int]) -> None:
+        """Appends and drafts where slots have read all but the end of a context."""
+        zeros, ends = torch.zeros_like(slots)[:, None], torch.full_like(slots, length)
+        for width in widths:
+            self.append(
+                slots, zeros.expand(-1, width), ends - FIRST_WIDTH, validate=True
+            )
+        temperatures: list[Tensor | None] = [None]
+        if self.config.draft_sample_method == "probabilistic":
+            temperatures.append(torch.ones(len(slots), device=self.device))
+        for each in temperatures:
+            self.draft(
+                slots, zeros.expand(-1, FIRST_WIDTH), ends, None, each, validate=True
+            )
 
-def _by_step(x: Tensor) -> list[Tensor]:
-    """[B, T, ...] of all tokens fed, by step: [B * FIRST_WIDTH, ...], then [B, ...]."""
-    later = x[:, FIRST_WIDTH:].transpose(0, 1).contiguous()
-    return [x[:, :FIRST_WIDTH].flatten(0, 1), *later]
+    def capture_graphs(self, capture: Capture) -> int:
+        """From now on drafts replay graphs, which ``capture`` makes.
+
+        Returns:
+            How many were captured.
+        """
+        graphs = DraftGraphs(
+            self._loop,
+            spare_slot=self.cache.spare_slot,
+            sizes=ladder(self.cache.num_slots),
+            lengths=draft_lengths(self.config),
+            draws=self.config.draft_sample_method == "probabilistic",
+            device=self.device,
+        )
+        num_graphs = graphs.capture(capture)
+        self._graphs = graphs
+        return num_graphs

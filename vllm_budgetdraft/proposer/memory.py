@@ -21,7 +21,7 @@ class MemoryPlan:
         cache_per_request: draft cache of one request, whatever its context.
         full_cache_per_request: the same with every token of ``max_model_len`` kept.
         num_pages: of the pool.
-        cache: the whole pool.
+        cache: the whole pool, and its spare page.
         prompt_scratch: keys and values of the one prompt being read.
         probabilities: distributions that drafts are drawn from.
     """
@@ -58,12 +58,14 @@ class MemoryPlan:
         num_pages = num_slots * capacity // config.page_size
         page = config.page_size * per_token
         if config.pool_memory_gib is not None:
-            num_pages = min(num_pages, int(config.pool_memory_gib * GIB) // page)
+            limit = int(config.pool_memory_gib * GIB) // page - 1
+            num_pages = min(num_pages, limit)
             if num_pages * config.page_size < capacity:
                 raise ConfigurationError(
                     f"pool_memory_gib={config.pool_memory_gib} is below the "
-                    f"{capacity * per_token / GIB:.3g} GiB of one request's draft "
-                    f"cache; raise it, or lower kv_budget={config.kv_budget} or "
+                    f"{(capacity * per_token + page) / GIB:.3g} GiB of one request's "
+                    "draft cache and a spare page; raise it, or lower "
+                    f"kv_budget={config.kv_budget} or "
                     f"recent_window={config.recent_window}"
                 )
         scratch = config.scratch_tokens(max_model_len, drafter.max_position_embeddings)
@@ -74,7 +76,7 @@ class MemoryPlan:
             cache_per_request=capacity * per_token,
             full_cache_per_request=max_model_len * per_token,
             num_pages=num_pages,
-            cache=num_pages * page,
+            cache=(num_pages + 1) * page,
             prompt_scratch=scratch * per_token,
             probabilities=is_drawn * drafts * drafter.vocab_size * 4,
         )

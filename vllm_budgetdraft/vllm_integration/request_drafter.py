@@ -13,7 +13,8 @@ from vllm_budgetdraft import environment
 from vllm_budgetdraft.config import RequestSettings, parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_length import confident_lengths
-from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration import sampling
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
@@ -75,7 +76,7 @@ class RequestDrafter:
         """Drops every request after a failure of none in particular."""
         self._faults.report("every request", error)
         self._core.release_all()
-        self._slots = RequestSlots(len(self._core.cache.num_evicted))
+        self._slots = RequestSlots(self._core.cache.num_slots)
         self._reading = self.probabilities = None
 
     def forget_ended(self, live: Mapping[str, Any]) -> None:
@@ -259,12 +260,17 @@ class RequestDrafter:
 
         As many for each, though some may propose fewer of them.
         """
-        contexts = [request.context for request, _ in ready]
+        rows = self._tensor(  # at once, for each copy to a GPU makes the host wait
+            [
+                (held.slot, len(request.context), *request.context[-FIRST_WIDTH:])
+                for request, held in ready
+            ]
+        )
         temperatures = [holding.temperature for _, holding in ready]
         tokens, confidences, probabilities = self._core.draft(
-            self._tensor([holding.slot for _, holding in ready]),
-            self._tensor(np.stack([c[-FIRST_WIDTH:] for c in contexts])),
-            self._tensor([len(context) for context in contexts]),
+            rows[:, 0],
+            rows[:, 2:],
+            rows[:, 1],
             max(max_drafts(request, held.settings) for request, held in ready),
             self._tensor(temperatures, torch.float32) if any(temperatures) else None,
         )

@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
@@ -14,8 +13,8 @@ from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration import metrics
+from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import logger
 from vllm_budgetdraft.vllm_integration.patches import runner_v1
 from vllm_budgetdraft.vllm_integration.request_drafter import Request, RequestDrafter
@@ -30,6 +29,7 @@ class BudgetDraftProposer:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
+        self._vllm_config = vllm_config
         self._config = vllm_config.speculative_config.settings
         self._num_slots = vllm_config.scheduler_config.max_num_seqs
         self._max_model_len = vllm_config.model_config.max_model_len
@@ -50,28 +50,16 @@ class BudgetDraftProposer:
         """Allocates everything: only what lives after this does vLLM count as used."""
         if not self._is_leader:
             return
-        device = next(target.parameters()).device
         if drafter_type(self._config) == "flexdraft":
-            self._drafter = self._target_drafter(target, device)
-            return
-        dtype = resolve_dtype(self._config, device.type, self._target_dtype)
-        core = DraftProposer.build(
-            self._config,
-            num_slots=self._num_slots,
-            max_model_len=self._max_model_len,
-            dtype=dtype,
-            device=device,
-            seed=self._seed,
-        )
-        core.warm_up()
-        self._use(core)
-        self._log_memory(core, dtype)
-        self._warn_of_long_contexts(core)
+            self._drafter = self._target_drafter(target)
+        else:
+            self._use(load_core(self._vllm_config, target))
 
     def _use(self, core: DraftProposer) -> None:
         self._drafter = RequestDrafter(core, self._num_slots)
 
-    def _target_drafter(self, target: nn.Module, device: torch.device) -> TargetDrafter:
+    def _target_drafter(self, target: nn.Module) -> TargetDrafter:
+        device = next(target.parameters()).device
         drafter = load_flexdraft(
             self._config.model,
             target,
@@ -229,40 +217,3 @@ class BudgetDraftProposer:
         )
         batch = tuple(ids) if all(sampled_token_ids) else None
         return self._adaptive.choose(time.perf_counter(), batch, batch_size, length)
-
-    def _log_memory(self, core: DraftProposer, dtype: torch.dtype) -> None:
-        mib = 2**20
-        plan = MemoryPlan.of(
-            core.config,
-            core.drafter.config,
-            num_slots=self._num_slots,
-            max_model_len=self._max_model_len,
-            dtype=dtype,
-        )
-        weights = sum(p.nbytes for p in core.drafter.parameters())
-        logger.info(
-            "BudgetDraft memory: drafter weights %.1f MiB, draft cache %.1f MiB "
-            "(%d requests x %d tokens, %.1f KiB each; the drafter's full cache would "
-            "take %.1f KiB each), scratch %.1f MiB, of which distributions of drafts "
-            "%.1f MiB (draft_sample_method)",
-            weights / mib,
-            plan.cache / mib,
-            plan.cache // plan.cache_per_request,
-            core.cache.capacity,
-            plan.cache_per_request / 1024,
-            plan.full_cache_per_request / 1024,
-            core.scratch_bytes / mib,
-            plan.probabilities / mib,
-        )
-
-    def _warn_of_long_contexts(self, core: DraftProposer) -> None:
-        native = core.drafter.config.max_position_embeddings
-        is_absolute = core.config.position_mode == "absolute"
-        if is_absolute and self._max_model_len > native:
-            logger.warning(
-                "max_model_len=%d is beyond the %d tokens that the drafter was made "
-                "for (max_position_embeddings): drafts there may be poor; "
-                "position_mode='cache_relative' keeps its positions below",
-                self._max_model_len,
-                native,
-            )

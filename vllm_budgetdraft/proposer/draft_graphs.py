@@ -1,0 +1,124 @@
+"""Draft loops as graphs: captured once by batch size and length, replayed by drafts."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vllm_budgetdraft.proposer.draft_loop import (
+    FIRST_WIDTH,
+    DraftInputs,
+    DraftLoop,
+    Drafts,
+    Draws,
+)
+
+#: Runs a function, and returns what does its work again, on the same memory.
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+class CudaGraphCapture:
+    """``Capture`` of CUDA graphs that share their scratch memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            function()
+        return graph.replay
+
+
+class DraftGraphs:
+    """One graph for each batch size of ``sizes`` and length of ``lengths``.
+
+    A batch takes the next larger size, whose other rows draft on the cache's spare slot
+    for nobody, and the next longer draft, whose end nobody reads.
+    """
+
+    def __init__(
+        self,
+        loop: DraftLoop,
+        *,
+        spare_slot: int,
+        sizes: Sequence[int],
+        lengths: Sequence[int],
+        draws: bool,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            sizes, lengths: ascending.
+            draws: whether there are graphs of drawn drafts besides those of greedy
+                ones.
+        """
+        self._loop = loop
+        self._sizes, self._lengths = sizes, lengths
+        self._kinds = (False, True) if draws else (False,)
+        self._replays: dict[tuple[int, int, bool], Callable[[], None]] = {}
+        self._results: dict[tuple[int, int, bool], Drafts] = {}
+        # Slot, end and last tokens of a row that drafts for nobody.
+        self._idle_row = torch.tensor(
+            [spare_slot, FIRST_WIDTH, *[0] * FIRST_WIDTH], device=device
+        )
+        self._rows = self._idle_row.repeat(sizes[-1], 1)
+        self._temperatures = torch.zeros(sizes[-1], device=device)
+        shape = (lengths[-1], sizes[-1])
+        self._seeds = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def capture(self, capture: Capture) -> int:
+        """Captures every graph, the largest first: smaller ones fit into its memory.
+
+        Returns:
+            How many there are.
+        """
+        for size in reversed(self._sizes):
+            for length in reversed(self._lengths):
+                for draws in self._kinds:
+                    self._capture(capture, size, length, draws)
+        return len(self._replays)
+
+    def _capture(self, capture: Capture, size: int, length: int, draws: bool) -> None:
+        inputs = DraftInputs(
+            self._rows[:size, 0],
+            self._rows[:size, 1],
+            self._rows[:size, 2:],
+            Draws(self._temperatures[:size], self._seeds[:length, :size])
+            if draws
+            else None,
+        )
+        key = size, length, draws
+
+        def run() -> None:
+            self._results[key] = self._loop.draft(inputs, length, validate=False)
+
+        run()  # what is loaded or compiled at first use must not be captured
+        self._replays[key] = capture(run)
+
+    def draft(self, inputs: DraftInputs, num_drafts: int) -> Drafts:
+        """Replays the graph of a draft; see ``DraftLoop.draft``."""
+        batch = len(inputs.slots)
+        size = _at_least(self._sizes, batch)
+        length = _at_least(self._lengths, num_drafts)
+        columns = (inputs.slots[:, None], inputs.ends[:, None], inputs.tokens)
+        torch.cat(columns, 1, out=self._rows[:batch])
+        if batch < size:
+            self._rows[batch:size] = self._idle_row
+        if inputs.draws is not None:
+            self._temperatures[:batch] = inputs.draws.temperatures
+            self._seeds[:num_drafts, :batch] = inputs.draws.seeds
+        key = size, length, inputs.draws is not None
+        self._replays[key]()
+        tokens, confidences, probabilities = self._results[key]
+        return Drafts(
+            tokens[:batch, :num_drafts],
+            confidences[:batch, :num_drafts],
+            probabilities[:batch, :num_drafts] if probabilities is not None else None,
+        )
+
+
+def _at_least(values: Sequence[int], value: int) -> int:
+    """The smallest of ascending values that is not below ``value``."""
+    return values[bisect_left(values, value)]

@@ -1,0 +1,215 @@
+"""The draft loop: device work alone, of fixed shapes, so that a graph can hold it."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_budgetdraft.attention.paged import PagedAttention
+from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
+from vllm_budgetdraft.drafter.modeling import Drafter
+
+#: Tokens fed in the first step of a draft. After a full acceptance the cache lacks the
+#: last draft token and the bonus token; otherwise it lacks the bonus token alone, and
+#: the token before it is computed again, to the same result.
+FIRST_WIDTH = 2
+
+
+class Drafts(NamedTuple):
+    """What was drafted, valid until the next call.
+
+    Attributes:
+        tokens: [B, k] int64.
+        confidences: [B, k] float32, the largest probability at each position; not
+            finite where the drafter's logits were not.
+        probabilities: [B, k, V] float32, what each token was drawn from; None where all
+            were picked greedily.
+    """
+
+    tokens: Tensor
+    confidences: Tensor
+    probabilities: Tensor | None
+
+
+class Draws(NamedTuple):
+    """How tokens are drawn.
+
+    Attributes:
+        temperatures: [B] float32, 0 where the likeliest token is to be picked.
+        seeds: [k, B] int64.
+    """
+
+    temperatures: Tensor
+    seeds: Tensor
+
+
+class DraftInputs(NamedTuple):
+    """What a draft starts from.
+
+    Attributes:
+        slots: [B] int64, distinct but for the spare one.
+        ends: [B] int64, context lengths.
+        tokens: [B, FIRST_WIDTH] int64, the last tokens of each context.
+        draws: None where the likeliest token is to be picked for all of them.
+    """
+
+    slots: Tensor
+    ends: Tensor
+    tokens: Tensor
+    draws: Draws | None
+
+
+class DraftLoop:
+    """Feeds tokens through the drafter, over the pages of their slots.
+
+    Nothing in it reads what the device computed, and which operations run depends on
+    shapes alone: between two tokens there is no host, and a graph of one run serves
+    every other run of its shapes. Results lie in buffers that are allocated once.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        cache: BudgetedCache,
+        operations: ModuleType,
+        *,
+        is_relative: bool,
+        max_drafts: int,
+        max_width: int,
+        draws: bool,
+        counts_attention: bool,
+    ) -> None:
+        """
+        Args:
+            is_relative: whether positions are cache indices, see ``position_mode``.
+            max_width: most tokens of a request that ``append`` takes.
+            draws: whether drafts may be drawn, and not picked.
+            counts_attention: whether the cache evicts by it.
+        """
+        self._drafter = drafter
+        self._cache = cache
+        self._operations = operations
+        self._is_relative = is_relative
+        device, num_slots = cache.num_evicted.device, cache.num_slots
+        widths = range(-FIRST_WIDTH, max(max_drafts, max_width))
+        self._offsets = torch.tensor(widths, device=device)
+        starts = torch.arange(num_slots + 1, device=device)
+        self._query_starts = {
+            width: starts * width
+            for width in {1, FIRST_WIDTH, *range(1, max_width + 1)}
+        }
+        shape = (num_slots, max_drafts)
+        self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._confidences = torch.zeros(shape, device=device)
+        self._probabilities: Tensor | None = None
+        if draws:
+            self._probabilities = torch.zeros(
+                (*shape, drafter.config.vocab_size), device=device
+            )
+        self._page_mass: Tensor | None = None
+        if counts_attention:
+            num_tokens = max(FIRST_WIDTH, max_width) * num_slots
+            self._page_mass = torch.zeros(
+                (num_tokens, drafter.num_heads, cache.pages_per_slot), device=device
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of counts of attention and drafts' distributions."""
+        buffers = (self._page_mass, self._probabilities)
+        return sum(x.nbytes for x in buffers if x is not None)
+
+    def append(
+        self, slots: Tensor, tokens: Tensor, starts: Tensor, *, validate: bool
+    ) -> None:
+        """See ``DraftProposer.append``."""
+        width = tokens.shape[1]
+        self._cache.make_room(slots, starts + width)
+        offsets = self._offsets[FIRST_WIDTH : FIRST_WIDTH + width]
+        rotary, cells, lengths = self._places(slots, starts[:, None] + offsets)
+        attention = self._attention(slots, validate)
+        query_starts = self._query_starts[width][: len(slots) + 1]
+        cos, sin = (x.flatten(0, 1) for x in rotary)
+        self._drafter(
+            tokens.flatten(),
+            attention.step(
+                (cos, sin), cells.flatten(), lengths[:, -1], query_starts, width
+            ),
+        )
+        self._count(slots, attention)
+
+    def draft(self, inputs: DraftInputs, num_drafts: int, *, validate: bool) -> Drafts:
+        """A first step of ``FIRST_WIDTH`` tokens, then single ones.
+
+        Rejected drafts of the last call need no undoing: they lie behind the context's
+        end, where this one writes.
+        """
+        slots, ends = inputs.slots, inputs.ends
+        batch = len(slots)
+        self._cache.make_room(slots, ends + (num_drafts - 1))
+        # From the end of a context to each token fed; the last draft token is not.
+        positions = ends[:, None] + self._offsets[: FIRST_WIDTH + num_drafts - 1]
+        (cos, sin), cells, lengths = self._places(slots, positions)
+        steps = zip(
+            zip(_by_step(cos), _by_step(sin), strict=True),
+            _by_step(cells),
+            lengths[:, FIRST_WIDTH - 1 :].T.contiguous(),
+            strict=True,
+        )
+        attention = self._attention(slots, validate)
+        drafts = self._tokens[:batch, :num_drafts]
+        confidences = self._confidences[:batch, :num_drafts]
+        draws, probabilities = inputs.draws, self._probabilities
+        if probabilities is not None:
+            probabilities = probabilities[:batch, :num_drafts]
+        fed, width = inputs.tokens.flatten(), FIRST_WIDTH
+        for step, (rotary, step_cells, step_lengths) in enumerate(steps):
+            starts = self._query_starts[width][: batch + 1]
+            attend = attention.step(rotary, step_cells, step_lengths, starts, width)
+            hidden = self._drafter(fed, attend)
+            # The last token fed of each request.
+            logits = self._drafter.logits(hidden[width - 1 :: width])
+            if draws is None:
+                fed, confidence = self._operations.greedy_pick(
+                    logits, validate=validate
+                )
+            else:
+                assert probabilities is not None
+                fed, confidence, probabilities[:, step] = self._operations.gumbel_pick(
+                    logits, draws.temperatures, draws.seeds[step], validate=validate
+                )
+            drafts[:, step], confidences[:, step] = fed, confidence
+            width = 1
+        self._count(slots, attention)
+        return Drafts(drafts, confidences, probabilities if draws else None)
+
+    def _places(
+        self, slots: Tensor, positions: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Of positions [B, T]: cos and sin [B, T, D], cells, and lengths with them."""
+        cache = self._cache
+        indices = positions - cache.num_evicted[slots, None]
+        rotary = self._drafter.rotary(indices if self._is_relative else positions)
+        cells = cache.page_table.cells(slots, indices, cache.page_size)
+        return rotary, cells, indices + 1
+
+    def _attention(self, slots: Tensor, validate: bool) -> PagedAttention:
+        return PagedAttention(
+            self._operations,
+            self._cache.pool,
+            self._cache.page_table.pages[slots],
+            key_rotary=self._drafter.rotary_rows if self._is_relative else None,
+            page_mass=self._page_mass,
+            validate=validate,
+        )
+
+    def _count(self, slots: Tensor, attention: PagedAttention) -> None:
+        if attention.attention is not None:
+            self._cache.add_attention(slots, attention.attention)
+
+
+def _by_step(x: Tensor) -> list[Tensor]:
+    """[B, T, ...] of all tokens fed, by step: [B * FIRST_WIDTH, ...], then [B, ...]."""
+    later = x[:, FIRST_WIDTH:].transpose(0, 1).contiguous()
+    return [x[:, :FIRST_WIDTH].flatten(0, 1), *later]

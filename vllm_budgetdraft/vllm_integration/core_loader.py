@@ -1,0 +1,94 @@
+"""A ``DraftProposer`` for an engine: what both runners load, log and capture."""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
+from vllm_budgetdraft.vllm_integration.faults import logger
+
+MIB = 2**20
+
+
+def load_core(vllm_config: VllmConfig, target: nn.Module) -> DraftProposer:
+    """Loads the drafter beside the target, and allocates, compiles and captures all.
+
+    To be called where vLLM loads models: only what lives after that does it count as
+    used, and whatever is compiled after start-up would make a request wait.
+    """
+    config = vllm_config.speculative_config.settings
+    max_model_len = vllm_config.model_config.max_model_len
+    num_slots = vllm_config.scheduler_config.max_num_seqs
+    device = next(target.parameters()).device
+    dtype = resolve_dtype(config, device.type, vllm_config.model_config.dtype)
+    core = DraftProposer.build(
+        config,
+        num_slots=num_slots,
+        max_model_len=max_model_len,
+        dtype=dtype,
+        device=device,
+        seed=vllm_config.model_config.seed,
+    )
+    core.warm_up()
+    if device.type == "cuda" and not vllm_config.model_config.enforce_eager:
+        capture_graphs(core, CudaGraphCapture())
+    _log_memory(core, num_slots, max_model_len, dtype)
+    _warn_of_long_contexts(core, max_model_len)
+    return core
+
+
+def capture_graphs(core: DraftProposer, capture: Capture) -> None:
+    """Captures the drafts of every batch size, or says why they go on without."""
+    try:
+        num_graphs = core.capture_graphs(capture)
+    except Exception as error:
+        logger.warning(
+            "BudgetDraft drafts without CUDA graphs, more slowly: capturing them "
+            "failed with %s: %s",
+            type(error).__name__,
+            error,
+        )
+    else:
+        logger.info("BudgetDraft captured %d CUDA graphs of its drafts", num_graphs)
+
+
+def _log_memory(
+    core: DraftProposer, num_slots: int, max_model_len: int, dtype: torch.dtype
+) -> None:
+    plan = MemoryPlan.of(
+        core.config,
+        core.drafter.config,
+        num_slots=num_slots,
+        max_model_len=max_model_len,
+        dtype=dtype,
+    )
+    weights = sum(p.nbytes for p in core.drafter.parameters())
+    logger.info(
+        "BudgetDraft memory: drafter weights %.1f MiB, draft cache %.1f MiB "
+        "(%d requests x %d tokens, %.1f KiB each; the drafter's full cache would "
+        "take %.1f KiB each), scratch %.1f MiB, of which distributions of drafts "
+        "%.1f MiB (draft_sample_method)",
+        weights / MIB,
+        plan.cache / MIB,
+        plan.cache // plan.cache_per_request,
+        core.cache.capacity,
+        plan.cache_per_request / 1024,
+        plan.full_cache_per_request / 1024,
+        core.scratch_bytes / MIB,
+        plan.probabilities / MIB,
+    )
+
+
+def _warn_of_long_contexts(core: DraftProposer, max_model_len: int) -> None:
+    native = core.drafter.config.max_position_embeddings
+    is_absolute = core.config.position_mode == "absolute"
+    if is_absolute and max_model_len > native:
+        logger.warning(
+            "max_model_len=%d is beyond the %d tokens that the drafter was made "
+            "for (max_position_embeddings): drafts there may be poor; "
+            "position_mode='cache_relative' keeps its positions below",
+            max_model_len,
+            native,
+        )
