@@ -6,12 +6,13 @@ from vllm_budgetdraft.environment import skip_version_check
 from vllm_budgetdraft.errors import UnsupportedVllmError
 
 OLDEST, NEWEST = (0, 25), (0, 33)
+#: Whose model runner V2 has the interface that ``runner_v2`` implements.
+OLDEST_WITH_RUNNER_V2 = (0, 32)
 
 
 def check_vllm_version(version: str) -> None:
     """Raises UnsupportedVllmError for a vLLM outside the supported range."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if match and OLDEST <= (int(match[1]), int(match[2])) <= NEWEST:
+    if (parsed := _parsed(version)) and OLDEST <= parsed <= NEWEST:
         return
     if skip_version_check():
         return
@@ -23,3 +24,14 @@ def check_vllm_version(version: str) -> None:
         f"{supported}; install a supported vLLM, or set "
         "BUDGETDRAFT_SKIP_VERSION_CHECK=1 to try anyway"
     )
+
+
+def supports_runner_v2(version: str) -> bool:
+    """Whether drafting works in the model runner V2 of such a vLLM."""
+    parsed = _parsed(version)
+    return parsed is not None and parsed >= OLDEST_WITH_RUNNER_V2
+
+
+def _parsed(version: str) -> tuple[int, int] | None:
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else None

@@ -10,9 +10,13 @@ def register() -> None:
     is wrong with a budgetdraft configuration is said when one is created.
     """
     try:
-        from vllm_budgetdraft.vllm_integration.patches.speculative_config import apply
+        from vllm_budgetdraft.vllm_integration.patches import (
+            runner_v2,
+            speculative_config,
+        )
 
-        apply()
+        speculative_config.apply()
+        runner_v2.apply()
     except Exception:
         logging.getLogger("vllm.budgetdraft").exception(
             "vllm-budgetdraft cannot hook into this vLLM; the method 'budgetdraft' is "

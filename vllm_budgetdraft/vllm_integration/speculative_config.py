@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import vllm
 from pydantic import Field
-from vllm.config import SpeculativeConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
@@ -105,6 +105,20 @@ def make_config(
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
     )
+
+
+def only_on_v1(vllm_config: VllmConfig) -> list[str]:
+    """What is asked for that needs vLLM's model runner V1, as vLLM names features."""
+    config: BudgetDraftConfig = vllm_config.speculative_config.settings
+    needs = {
+        "budgetdraft's flexdraft drafters": drafter_type(config) == "flexdraft",
+        "budgetdraft's draft_confidence_threshold": config.draft_confidence_threshold,
+        "budgetdraft's adaptive_draft_length": config.adaptive_draft_length,
+        "budgetdraft with tensor parallelism": (
+            vllm_config.parallel_config.tensor_parallel_size > 1
+        ),
+    }
+    return [feature for feature, needed in needs.items() if needed]
 
 
 def drafter_type(config: BudgetDraftConfig) -> str:

@@ -1,0 +1,80 @@
+"""Model runner V2: a speculator that comes from outside."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_budgetdraft.vllm_integration.compatibility import supports_runner_v2
+from vllm_budgetdraft.vllm_integration.patching import wrap_method
+
+
+def apply() -> None:
+    """Patches what decides for a runner, in every process, before the runner loads."""
+    import vllm
+    from vllm.config import VllmConfig
+
+    if not supports_runner_v2(vllm.__version__):
+        return
+    from vllm.v1.worker.gpu import spec_decode
+
+    wrap_method(VllmConfig, "_get_v2_model_runner_unsupported_features", _support_ours)
+    wrap_method(spec_decode, "init_speculator", _make_ours)
+
+
+def _is_ours(vllm_config: Any) -> bool:
+    # By name, for the class takes long to import, and most processes are not ours.
+    return hasattr(vllm_config.speculative_config, "budgetdraft")
+
+
+def _support_ours(original: Callable) -> Callable:
+    """Symptom: vLLM chooses model runner V1, which is deprecated.
+
+    Reason: V2 takes no "custom_class"; ours it can take, for ``init_speculator`` does.
+    Remove when vLLM lets a plugin register a speculator.
+    """
+
+    def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
+        unsupported = original(self)
+        if not _is_ours(self):
+            return unsupported
+        from vllm_budgetdraft.vllm_integration.speculative_config import only_on_v1
+
+        method = "speculative method 'custom_class'"
+        others = [feature for feature in unsupported if feature != method]
+        return others + only_on_v1(self)
+
+    return _get_v2_model_runner_unsupported_features
+
+
+def _make_ours(original: Callable) -> Callable:
+    """Symptom: "custom_class is not supported yet".
+
+    Reason and removal: see ``_support_ours``.
+    """
+
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        if not _is_ours(vllm_config):
+            return original(vllm_config, device, req_states)
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
+
+        wrap_method(GPUModelRunner, "add_requests", _announce)
+        return BudgetDraftSpeculator(vllm_config, device, req_states)
+
+    return init_speculator
+
+
+def _announce(original: Callable) -> Callable:
+    """Symptom: a speculator cannot tell a request from another one with its index, nor
+    what the request asked for.
+
+    Reason: it is called with a batch, and not when requests come. Remove when it is.
+    """
+
+    def add_requests(self: Any, scheduler_output: Any) -> None:
+        original(self, scheduler_output)
+        if _is_ours(self.vllm_config) and self.speculator is not None:
+            for request in scheduler_output.scheduled_new_reqs:
+                self.speculator.add_request(request.req_id, request)
+
+    return add_requests

@@ -1,0 +1,347 @@
+"""The speculator of model runner V2: a ``DraftProposer`` over the runner's tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from vllm_budgetdraft.config import parse_request_settings
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.vllm_integration import metrics, sampling
+from vllm_budgetdraft.vllm_integration.core_loader import load_core
+from vllm_budgetdraft.vllm_integration.faults import FaultLog
+
+#: Logit of a token that is not drafted; finite, for it is scaled by temperatures.
+NEVER = -1e30
+
+
+@dataclass
+class Progress:
+    """How far a request's draft cache is, as far as the host knows.
+
+    How many drafts are accepted only the device knows, so that what a cache lacks is
+    an upper bound here, and exact in ``BudgetDraftSpeculator._num_cached``.
+
+    Attributes:
+        num_prefill: tokens that it came with, all but the last of which are read.
+        is_read: whether they are.
+        has_drafted: whether it did where it last sampled. Then the cache has all but
+            what the next draft feeds.
+        max_missing: most tokens that it lacks besides those, otherwise.
+    """
+
+    request_id: str
+    num_prefill: int
+    kv_budget: int | None
+    is_read: bool = False
+    has_drafted: bool = False
+    max_missing: int = 1 - FIRST_WIDTH
+
+
+class BudgetDraftSpeculator(DraftModelSpeculator):
+    """Drafts for the rows of a batch, by the indices that the runner gives requests.
+
+    An index of the runner is a slot of the proposer. Tokens, lengths and drafts never
+    leave the device: nothing waits for it, and scheduling may run ahead. vLLM verifies
+    drafts of every row; one that did not draft repeats its last token, with the
+    probability 1 that it was "drawn" with, which is as lossless as any draft.
+    """
+
+    # A vLLM module, attention layers, and whatever hangs on them: there are none.
+    model = None
+    supports_mm_inputs = False
+    enable_adaptive_verification = False
+    pcp_manager = None
+    dcp_size = 1
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, req_states: Any
+    ) -> None:
+        # Not the base class's, which makes buffers for what is absent here.
+        self.vllm_config = vllm_config
+        self.device = device
+        self._states = req_states
+        self._config = vllm_config.speculative_config.settings
+        self._num_slots = vllm_config.scheduler_config.max_num_seqs
+        self._max_model_len = vllm_config.model_config.max_model_len
+        self._core: DraftProposer
+        self._progress: dict[int, Progress] = {}
+        self._reading: Progress | None = None
+        self._faults = FaultLog()
+        self.draft_attn_layer_names: set[str] = set()
+        self.attn_groups: list[Any] = []
+        self.draft_logits: Tensor | None = None
+
+    def load_draft_model(
+        self, target_model: nn.Module, target_attn_layer_names: set[str]
+    ) -> nn.Module:
+        raise NotImplementedError("the drafter is no module of vLLM's")
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Allocates everything: only what lives after this does vLLM count as used."""
+        self._use(load_core(self.vllm_config, target_model))
+
+    def _use(self, core: DraftProposer) -> None:
+        self._core = core
+        shape = (self._num_slots, core.max_drafts)
+        self._drafts = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._num_cached = torch.zeros(
+            self._num_slots, dtype=torch.int64, device=self.device
+        )
+        self._temperatures = torch.zeros(self._num_slots, device=self.device)
+        self._offsets = torch.arange(core.max_append, device=self.device)
+        if self._config.draft_sample_method == "probabilistic":
+            self.draft_logits = torch.zeros(
+                (*shape, core.drafter.config.vocab_size), device=self.device
+            )
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        """Drafting has no part in vLLM's attention."""
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Graphs were captured with the model, where their memory is counted."""
+
+    def capture(self, *args: Any) -> None:
+        """See ``init_cudagraph_manager``."""
+
+    def observe_verification(self, *args: Any) -> None:
+        """For estimators of acceptance, which there are none of."""
+
+    def add_request(self, request_id: str, request: Any) -> None:
+        """Begins a request that the runner added, new or resumed.
+
+        Args:
+            request: vLLM's NewRequestData.
+        """
+        index = self._states.req_id_to_index[request_id]
+        self._release(index)
+        params = request.sampling_params
+        settings = parse_request_settings(params and params.extra_args, self._config)
+        # A prompt of embeddings has no ids to read.
+        if settings.num_speculative_tokens == 0 or request.prompt_embeds is not None:
+            return
+        try:
+            self._core.start_request(index, settings.kv_budget)
+        except Exception as error:
+            self._faults.report(f"request {request_id}", error)
+            return
+        if self._config.draft_sample_method == "probabilistic":
+            self._temperatures[index] = sampling.draft_temperature(params)
+        num_prefill = len(request.prefill_token_ids)
+        self._progress[index] = Progress(request_id, num_prefill, settings.kv_budget)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: Tensor,
+        aux_hidden_states: Any,
+        num_sampled: Tensor,
+        num_rejected: Tensor,
+        last_sampled: Tensor,
+        next_prefill_tokens: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> Tensor:
+        """Drafts of every row, [num_reqs, k] int64, for vLLM's BaseSpeculator.
+
+        Args:
+            last_sampled: [max_num_reqs, 1], by index.
+            temperature: [max_num_reqs], by index.
+            num_speculative_tokens: that will be verified; k if None.
+        """
+        drafts = self._drafts[: input_batch.num_reqs]
+        if dummy_run:
+            return drafts
+        indices = input_batch.idx_mapping
+        drafts[:] = last_sampled[indices]
+        length = num_speculative_tokens
+        if length is None:
+            length = self._core.max_drafts
+        rows: list[int] = []
+        drafted: Drafts | None = None
+        metrics.DRAFT_LENGTH.set(length)
+        try:
+            self._release_ended()
+            rows = self._ready(input_batch, length)
+            if rows:
+                slots, where = indices, None
+                if len(rows) < input_batch.num_reqs:
+                    where = async_tensor_h2d(
+                        rows, device=self.device, dtype=torch.int64
+                    )
+                    slots = indices[where]
+                drafted = self._draft(slots, length)
+        except Exception as error:
+            # Of no request in particular, so that no cache is known to be good.
+            self._reset(error)
+        pool = self._core.cache.pool
+        metrics.PAGES_IN_USE.set(pool.num_pages - pool.num_free)
+        if self.draft_logits is not None and len(rows) < input_batch.num_reqs:
+            self._repeat_for_certain(indices, drafts)
+        if drafted is not None:
+            self._hand_over(drafted, drafts, where, slots, temperature)
+        return drafts
+
+    def _release_ended(self) -> None:
+        """Releases the slots of requests that are over."""
+        live: Mapping[int, str] = self._states.index_to_req_id
+        for index, progress in list(self._progress.items()):
+            if live.get(index) != progress.request_id:
+                self._release(index)
+
+    def _release(self, index: int) -> None:
+        progress = self._progress.pop(index, None)
+        if progress is None:
+            return
+        if progress is self._reading:
+            self._reading = None
+        # Whatever made it fail, which only the device knows, must not outlive it.
+        self._core.cache.scrub(index)
+        self._core.release_request(index)
+
+    def _reset(self, error: Exception) -> None:
+        """Drops every request after a failure of none in particular."""
+        self._faults.report("every request", error)
+        self._core.release_all()
+        self._progress = {}
+        self._reading = None
+
+    def _ready(self, batch: Any, length: int) -> list[int]:
+        """Rows that draft now: they sampled, and their caches have caught up."""
+        num_new = batch.num_scheduled_tokens
+        drafts = batch.num_draft_tokens_per_req
+        unread = behind = self._config.draft_prefill_chunk
+        indices = batch.idx_mapping_np.tolist()
+        if self._reading not in [self._progress.get(index) for index in indices]:
+            self._reading = None  # it waits, and others may read: there is one buffer
+        rows = []
+        for row, index in enumerate(indices):
+            progress = self._progress.get(index)
+            if progress is None:
+                continue
+            num_drafts = 0 if drafts is None else int(drafts[row])
+            num_prefilled = batch.num_computed_prefill_tokens_np[row]
+            has_sampled = (
+                num_prefilled + num_new[row] - num_drafts >= progress.num_prefill
+            )
+            had_drafted = progress.has_drafted
+            if has_sampled:
+                progress.has_drafted = False
+                progress.max_missing += 1 + num_drafts
+            if not progress.is_read:
+                unread -= self._read(index, progress, unread)
+            if not has_sampled or not progress.is_read:
+                continue
+            if had_drafted:
+                progress.max_missing = 0
+            elif length and progress.max_missing > 0:
+                behind -= self._catch_up(index, progress, behind)
+            if length and progress.max_missing <= 0:
+                progress.has_drafted = True
+                rows.append(row)
+            elif had_drafted:
+                ends = self._states.total_len.gpu[index]
+                self._num_cached[index] = ends - FIRST_WIDTH
+        return rows
+
+    def _read(self, index: int, progress: Progress, limit: int) -> int:
+        """Reads up to ``limit`` more tokens of a prompt; returns how many."""
+        if limit <= 0 or self._reading not in (None, progress):
+            return 0
+        reader, end = self._core.reader, progress.num_prefill - 1
+        if self._reading is None:
+            reader.start(end, progress.kv_budget)
+            self._reading = progress
+        num_read = 0
+        while unread := reader.unread(end)[: limit - num_read]:
+            tokens = self._states.all_token_ids.gpu[index, unread.start : unread.stop]
+            reader.read(tokens.to(torch.int64))
+            num_read += len(unread)
+        if not reader.unread(end):
+            self._core.finish_reading(index)
+            self._num_cached[index] = end
+            self._reading, progress.is_read = None, True
+        return num_read
+
+    def _catch_up(self, index: int, progress: Progress, limit: int) -> int:
+        """Feeds up to ``limit`` tokens that came without drafts; returns how many.
+
+        Beyond the context's end it feeds what nobody will read.
+        """
+        states, slots = self._states, torch.full_like(self._num_cached[:1], index)
+        end = states.total_len.gpu[index] - FIRST_WIDTH
+        cached = self._num_cached[index : index + 1]
+        num_fed = 0
+        while progress.max_missing > 0 and num_fed < limit:
+            width = min(progress.max_missing, self._core.max_append)
+            positions = cached[:, None] + self._offsets[:width]
+            positions = positions.clamp_(max=self._max_model_len - 1)
+            tokens = states.all_token_ids.gpu[index, positions].to(torch.int64)
+            self._core.append(slots, tokens, cached.clone())
+            cached.add_(width).clamp_(max=end)
+            progress.max_missing -= width
+            num_fed += width
+        return num_fed
+
+    def _draft(self, slots: Tensor, length: int) -> Drafts:
+        states = self._states
+        ends = states.total_len.gpu[slots].to(torch.int64)
+        last = ends[:, None] + self._offsets[:FIRST_WIDTH] - FIRST_WIDTH
+        tokens = states.all_token_ids.gpu[slots[:, None], last].to(torch.int64)
+        temperatures = None
+        if self.draft_logits is not None:
+            temperatures = self._temperatures[slots]
+        return self._core.draft(slots, tokens, ends, length, temperatures)
+
+    def _repeat_for_certain(self, indices: Tensor, drafts: Tensor) -> None:
+        """Says that drafts, [num_reqs, k], were the only ones that could be."""
+        assert self.draft_logits is not None
+        self.draft_logits[indices] = NEVER
+        columns = torch.arange(drafts.shape[1], device=self.device)
+        self.draft_logits[indices[:, None], columns, drafts] = 0.0
+
+    def _hand_over(
+        self,
+        drafted: Drafts,
+        drafts: Tensor,
+        rows: Tensor | None,
+        slots: Tensor,
+        temperature: Tensor,
+    ) -> None:
+        """Puts what was drafted into ``rows`` of what vLLM gets; all if None.
+
+        Where the drafter's logits are not finite, the last token stays.
+        """
+        length = drafted.tokens.shape[1]
+        columns = slice(length)
+        where = slice(None) if rows is None else rows
+        is_sound = drafted.confidences.isfinite()
+        tokens = torch.where(is_sound, drafted.tokens, drafts[where, columns])
+        drafts[where, columns] = tokens
+        if self.draft_logits is None:
+            return
+        assert drafted.probabilities is not None
+        # vLLM divides by the temperature of the request.
+        logits = drafted.probabilities.log().mul_(temperature[slots, None, None])
+        logits = logits.nan_to_num_(NEVER, NEVER, NEVER)
+        certain = logits.gather(2, tokens[..., None]).masked_fill_(
+            ~is_sound[..., None], 0.0
+        )
+        self.draft_logits[slots, columns] = logits.scatter_(
+            2, tokens[..., None], certain
+        )
