@@ -47,17 +47,32 @@ class Answer:
     num_accepted_tokens: int
 
 
-def run_jobs(engine_args: dict[str, Any], jobs: dict[str, Job]) -> dict[str, Answer]:
-    """Runs the jobs one after the other on one new engine."""
+def nothing() -> None:
+    """What a process needs before it imports vLLM, as a rule."""
+
+
+def run_jobs(
+    engine_args: dict[str, Any],
+    jobs: dict[str, Job],
+    prepare: Callable[[], None] = nothing,
+) -> dict[str, Answer]:
+    """Runs the jobs one after the other on one new engine.
+
+    Args:
+        prepare: what its process does first.
+    """
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_run, (ENGINE_ARGS | engine_args, jobs))
+        return pool.apply(_run, (prepare, ENGINE_ARGS | engine_args, jobs))
 
 
-def _run(engine_args: dict[str, Any], jobs: dict[str, Job]) -> dict[str, Answer]:
+def _run(
+    prepare: Callable[[], None], engine_args: dict[str, Any], jobs: dict[str, Job]
+) -> dict[str, Answer]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    prepare()
     from vllm import LLM
 
     llm = LLM(**engine_args, disable_log_stats=False)
@@ -178,7 +193,10 @@ class SteppedEngine:
         self._engine = self._llm.llm_engine
         self._scheduler = self._engine.engine_core.engine_core.scheduler
         self._runner = self._engine.model_executor.driver_worker.worker.model_runner
-        self._proposer = getattr(self._runner, "drafter", None)
+        # What drafts: of runner V1, within a proposer; of V2, the speculator itself.
+        proposer = getattr(self._runner, "drafter", None)
+        speculator = getattr(self._runner, "speculator", None)
+        self._drafter = getattr(proposer, "_drafter", speculator)
         self._holdings: dict[str, Any] = {}
         self.max_model_len = self._llm.model_config.max_model_len
         self.courses: list[Course] = []
@@ -249,13 +267,16 @@ class SteppedEngine:
 
         A request without room for a draft has the proposer release who is over.
         """
-        drafter = getattr(self._proposer, "_drafter", None)
+        drafter = self._drafter
         if drafter is None:
             return
         prompt = book_tokens(self.max_model_len - 1)
         self.add("without room", Request(prompt, {"max_tokens": 1}))
         self.finish()
         self.courses.pop()
+        self.step()  # which tells runner V2 that this one is over, too
+        if hasattr(drafter, "_release_ended"):
+            drafter._release_ended()
         assert drafter._faults.num_faults == 0, "drafting failed"
         if not hasattr(drafter, "_core"):
             return
@@ -264,13 +285,18 @@ class SteppedEngine:
         assert cache.pool.num_free == cache.pool.num_pages, "pages are still held"
 
     def _observe(self) -> None:
-        for row, name in enumerate(self._runner.input_batch.req_ids):
+        runner = self._runner
+        if hasattr(runner, "req_states"):  # V2's, which has no rows that move
+            rows = runner.req_states.req_id_to_index
+        else:
+            rows = {name: row for row, name in enumerate(runner.input_batch.req_ids)}
+        for name, row in rows.items():
             if course := self.live.get(name):
                 course.rows.add(row)
         for name, request in self._scheduler.requests.items():
             if course := self.live.get(name):
                 course.num_preemptions = request.num_preemptions
-        slots = getattr(getattr(self._proposer, "_drafter", None), "_slots", None)
+        slots = getattr(self._drafter, "_slots", None)
         if slots is not None:
             held = dict(slots._held)
             for name, holding in self._holdings.items():
@@ -309,12 +335,18 @@ class EngineProcess:
 
 
 @contextmanager
-def engine_process(engine_args: dict[str, Any]) -> Iterator[EngineProcess]:
+def engine_process(
+    engine_args: dict[str, Any], prepare: Callable[[], None] = nothing
+) -> Iterator[EngineProcess]:
+    """
+    Args:
+        prepare: what the process does first.
+    """
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        1, context, initializer=_start, initargs=(ENGINE_ARGS | engine_args,)
+        1, context, initializer=_start, initargs=(prepare, ENGINE_ARGS | engine_args)
     ) as processes:
         yield EngineProcess(processes)
 
@@ -322,8 +354,9 @@ def engine_process(engine_args: dict[str, Any]) -> Iterator[EngineProcess]:
 _stepped_engine: SteppedEngine
 
 
-def _start(engine_args: dict[str, Any]) -> None:
+def _start(prepare: Callable[[], None], engine_args: dict[str, Any]) -> None:
     global _stepped_engine
+    prepare()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
     os.environ["BUDGETDRAFT_CHECK_INVARIANTS"] = "1"

@@ -1,7 +1,8 @@
 """Triton's interpreter, mended where it computes something else than a GPU does.
 
 It cuts numbers off where it converts them to bfloat16 and float8, multiplies the bits
-of bfloat16 matrices as if they were integers, and fails at the largest of only NaN.
+of bfloat16 matrices as if they were integers, and fails at the largest of only NaN and
+at masks that were computed with numbers.
 """
 
 import numpy as np
@@ -42,6 +43,10 @@ def argmax(data: np.ndarray, axis: int, keepdims: bool) -> np.ndarray:
     return np.full_like(first, data.shape[axis] - 1)
 
 
+def as_bits(mask: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    return interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
+
+
 def mend() -> None:
     """Idempotent."""
     if interpreter._convert_float is convert:
@@ -50,6 +55,13 @@ def mend() -> None:
 
     builder, reduction = interpreter.InterpreterBuilder, interpreter.ReduceOps
     create_dot, min_max = builder.create_dot, reduction.min_max
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def load_with_bits(self, pointers, mask, *rest):
+        return load(self, pointers, as_bits(mask), *rest)
+
+    def store_with_bits(self, pointers, value, mask, *rest):
+        return store(self, pointers, value, as_bits(mask), *rest)
 
     def create_dot_of_numbers(self, a, b, *rest):
         a, b = (
@@ -68,4 +80,6 @@ def mend() -> None:
         return min_max(self, input, val_reduce_op, idx_reduce_op)
 
     builder.create_dot = create_dot_of_numbers
+    builder.create_masked_load = load_with_bits
+    builder.create_masked_store = store_with_bits
     reduction.min_max = min_max_of_any
