@@ -397,9 +397,10 @@ def at_random(engine: SteppedEngine, seed: int) -> None:
             max_tokens = numbers.choice((1, 60, 150, 150))
             options = {"priority": numbers.randrange(3)}
             start = numbers.randrange(2000)
-            engine.add(
-                numbers.choice(free), of_book(num_prompt, max_tokens, start, **options)
-            )
+            name = numbers.choice(free)
+            if engine.schedules_ahead:  # a step of the last one may be under way
+                names[names.index(name)] = name = f"{name}, request {num_left}"
+            engine.add(name, of_book(num_prompt, max_tokens, start, **options))
         if engine.live and numbers.random() < 0.02:
             engine.abort(numbers.choice(sorted(engine.live)))
         engine.step()

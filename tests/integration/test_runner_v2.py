@@ -8,26 +8,24 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.integration import test_lifecycle as lifecycle
 from tests.integration.test_lifecycle import (
     COMMON,
     FEW_BLOCKS,
     MAX_MODEL_LEN,
+    NUM_DRAFTS,
     draft,
-    test_aborts_in_prefill_and_in_decode_leave_nothing_behind,
-    test_an_id_used_again_at_once_is_another_request,
-    test_cached_prefixes_are_read_by_the_drafter_all_the_same,
-    test_chunks_of_a_prompt_and_drafts_share_steps,
-    test_max_tokens_inside_an_accepted_draft_is_the_end,
-    test_random_lives,
-    test_structured_outputs_are_plain_vllms,
 )
 from tests.support.engines import (
     DRAFTER,
     TARGET,
     EngineProcess,
+    SteppedEngine,
     engine_process,
 )
-from tests.support.runner_v2 import schedule_ahead
+from tests.support.policies import FAILS_ON_LONG_PROMPTS, POISONS_LONG_PROMPTS
+from tests.support.runner_v2 import interpret_kernels, schedule_ahead
+from tests.support.scripts import all_at_once, check, of_book
 
 pytestmark = pytest.mark.vllm
 
@@ -60,3 +58,86 @@ def budgeted() -> Iterator[EngineProcess]:
     )
     with engine_process(COMMON | FEW_BLOCKS | settings, schedule_ahead) as engine:
         yield engine
+
+
+# The scripts of V1, on the engines of this module.
+test_aborts = lifecycle.test_aborts_in_prefill_and_in_decode_leave_nothing_behind
+test_prefixes = lifecycle.test_cached_prefixes_are_read_by_the_drafter_all_the_same
+test_chunks = lifecycle.test_chunks_of_a_prompt_and_drafts_share_steps
+test_max_tokens = lifecycle.test_max_tokens_inside_an_accepted_draft_is_the_end
+test_grammars = lifecycle.test_structured_outputs_are_plain_vllms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafting", ["self_drafting", "budgeted"])
+def test_random_lives(drafting, plain, request):
+    lifecycle.test_random_lives(drafting, plain, request)
+
+
+def is_v2_and_ahead(engine: SteppedEngine) -> None:
+    module = type(engine._runner).__module__
+    assert module == "vllm.v1.worker.cpu.model_runner", module
+    assert engine.schedules_ahead
+
+
+def test_these_engines_are_what_they_say(self_drafting):
+    self_drafting.play(is_v2_and_ahead)
+
+
+def slow_reader(**settings: object) -> dict[str, object]:
+    """Many steps behind a target that prefills at once, and drafting nevertheless."""
+    settings = {"model": TARGET, "kv_budget": MAX_MODEL_LEN, **settings}
+    return COMMON | draft(draft_prefill_chunk=60, **settings)
+
+
+@pytest.mark.parametrize("prepare", [schedule_ahead, interpret_kernels])
+def test_who_reads_slowly_catches_up_with_tokens_that_nobody_counted(prepare, plain):
+    """Nor does anybody know how many of the tokens verified meanwhile were accepted."""
+    with engine_process(slow_reader(), prepare) as engine:
+        played = engine.play(all_at_once, [of_book(400, 60), of_book(300, 60, 500)])
+    check(played, plain)
+    for course in played.courses:
+        assert course.gains[:5] == [1] * 5
+        assert course.gains[-4:-1] == [NUM_DRAFTS + 1] * 3
+
+
+def test_batches_too_large_for_drafts_leave_caches_that_catch_up(plain):
+    """Two requests draft nothing; the one that stays drafts again, and rightly."""
+    schedule = [[1, 1, NUM_DRAFTS], [2, 4, 0]]
+    settings = slow_reader(num_speculative_tokens_per_batch_size=schedule)
+    requests = [of_book(50, 120), of_book(40, 30, 300), of_book(45, 12, 600)]
+    with engine_process(settings, schedule_ahead) as engine:
+        played = engine.play(all_at_once, requests)
+    check(played, plain, refused=0.05)
+    assert set(played.courses[1].gains) == {1}
+    assert played.courses[0].gains[-4:-1] == [NUM_DRAFTS + 1] * 3
+
+
+@pytest.mark.parametrize("policy", [FAILS_ON_LONG_PROMPTS, POISONS_LONG_PROMPTS])
+def test_what_goes_wrong_for_one_request_costs_its_drafts_alone(policy, plain):
+    settings = COMMON | draft(
+        model=DRAFTER,
+        eviction_policy=policy,
+        kv_budget=300,
+        draft_prefill_chunk=600,  # the start-up tries one such prompt
+    )
+    requests = [of_book(100, 40), of_book(800, 40, 90), of_book(120, 40, 300)]
+    with engine_process(settings, schedule_ahead) as engine:
+        played = engine.play(only_that_fails, requests)
+    check(played, plain)
+    short, long, other = (max(course.gains) for course in played.courses)
+    assert short > 1
+    assert other > 1
+    assert long <= 2  # a last token may come again
+
+
+def only_that_fails(engine: SteppedEngine, requests: list) -> None:
+    all_at_once(engine, requests)
+    engine.finish()
+    faults = engine._drafter._faults
+    assert faults.num_faults <= 1
+    faults.num_faults = 0
+    # The request by which the engine looks for leaks is long, too.
+    engine._drafter._core.policy.select = lambda states, budget: states.all_positions()[
+        ..., :budget
+    ]

@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.support.engines import ENGINE_ARGS, Job
+from tests.support.engines import ENGINE_ARGS, Job, nothing
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,18 @@ class SamplingEngine:
 
 
 @contextmanager
-def sampling_engine(engine_args: dict[str, Any]) -> Iterator[SamplingEngine]:
+def sampling_engine(
+    engine_args: dict[str, Any], prepare: Callable[[], None] = nothing
+) -> Iterator[SamplingEngine]:
+    """
+    Args:
+        prepare: what its process does first.
+    """
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        1, context, initializer=_start, initargs=(ENGINE_ARGS | engine_args,)
+        1, context, initializer=_start, initargs=(prepare, ENGINE_ARGS | engine_args)
     ) as processes:
         yield SamplingEngine(processes)
 
@@ -63,8 +69,9 @@ def sampling_engine(engine_args: dict[str, Any]) -> Iterator[SamplingEngine]:
 _llm: Any
 
 
-def _start(engine_args: dict[str, Any]) -> None:
+def _start(prepare: Callable[[], None], engine_args: dict[str, Any]) -> None:
     global _llm
+    prepare()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # Steps are small: threads would wait for each other, the more on busy cores.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -103,7 +110,10 @@ def _sample(job: Job, altered: Callable[[], AbstractContextManager]) -> Sampled:
 def _restart_noise() -> None:
     torch.manual_seed(0)
     runner = _llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    drafter = runner.drafter._drafter
+    if hasattr(runner, "speculator"):  # model runner V2
+        drafter = runner.speculator
+    else:
+        drafter = runner.drafter._drafter
     drafter = getattr(drafter, "_core", drafter)
     if generator := getattr(drafter, "_generator", None):
         generator.manual_seed(0)

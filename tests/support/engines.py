@@ -202,6 +202,10 @@ class SteppedEngine:
         self.courses: list[Course] = []
         self.live: dict[str, Course] = {}
 
+    @property
+    def schedules_ahead(self) -> bool:
+        return self._llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+
     def add(self, name: str, request: Request) -> Course:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest

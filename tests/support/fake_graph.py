@@ -102,6 +102,27 @@ class FakeGraph:
 
 
 @contextmanager
+def forbid_host_reads() -> Iterator[None]:
+    """Fails where the host would wait for what the device computes."""
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            name = getattr(func, "__name__", "")
+            if name in HOST_READS:
+                raise GraphError(f"{name} waits for the device")
+            return func(*args, **(kwargs or {}))
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if _waits(func, args):
+                raise GraphError(f"{func} waits for the device")
+            return func(*args, **(kwargs or {}))
+
+    with Functions(), Operations():
+        yield
+
+
+@contextmanager
 def forbid_allocation() -> Iterator[None]:
     """Fails at an operation whose result is not in memory that it was given.
 

@@ -1,13 +1,14 @@
 """Triton's interpreter, mended where it computes something else than a GPU does.
 
 It cuts numbers off where it converts them to bfloat16 and float8, multiplies the bits
-of bfloat16 matrices as if they were integers, and fails at the largest of only NaN and
-at masks that were computed with numbers.
+of bfloat16 matrices as if they were integers, fails at the largest of only NaN and at
+masks that were computed with numbers, and lacks log1p.
 """
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.extra import libdevice
 from triton.runtime import interpreter
 
 TORCH_TYPES = {
@@ -47,6 +48,11 @@ def as_bits(mask: interpreter.TensorHandle) -> interpreter.TensorHandle:
     return interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
 
 
+def log1p(x: tl.tensor) -> tl.tensor:
+    handle = interpreter.TensorHandle(np.log1p(x.handle.data), x.handle.dtype)
+    return tl.tensor(handle, x.type)
+
+
 def mend() -> None:
     """Idempotent."""
     if interpreter._convert_float is convert:
@@ -80,6 +86,7 @@ def mend() -> None:
         return min_max(self, input, val_reduce_op, idx_reduce_op)
 
     builder.create_dot = create_dot_of_numbers
+    libdevice.log1p = log1p
     builder.create_masked_load = load_with_bits
     builder.create_masked_store = store_with_bits
     reduction.min_max = min_max_of_any

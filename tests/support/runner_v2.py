@@ -6,6 +6,7 @@ CPUs, which is on no package index. The interpreter takes its place.
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 
 def interpret_kernels() -> None:
@@ -21,14 +22,14 @@ def interpret_kernels() -> None:
 
 
 def schedule_ahead() -> None:
-    """As ``interpret_kernels``, and lets vLLM schedule asynchronously.
-
-    Until 0.33 vLLM allows that by the name of the method, though the runner does not
-    mind. Ours goes by "custom_class".
-    """
-    from typing import Literal
-
+    """As ``interpret_kernels``, and has vLLM schedule asynchronously, as on a GPU."""
     interpret_kernels()
-    import vllm.config.vllm as config
+    from vllm.platforms.cpu import CpuPlatform
 
-    config.NgramGPUTypes = Literal["ngram_gpu", "custom_class"]
+    update = CpuPlatform.check_and_update_config.__func__
+
+    def update_and_schedule_ahead(cls: type, vllm_config: Any) -> None:
+        update(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(update_and_schedule_ahead)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
@@ -68,7 +69,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         self.device = device
         self._states = req_states
         self._config = vllm_config.speculative_config.settings
-        self._num_slots = vllm_config.scheduler_config.max_num_seqs
+        parallel = vllm_config.parallel_config
+        self._is_parallel = parallel.tensor_parallel_size > 1
         self._max_model_len = vllm_config.model_config.max_model_len
         self._core: DraftProposer
         self._progress: dict[int, Progress] = {}
@@ -85,21 +87,23 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
 
     def load_model(self, target_model: nn.Module) -> None:
         """Allocates everything: only what lives after this does vLLM count as used."""
-        self._use(load_core(self.vllm_config, target_model))
+        device, config = self.device, self._config
+        num_slots = self.vllm_config.scheduler_config.max_num_seqs
+        shape = (num_slots, config.num_speculative_tokens)
+        self._drafts = torch.zeros(shape, dtype=torch.int64, device=device)
+        if config.draft_sample_method == "probabilistic":
+            vocab_size = self.vllm_config.model_config.get_vocab_size()
+            self.draft_logits = torch.zeros((*shape, vocab_size), device=device)
+        if self._is_leader:
+            self._core = load_core(self.vllm_config, target_model)
+            self._num_cached = torch.zeros(num_slots, dtype=torch.int64, device=device)
+            self._temperatures = torch.zeros(num_slots, device=device)
+            self._offsets = torch.arange(self._core.max_append, device=device)
 
-    def _use(self, core: DraftProposer) -> None:
-        self._core = core
-        shape = (self._num_slots, core.max_drafts)
-        self._drafts = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self._num_cached = torch.zeros(
-            self._num_slots, dtype=torch.int64, device=self.device
-        )
-        self._temperatures = torch.zeros(self._num_slots, device=self.device)
-        self._offsets = torch.arange(core.max_append, device=self.device)
-        if self._config.draft_sample_method == "probabilistic":
-            self.draft_logits = torch.zeros(
-                (*shape, core.drafter.config.vocab_size), device=self.device
-            )
+    @property
+    def _is_leader(self) -> bool:
+        """Whether this rank drafts, for all of its tensor-parallel group."""
+        return not self._is_parallel or get_tp_group().is_first_rank
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         """Drafting has no part in vLLM's attention."""
@@ -119,6 +123,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         Args:
             request: vLLM's NewRequestData.
         """
+        if not self._is_leader:
+            return
         index = self._states.req_id_to_index[request_id]
         self._release(index)
         params = request.sampling_params
@@ -168,10 +174,21 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         if dummy_run:
             return drafts
         indices = input_batch.idx_mapping
-        drafts[:] = last_sampled[indices]
-        length = num_speculative_tokens
-        if length is None:
-            length = self._core.max_drafts
+        if self._is_leader:
+            length = num_speculative_tokens
+            if length is None:
+                length = self._config.num_speculative_tokens
+            drafts[:] = last_sampled[indices]
+            self._propose(input_batch, drafts, length, temperature)
+        if self._is_parallel:
+            self._share(drafts, indices)
+        return drafts
+
+    def _propose(
+        self, input_batch: Any, drafts: Tensor, length: int, temperature: Tensor
+    ) -> None:
+        """Drafts in the place of the last tokens, where there is something to say."""
+        indices = input_batch.idx_mapping
         rows: list[int] = []
         drafted: Drafts | None = None
         metrics.DRAFT_LENGTH.set(length)
@@ -195,7 +212,18 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             self._repeat_for_certain(indices, drafts)
         if drafted is not None:
             self._hand_over(drafted, drafts, where, slots, temperature)
-        return drafts
+
+    def _share(self, drafts: Tensor, indices: Tensor) -> None:
+        """The leader's drafts, on every rank.
+
+        Each rank verifies them by itself: with other probabilities, ranks would accept
+        other tokens and no longer compute the same model.
+        """
+        group = get_tp_group()
+        drafts[:] = group.broadcast(drafts.clone(), src=0)
+        if self.draft_logits is not None:
+            shared = self.draft_logits[indices]
+            self.draft_logits[indices] = group.broadcast(shared, src=0)
 
     def _release_ended(self) -> None:
         """Releases the slots of requests that are over."""
@@ -223,80 +251,82 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
 
     def _ready(self, batch: Any, length: int) -> list[int]:
         """Rows that draft now: they sampled, and their caches have caught up."""
-        num_new = batch.num_scheduled_tokens
-        drafts = batch.num_draft_tokens_per_req
-        unread = behind = self._config.draft_prefill_chunk
-        indices = batch.idx_mapping_np.tolist()
-        if self._reading not in [self._progress.get(index) for index in indices]:
+        # Tokens of prompts, and others that came without drafts, of all requests.
+        self._to_read = self._to_feed = self._config.draft_prefill_chunk
+        held = [self._progress.get(index) for index in batch.idx_mapping_np.tolist()]
+        if self._reading not in held:
             self._reading = None  # it waits, and others may read: there is one buffer
         rows = []
-        for row, index in enumerate(indices):
-            progress = self._progress.get(index)
-            if progress is None:
-                continue
-            num_drafts = 0 if drafts is None else int(drafts[row])
-            num_prefilled = batch.num_computed_prefill_tokens_np[row]
-            has_sampled = (
-                num_prefilled + num_new[row] - num_drafts >= progress.num_prefill
-            )
-            had_drafted = progress.has_drafted
-            if has_sampled:
-                progress.has_drafted = False
-                progress.max_missing += 1 + num_drafts
-            if not progress.is_read:
-                unread -= self._read(index, progress, unread)
-            if not has_sampled or not progress.is_read:
-                continue
-            if had_drafted:
-                progress.max_missing = 0
-            elif length and progress.max_missing > 0:
-                behind -= self._catch_up(index, progress, behind)
-            if length and progress.max_missing <= 0:
-                progress.has_drafted = True
-                rows.append(row)
-            elif had_drafted:
-                ends = self._states.total_len.gpu[index]
-                self._num_cached[index] = ends - FIRST_WIDTH
+        for row, index in enumerate(batch.idx_mapping_np.tolist()):
+            if progress := held[row]:
+                try:
+                    if self._is_ready(row, index, progress, batch, length):
+                        rows.append(row)
+                except Exception as error:
+                    self._faults.report(f"request {progress.request_id}", error)
+                    self._release(index)
         return rows
 
-    def _read(self, index: int, progress: Progress, limit: int) -> int:
-        """Reads up to ``limit`` more tokens of a prompt; returns how many."""
-        if limit <= 0 or self._reading not in (None, progress):
-            return 0
+    def _is_ready(
+        self, row: int, index: int, progress: Progress, batch: Any, length: int
+    ) -> bool:
+        num_drafts = batch.num_draft_tokens_per_req
+        num_drafts = 0 if num_drafts is None else int(num_drafts[row])
+        num_prefilled = (
+            batch.num_computed_prefill_tokens_np[row]
+            + batch.num_scheduled_tokens[row]
+            - num_drafts
+        )
+        if not progress.is_read:
+            self._read(index, progress)
+        if num_prefilled < progress.num_prefill:
+            return False  # it has not sampled
+        had_drafted, progress.has_drafted = progress.has_drafted, False
+        progress.max_missing += 1 + num_drafts
+        if had_drafted:
+            progress.max_missing = 0
+        if progress.is_read and length:
+            self._catch_up(index, progress)
+            progress.has_drafted = progress.max_missing <= 0
+        if had_drafted and not progress.has_drafted:
+            end = self._states.total_len.gpu[index]
+            self._num_cached[index] = end - FIRST_WIDTH
+        return progress.has_drafted
+
+    def _read(self, index: int, progress: Progress) -> None:
+        """Reads more of a prompt, as far as this step may."""
+        if self._reading not in (None, progress) or not self._to_read:
+            return
         reader, end = self._core.reader, progress.num_prefill - 1
         if self._reading is None:
             reader.start(end, progress.kv_budget)
             self._reading = progress
-        num_read = 0
-        while unread := reader.unread(end)[: limit - num_read]:
+        while unread := reader.unread(end)[: self._to_read]:
             tokens = self._states.all_token_ids.gpu[index, unread.start : unread.stop]
             reader.read(tokens.to(torch.int64))
-            num_read += len(unread)
+            self._to_read -= len(unread)
         if not reader.unread(end):
             self._core.finish_reading(index)
             self._num_cached[index] = end
             self._reading, progress.is_read = None, True
-        return num_read
 
-    def _catch_up(self, index: int, progress: Progress, limit: int) -> int:
-        """Feeds up to ``limit`` tokens that came without drafts; returns how many.
+    def _catch_up(self, index: int, progress: Progress) -> None:
+        """Feeds tokens that came without drafts, as far as this step may.
 
         Beyond the context's end it feeds what nobody will read.
         """
-        states, slots = self._states, torch.full_like(self._num_cached[:1], index)
-        end = states.total_len.gpu[index] - FIRST_WIDTH
-        cached = self._num_cached[index : index + 1]
-        num_fed = 0
-        while progress.max_missing > 0 and num_fed < limit:
+        states, cached = self._states, self._num_cached[index : index + 1]
+        while progress.max_missing > 0 and self._to_feed > 0:
             width = min(progress.max_missing, self._core.max_append)
             positions = cached[:, None] + self._offsets[:width]
             positions = positions.clamp_(max=self._max_model_len - 1)
             tokens = states.all_token_ids.gpu[index, positions].to(torch.int64)
+            slots = torch.full_like(cached, index)
             self._core.append(slots, tokens, cached.clone())
+            end = states.total_len.gpu[index] - FIRST_WIDTH
             cached.add_(width).clamp_(max=end)
             progress.max_missing -= width
-            num_fed += width
-        return num_fed
+            self._to_feed -= width
 
     def _draft(self, slots: Tensor, length: int) -> Drafts:
         states = self._states

@@ -114,9 +114,6 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
         "budgetdraft's flexdraft drafters": drafter_type(config) == "flexdraft",
         "budgetdraft's draft_confidence_threshold": config.draft_confidence_threshold,
         "budgetdraft's adaptive_draft_length": config.adaptive_draft_length,
-        "budgetdraft with tensor parallelism": (
-            vllm_config.parallel_config.tensor_parallel_size > 1
-        ),
     }
     return [feature for feature, needed in needs.items() if needed]
 

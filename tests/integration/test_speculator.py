@@ -1,0 +1,265 @@
+"""The speculator of model runner V2, by itself: what it is asked, and what it answers.
+
+``test_runner_v2`` has it in vLLM.
+"""
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.drafting import build_proposer
+from tests.support.fake_graph import FakeGraph, forbid_host_reads
+from tests.support.models import VOCAB_SIZE, random_tokens
+from tests.support.policies import POISONS_LONG_PROMPTS
+from vllm_budgetdraft.vllm_integration.core_loader import capture_graphs
+
+pytestmark = pytest.mark.vllm
+
+NUM_DRAFTS, NUM_SLOTS, MAX_MODEL_LEN = 4, 4, 1024
+
+
+class Runner:
+    """A runner's part: requests by index, on the device, and batches of them.
+
+    Attributes:
+        speculator: the real one, over a real proposer.
+        temperature: by index.
+    """
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        from vllm_budgetdraft.vllm_integration import runner_v2
+
+        self.core = build_proposer(
+            folder,
+            num_slots=NUM_SLOTS,
+            max_model_len=MAX_MODEL_LEN,
+            num_speculative_tokens=NUM_DRAFTS,
+            **{"kv_budget": 64, **settings},
+        )
+        self.states = SimpleNamespace(
+            all_token_ids=SimpleNamespace(
+                gpu=torch.zeros((NUM_SLOTS, MAX_MODEL_LEN), dtype=torch.int32)
+            ),
+            total_len=SimpleNamespace(gpu=torch.zeros(NUM_SLOTS, dtype=torch.int32)),
+            req_id_to_index={},
+            index_to_req_id={},
+        )
+        config = SimpleNamespace(
+            speculative_config=SimpleNamespace(settings=self.core.config),
+            scheduler_config=SimpleNamespace(max_num_seqs=NUM_SLOTS),
+            model_config=SimpleNamespace(
+                max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: VOCAB_SIZE
+            ),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        )
+        self.speculator = runner_v2.BudgetDraftSpeculator(
+            config, torch.device("cpu"), self.states
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner_v2, "load_core", lambda *_: self.core)
+            self.speculator.load_model(None)
+        self.temperature = torch.ones(NUM_SLOTS)
+
+    def add(self, index: int, num_tokens: int, **sampling: Any) -> None:
+        name = f"request {index}"
+        tokens = random_tokens(num_tokens, seed=index)
+        self.states.req_id_to_index[name] = index
+        self.states.index_to_req_id[index] = name
+        self.states.all_token_ids.gpu[index, :num_tokens] = tokens
+        self.states.total_len.gpu[index] = num_tokens
+        params = {
+            "extra_args": None,
+            "temperature": 1.0,
+            "seed": None,
+            "structured_outputs": None,
+        }
+        self.speculator.add_request(
+            name,
+            SimpleNamespace(
+                sampling_params=SimpleNamespace(**params | sampling),
+                prefill_token_ids=tokens.tolist(),
+                prompt_embeds=None,
+            ),
+        )
+
+    def emit(self, index: int, tokens: list[int]) -> None:
+        """What the target sampled."""
+        length = int(self.states.total_len.gpu[index])
+        end = length + len(tokens)
+        self.states.all_token_ids.gpu[index, length:end] = torch.tensor(tokens)
+        self.states.total_len.gpu[index] = end
+
+    def propose(
+        self, indices: list[int], num_drafts: int = 0, length: int = NUM_DRAFTS
+    ) -> torch.Tensor:
+        """Drafts of requests that sampled.
+
+        Args:
+            num_drafts: that each had verified.
+            length: that each is to draft.
+        """
+        ends = self.states.total_len.gpu[indices]
+        batch = SimpleNamespace(
+            num_reqs=len(indices),
+            idx_mapping=torch.tensor(indices),
+            idx_mapping_np=np.array(indices),
+            num_scheduled_tokens=np.full(len(indices), MAX_MODEL_LEN),
+            num_draft_tokens_per_req=np.full(len(indices), num_drafts),
+            num_computed_prefill_tokens_np=np.zeros(len(indices), dtype=np.int64),
+        )
+        last_sampled = torch.zeros((NUM_SLOTS, 1), dtype=torch.int64)
+        last_sampled[indices, 0] = self.states.all_token_ids.gpu[
+            indices, ends - 1
+        ].long()
+        return self.speculator.propose(
+            batch,
+            *(None,) * 6,
+            last_sampled,
+            None,
+            self.temperature,
+            None,
+            num_speculative_tokens=length,
+        )
+
+
+def test_it_takes_what_vllm_hands_over():
+    from vllm.v1.worker.gpu.spec_decode import init_speculator
+    from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+    from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
+
+    for name in ("propose", "init_cudagraph_manager"):
+        theirs = inspect.signature(getattr(BaseSpeculator, name)).parameters
+        ours = inspect.signature(getattr(BudgetDraftSpeculator, name)).parameters
+        assert list(ours) == list(theirs), name
+    assert list(inspect.signature(init_speculator).parameters) == [
+        "vllm_config",
+        "device",
+        "req_states",
+    ]
+    assert not BudgetDraftSpeculator.__abstractmethods__
+
+
+def test_drafts_are_those_of_the_proposer(drafter_folder):
+    runner = Runner(drafter_folder, draft_sample_method="greedy")
+    alone = build_proposer(
+        drafter_folder, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, kv_budget=64
+    )
+    runner.add(2, 100)
+    context = random_tokens(100, seed=2).tolist()
+    alone.start_request(0)
+    alone.ingest(0, torch.tensor(context[:-1]))
+    drafts = torch.zeros((1, 0), dtype=torch.int64)
+    for num_accepted in (0, 0, 4, 2, 4):
+        emitted = [*drafts[0, :num_accepted].tolist(), 9]
+        runner.emit(2, emitted)
+        context += emitted
+        drafts = runner.propose([2], NUM_DRAFTS).clone()
+        expected = alone.draft(
+            torch.tensor([0]),
+            torch.tensor([context[-2:]]),
+            torch.tensor([len(context)]),
+        )
+        assert drafts.tolist() == expected.tokens.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_vllm_is_told_what_each_token_was_drawn_from(drafter_folder, temperature):
+    runner = Runner(drafter_folder)
+    runner.temperature[:] = temperature
+    for index in (0, 1, 2):
+        runner.add(index, 30 + index, temperature=temperature)
+        runner.emit(index, [5])
+    runner.speculator._release(1)  # it drafts no more
+    drafts = runner.propose([2, 1, 0])
+    told = (runner.speculator.draft_logits / temperature).softmax(-1)
+    assert told.isfinite().all()
+    for row, index in enumerate((2, 1, 0)):
+        chosen = told[index].gather(1, drafts[row][:, None])
+        if index == 1:  # the last token, for certain
+            assert drafts[row].tolist() == [5] * NUM_DRAFTS
+            torch.testing.assert_close(chosen, torch.ones_like(chosen))
+    drawn = runner.core._loop._probabilities[:2]
+    torch.testing.assert_close(told[[2, 0]], drawn)
+    assert not (drawn > 0.99).any()  # else nothing was compared
+
+
+def test_a_seed_has_the_likeliest_drafted_and_that_is_said(drafter_folder):
+    runner = Runner(drafter_folder)
+    runner.add(0, 50, seed=1)
+    runner.emit(0, [5])
+    drafts = [runner.propose([0], NUM_DRAFTS).clone() for _ in range(2)]
+    assert drafts[0].tolist() == drafts[1].tolist()
+    told = runner.speculator.draft_logits[0].softmax(-1)
+    chosen = told.gather(1, drafts[1][0][:, None])
+    torch.testing.assert_close(chosen, torch.ones_like(chosen))
+
+
+def test_logits_that_are_not_finite_leave_the_last_token(drafter_folder):
+    runner = Runner(drafter_folder, eviction_policy=POISONS_LONG_PROMPTS)
+    runner.add(0, 800)
+    runner.add(1, 40)
+    for index in (0, 1):
+        runner.emit(index, [5])
+    drafts = runner.propose([0, 1])
+    assert drafts[0].tolist() == [5] * NUM_DRAFTS
+    assert drafts[1].tolist() != [5] * NUM_DRAFTS
+    told = runner.speculator.draft_logits[:2].softmax(-1)
+    assert told.isfinite().all()
+    assert (told[0, :, 5] == 1).all()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_nothing_waits_for_the_device(drafter_folder, graphs, monkeypatch):
+    """Neither drafts of everybody or of some, nor steps without drafts and after."""
+    runner = Runner(drafter_folder)
+    if graphs:
+        capture_graphs(runner.core, FakeGraph)
+        assert runner.core._graphs is not None
+    for index in range(3):
+        runner.add(index, 30 + index)
+        runner.emit(index, [5])
+    runner.propose([0, 1, 2])
+    propose = runner.speculator.propose
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with forbid_host_reads():
+            return propose(*args, **kwargs)
+
+    monkeypatch.setattr(runner.speculator, "propose", watched)
+    for indices, length in (
+        ([2, 0], NUM_DRAFTS),
+        ([0, 1, 2], 0),
+        ([1, 2], NUM_DRAFTS),
+        ([0, 1], 2),
+    ):
+        for index in indices:
+            runner.emit(index, [1, 2])
+        runner.propose(indices, NUM_DRAFTS, length)
+
+
+def test_a_failure_of_no_request_ends_the_drafts_of_that_step(
+    drafter_folder, monkeypatch
+):
+    runner = Runner(drafter_folder)
+    for index in (0, 1):
+        runner.add(index, 30)
+        runner.emit(index, [5])
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(runner.core, "draft", fail)
+    assert runner.propose([1, 0]).tolist() == [[5] * NUM_DRAFTS] * 2
+    assert runner.speculator._faults.num_faults == 1
+    monkeypatch.undo()
+    assert runner.propose([1, 0]).tolist() == [[5] * NUM_DRAFTS] * 2
+    runner.add(1, 60)  # the next request drafts again
+    runner.emit(1, [6])
+    assert runner.propose([1]).tolist() != [[6] * NUM_DRAFTS]
+    runner.core.cache.check_invariants()
