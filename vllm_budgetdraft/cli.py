@@ -121,7 +121,7 @@ def _add_pad_target(commands) -> None:  # type: ignore[no-untyped-def]
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     pad.add_argument("--target", default=str(MODELS / "books-9m"))
-    pad.add_argument("--size", choices=["150m", "1b", "7b"], default="150m")
+    pad.add_argument("--size", choices=["150m", "1b", "7b", "7b-gqa"], default="150m")
     pad.add_argument("--output", required=True, metavar="FOLDER")
     pad.set_defaults(run=_pad_target, takes_rest=False)
 

@@ -11,8 +11,8 @@ from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation import cost_padding
 from vllm_budgetdraft.evaluation.cost_padding import Shape, pad
 
-#: Of the test model, which has 2 KV heads for 4 or 6 heads.
-SHAPE = Shape(3, 5, 12, 3, 200)
+#: Of the test model, which is 48 wide and has 2 KV heads for 4 or 6 heads.
+SHAPE = Shape(144, 5, 12, 3, 200)
 
 
 def small_model(**changes):
@@ -63,6 +63,7 @@ def test_added_heads_and_neurons_are_not_zero():
     ("changes", "message"),
     [
         ({"num_hidden_layers": 1}, "num_hidden_layers: the model has"),
+        ({"hidden_size": 190}, "190 is no multiple of the model's 48"),
         (
             {"num_attention_heads": 4, "num_key_value_heads": 4},
             "attention heads per KV head: the model has",
@@ -88,7 +89,8 @@ def test_the_command_writes_a_folder_that_says_what_it_is(
     write_target(tmp_path / "small")
     small = models.read_model(tmp_path / "small")
     heads = 2 * small.config.num_attention_heads
-    shape = Shape(2, 3, heads, 2 * small.config.num_key_value_heads, 300)
+    width = 2 * small.config.hidden_size
+    shape = Shape(width, 3, heads, 2 * small.config.num_key_value_heads, 300)
     monkeypatch.setitem(cost_padding.SHAPES, "150m", shape)
     folder = tmp_path / "grown"
     command = f"pad-target --target {tmp_path / 'small'} --size 150m --output {folder}"

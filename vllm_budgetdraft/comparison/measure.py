@@ -1,6 +1,5 @@
 """Every method on the same prompts, in turns; what it finds goes to a file at once."""
 
-import itertools
 import json
 import os
 import sys
@@ -61,14 +60,8 @@ class RoundsFile:
 def groups_of(methods: list[Method], engines_at_once: int) -> Iterator[list[Method]]:
     """Plain vLLM, and the methods of so many other engines; each comes once."""
     plain, *others = methods
-    by_engine: dict[str, list[Method]] = {}
-    for method in others:
-        key = _engine_key(method)
-        by_engine.setdefault(key, []).append(method)
-    engines = list(by_engine.values())
-    for first in range(0, max(1, len(engines)), engines_at_once):
-        some = engines[first : first + engines_at_once]
-        yield [plain, *itertools.chain.from_iterable(some)]
+    for first in range(0, max(1, len(others)), engines_at_once):
+        yield [plain, *others[first : first + engines_at_once]]
 
 
 def measure(
@@ -132,14 +125,12 @@ def _measure_group(
                 for method in group:
                     engines[method.name].generate(
                         prompt.token_ids,
-                        _sampling(method, sampling, max_tokens=WARM_UP_TOKENS),
+                        {**sampling, "max_tokens": WARM_UP_TOKENS},
                     )
             runs = {}
             for method in order:
                 time.sleep(PAUSE_SECONDS)
-                run = engines[method.name].generate(
-                    prompt.token_ids, _sampling(method, sampling)
-                )
+                run = engines[method.name].generate(prompt.token_ids, sampling)
                 runs[method.name] = asdict(run)
                 progress.update()
             order.append(order.pop(0))
@@ -147,7 +138,7 @@ def _measure_group(
             if is_profiled and prompt.index == 0:
                 for method in group:
                     profiles[method.name] = engines[method.name].profile(
-                        prompt.token_ids, _sampling(method, sampling)
+                        prompt.token_ids, sampling
                     )
             place = asdict(prompt)
             del place["token_ids"]
@@ -168,33 +159,18 @@ def _start(
     stack: ExitStack,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The engine of each method, by its name; some share one."""
+    """The engine of each method, by its name."""
     from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
     logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     engines: dict[str, Any] = {}
-    by_name = {}
     for method in group:
-        key = _engine_key(method)
-        if key not in engines:
-            tell(f"starting {method.name}")
-            arguments = {**SHARED_ENGINE_ARGS, **engine_args, **method.engine_args}
-            log = logs / f"{len(engines)}.log"
-            engine = EngineProcess(arguments, log, method.environment)
-            engines[key] = stack.enter_context(engine)
-        by_name[method.name] = engines[key]
-    return by_name
-
-
-def _sampling(
-    method: Method, sampling: dict[str, Any], **changes: Any
-) -> dict[str, Any]:
-    own = {"extra_args": method.extra_args} if method.extra_args else {}
-    return {**sampling, **own, **changes}
-
-
-def _engine_key(method: Method) -> str:
-    return json.dumps([method.engine_args, method.environment], sort_keys=True)
+        tell(f"starting {method.name}")
+        arguments = {**SHARED_ENGINE_ARGS, **engine_args, **method.engine_args}
+        log = logs / f"{len(engines)}.log"
+        engine = EngineProcess(arguments, log, method.environment)
+        engines[method.name] = stack.enter_context(engine)
+    return engines
 
 
 def _names(group: list[Method]) -> list[str]:

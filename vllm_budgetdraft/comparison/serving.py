@@ -90,8 +90,6 @@ def measure_serving(
                         "--num-prompts": requests,
                         "--num-warmups": min(concurrency, len(prompts)),
                     }
-                    if method.extra_args:
-                        given["--extra-body"] = {"vllm_xargs": method.extra_args}
                     result = _bench(given)
                     if result["completed"] != requests:
                         raise BudgetDraftError(

@@ -23,24 +23,22 @@ from vllm_budgetdraft.errors import ConfigurationError
 
 
 class Shape(NamedTuple):
-    """What is grown.
+    """What is grown, under the names of a Llama's config."""
 
-    Attributes:
-        width_factor: hidden_size over the small model's.
-    """
-
-    width_factor: int
+    hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
 
 
-#: Of ``models/books-9m``, whose width is 320 and whose heads are of 64.
+#: Multiples of a width of 320 or 640, for heads of 64; the last one for small models
+#: whose KV heads are shared by up to five heads.
 SHAPES = {
-    "150m": Shape(4, 8, 20, 20, 3456),
-    "1b": Shape(6, 24, 30, 10, 5376),
-    "7b": Shape(12, 36, 60, 60, 10752),
+    "150m": Shape(1280, 8, 20, 20, 3456),
+    "1b": Shape(1920, 24, 30, 10, 5376),
+    "7b": Shape(3840, 36, 60, 60, 10752),
+    "7b-gqa": Shape(3840, 36, 60, 12, 10752),
 }
 
 
@@ -61,8 +59,8 @@ def run(args: Namespace) -> None:
 def pad(small: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     """A Llama of the given shape with the logits of ``small``.
 
-    The residual stream holds ``width_factor`` copies of the small one, all written and
-    the first one read: their mean square, and so each RMSNorm, is the small model's to
+    The residual stream holds several copies of the small one, all written and the
+    first one read: their mean square, and so each RMSNorm, is the small model's to
     the bit, as with zeros instead it is not. Heads and neurons that are added are
     random, and nothing reads them; layers that are added write nothing.
 
@@ -71,7 +69,7 @@ def pad(small: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     """
     config = _grown_config(small.config, shape)
     grown = AutoModelForCausalLM.from_config(config, dtype=small.dtype)
-    factor = shape.width_factor
+    factor = config.hidden_size // small.config.hidden_size
     theirs, ours = small.model, grown.model
     ours.embed_tokens.weight.copy_(theirs.embed_tokens.weight.repeat(1, factor))
     ours.norm.weight.copy_(theirs.norm.weight.repeat(factor))
@@ -121,9 +119,7 @@ def _grown_config(small: Any, shape: Shape) -> LlamaConfig:
         )
     ratios = "attention heads per KV head"
     sizes = {
-        name: (getattr(small, name), getattr(shape, name))
-        for name in shape._fields
-        if name != "width_factor"
+        name: (getattr(small, name), getattr(shape, name)) for name in shape._fields
     } | {
         ratios: tuple(
             each.num_attention_heads // each.num_key_value_heads
@@ -136,6 +132,11 @@ def _grown_config(small: Any, shape: Shape) -> LlamaConfig:
                 f"{name}: the model has {old}, the shape only {new}; choose a larger "
                 "shape"
             )
+    if shape.hidden_size % small.hidden_size:
+        raise ConfigurationError(
+            f"hidden_size: the shape's {shape.hidden_size} is no multiple of the "
+            f"model's {small.hidden_size}; choose another shape"
+        )
     if shape.num_attention_heads % shape.num_key_value_heads:
         raise ConfigurationError(
             f"{shape.num_attention_heads} attention heads cannot share "
@@ -145,7 +146,6 @@ def _grown_config(small: Any, shape: Shape) -> LlamaConfig:
     config.update(
         {name: new for name, (_, new) in sizes.items() if name != ratios}
         | {
-            "hidden_size": shape.width_factor * small.hidden_size,
             "head_dim": small.head_dim,
             "tie_word_embeddings": False,
         }

@@ -1,0 +1,173 @@
+"""The time of one draft: by batch size, context, and with or without graphs.
+
+    python -m benchmarks.draft_steps --output results/draft-steps.json
+
+A drafter of llama-68m's shape with random weights, and caches that are full: of a
+context that long, the budget and the recent window are held. Times are medians of
+alternated runs, from the call to the drafts on the device. On a CPU it is small, and
+shows that it works.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft.proposer.draft_graphs import CudaGraphCapture
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.memory import MemoryPlan
+
+#: JackFram/llama-68m, the paper's drafter.
+LLAMA_68M = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "max_position_embeddings": 2048,
+}
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+SETTINGS = {"num_speculative_tokens": 8, "kv_budget": 512}
+
+
+def main() -> None:
+    is_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 8, 32] if is_gpu else [1, 2]
+    )
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[1024, 16384, 131072] if is_gpu else [600, 1200],
+    )
+    parser.add_argument("--repeats", type=int, default=50 if is_gpu else 5)
+    args = parser.parse_args()
+    device = torch.device("cuda" if is_gpu else "cpu")
+    shape, dtype = (
+        (LLAMA_68M, torch.bfloat16) if device.type == "cuda" else (TINY, torch.float32)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**shape)).to(dtype).save_pretrained(folder)
+        config = BudgetDraftConfig(
+            model=folder, draft_sample_method="greedy", **SETTINGS
+        )
+        proposers = {"eager": build(config, args, dtype, device)}
+        if device.type == "cuda":
+            proposers["graphs"] = build(config, args, dtype, device)
+            num_graphs = proposers["graphs"].capture_graphs(CudaGraphCapture())
+            print(f"{num_graphs} graphs")
+    rows = [
+        row
+        for context in args.contexts
+        for batch in args.batch_sizes
+        for row in measure(proposers, batch, context, args.repeats)
+    ]
+    document = {
+        "rows": rows,
+        "memory": memory(config, shape, dtype),
+        "provenance": provenance.collect(vars(args) | {"output": str(args.output)}),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(document, indent=1))
+
+
+def build(
+    config: BudgetDraftConfig,
+    args: argparse.Namespace,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DraftProposer:
+    proposer = DraftProposer.build(
+        config,
+        num_slots=max(args.batch_sizes),
+        max_model_len=max(args.contexts) + config.num_speculative_tokens,
+        dtype=dtype,
+        device=device,
+    )
+    proposer.warm_up()
+    return proposer
+
+
+def measure(
+    proposers: dict[str, DraftProposer], batch: int, context: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Drafts of ``batch`` requests after ``context`` tokens, with each proposer."""
+    device = next(iter(proposers.values())).device
+    slots = torch.arange(batch, device=device)
+    tokens = torch.zeros((batch, FIRST_WIDTH), dtype=torch.int64, device=device)
+    ends = torch.full_like(slots, context)
+    for proposer in proposers.values():
+        kept = min(proposer.cache.capacity, context) - proposer.max_drafts - FIRST_WIDTH
+        for slot in range(batch):
+            proposer.start_request(slot)
+        # As if the rest of the context had been evicted.
+        proposer.cache.num_evicted[:batch] = context - FIRST_WIDTH - kept
+    seconds: dict[str, list[float]] = {name: [] for name in proposers}
+    for _ in range(repeats + 3):
+        for name, proposer in proposers.items():
+            _wait(device)
+            start = time.perf_counter()
+            proposer.draft(slots, tokens, ends)
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name, proposer in proposers.items():
+        proposer.release_all()
+        rows.append(
+            {
+                "proposer": name,
+                "batch_size": batch,
+                "context_tokens": context,
+                "milliseconds": 1000 * statistics.median(seconds[name][3:]),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def memory(
+    config: BudgetDraftConfig, shape: dict[str, int], dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes of draft keys and values of 64 requests of 16,384 tokens, and unbounded."""
+    drafter = LlamaConfig(**shape)
+    plan = MemoryPlan.of(
+        config.model_copy(
+            update={"position_mode": "absolute", "draft_prefill": "full"}
+        ),
+        drafter,
+        num_slots=64,
+        max_model_len=16384,
+        dtype=dtype,
+    )
+    return {"budgeted": plan.cache, "full": 64 * plan.full_cache_per_request}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
