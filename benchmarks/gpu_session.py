@@ -44,7 +44,7 @@ TINY = {
     "kernels": "-k signatures",
     "target": "--minutes 0.5 --context-tokens 512 --tokens-per-step 2048 --layers 2 "
     "--hidden-size 64 --intermediate-size 128 --heads 2 --kv-heads 2",
-    "drafter": "--hidden_size 32 --intermediate_size 64 --num_attention_heads 2 "
+    "drafter": "--hidden_size 64 --intermediate_size 64 --num_attention_heads 2 "
     "--num_key_value_heads 1 --max_steps 20 --prefix_tokens 128 "
     "--continuation_tokens 32 --budgets 32 64 --budget_weights 0.5 0.5 --chunk_size 8 "
     "--use_cpu true",

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.support import models
+from tests.support.engines import nothing
+from tests.support.runner_v2 import in_every_process
 
 pytestmark = pytest.mark.vllm
 
@@ -26,27 +29,43 @@ PROMPT_TOKENS = (5, 40, 150, 300)
 
 def contexts(worker: Any) -> list[list[int]]:
     """What a rank takes for the contexts of its last batch."""
-    batch = worker.model_runner.input_batch
-    rows = len(PROMPT_TOKENS)
-    lengths = batch.num_tokens_no_spec[:rows].tolist()
-    return [batch.token_ids_cpu[row, :n].tolist() for row, n in enumerate(lengths)]
+    runner, rows = worker.model_runner, len(PROMPT_TOKENS)
+    if hasattr(runner, "req_states"):  # model runner V2
+        lengths = runner.req_states.total_len.gpu[:rows].tolist()
+        token_ids = runner.req_states.all_token_ids.gpu
+    else:
+        lengths = runner.input_batch.num_tokens_no_spec[:rows].tolist()
+        token_ids = runner.input_batch.token_ids_cpu
+    return [token_ids[row, :n].tolist() for row, n in enumerate(lengths)]
 
 
 def keep_probabilities(worker: Any) -> None:
     """Has ranks other than the first verify without the drafts' probabilities."""
-    if worker.rank:
-        worker.model_runner.drafter.take_probabilities = lambda: None
+    runner = worker.model_runner
+    if worker.rank and hasattr(runner, "drafter"):
+        runner.drafter.take_probabilities = lambda: None
+    elif worker.rank:
+        share = runner.speculator._share
+
+        def share_and_forget(*args: Any) -> None:
+            share(*args)
+            runner.speculator.draft_logits.zero_()
+
+        runner.speculator._share = share_and_forget
 
 
 def adapt_length(worker: Any, adapts: bool) -> None:
     """Adaptive length may find that no drafts are faster: nothing would be accepted."""
-    drafter = worker.model_runner.drafter
+    drafter = getattr(worker.model_runner, "drafter", None)
+    if drafter is None:  # model runner V2 has none
+        return
     kept = vars(drafter).setdefault("adaptive_of_test", drafter._adaptive)
     drafter._adaptive = kept if adapts else None
 
 
-def generate(folder: str) -> dict[str, Any]:
+def generate(folder: str, prepare: Callable[[], None]) -> dict[str, Any]:
     """Tokens, contexts by rank, and numbers of drafts of several jobs."""
+    prepare()
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -71,7 +90,7 @@ def generate(folder: str) -> dict[str, Any]:
             "model": folder,
             "num_speculative_tokens": 4,
             "kv_budget": 64,
-            "adaptive_draft_length": True,
+            "adaptive_draft_length": prepare is nothing,
         },
     )
     prompts = [models.random_tokens(n, seed=n).tolist() for n in PROMPT_TOKENS]
@@ -111,11 +130,14 @@ def num_drafts(llm: Any) -> Counter[str]:
     return Counter(drafted=drafted, accepted=accepted)
 
 
-def test_ranks_accept_the_same_drafts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prepare", [nothing, in_every_process], ids=["V1", "V2"])
+def test_ranks_accept_the_same_drafts(
+    tmp_path: Path, prepare: Callable[[], None]
+) -> None:
     folder = str(models.write_model(tmp_path, models.llama(**SIZES)))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as processes:
-        results = processes.submit(generate, folder).result()
+        results = processes.submit(generate, folder, prepare).result()
     assert results["greedy"][0] == results["plain"][0]
     for name in ("greedy", "drawn", "adaptive"):
         _, (first, second), drafts = results[name]
