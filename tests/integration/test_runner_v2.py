@@ -84,6 +84,22 @@ def test_these_engines_are_what_they_say(self_drafting):
     self_drafting.play(is_v2_and_ahead)
 
 
+BIASES = {
+    "logit_bias": {"logit_bias": {14: 3.0, 300: -100.0}},
+    "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+    "min_tokens": {"min_tokens": 40, "ignore_eos": False},
+    "bad_words": {"bad_words": [" the"]},
+    "min_p": {"min_p": 0.1},
+}
+
+
+def test_what_changes_logits_changes_them_in_verification_too(budgeted, plain):
+    requests = [of_book(80, 60, 200 * i) for i in range(len(BIASES))]
+    for request, sampling in zip(requests, BIASES.values(), strict=True):
+        request.sampling.update(sampling)
+    check(budgeted.play(all_at_once, requests), plain)
+
+
 def slow_reader(**settings: object) -> dict[str, object]:
     """Many steps behind a target that prefills at once, and drafting nevertheless."""
     settings = {"model": TARGET, "kv_budget": MAX_MODEL_LEN, **settings}
