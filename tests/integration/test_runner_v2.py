@@ -157,3 +157,36 @@ def only_that_fails(engine: SteppedEngine, requests: list) -> None:
     engine._drafter._core.policy.select = lambda states, budget: states.all_positions()[
         ..., :budget
     ]
+
+
+def watching_lengths(engine: SteppedEngine, requests: list) -> None:
+    """Fails unless the engine chose lengths, and they were drafted and verified."""
+    schedule = engine._scheduler.dynamic_sd_lookup
+    look_up, lengths = type(schedule).__getitem__, []
+
+    class Watched(type(schedule)):
+        def __getitem__(self, batch_size: int) -> int:
+            lengths.append(look_up(self, batch_size))
+            return lengths[-1]
+
+    schedule.__class__ = Watched
+    all_at_once(engine, requests)
+    engine.finish()
+    assert {0, NUM_DRAFTS} <= set(lengths) <= {0, 1, 2, 3, 4, NUM_DRAFTS}, lengths
+    times, acceptance = schedule._adaptive.times, schedule._adaptive.acceptance
+    assert times.estimate(len(requests), NUM_DRAFTS) is not None
+    assert acceptance.expected_tokens(NUM_DRAFTS)[-1] > 0.8 * (NUM_DRAFTS + 1)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [schedule_ahead, pytest.param(interpret_kernels, marks=pytest.mark.slow)],
+)
+def test_lengths_that_the_scheduler_learns_are_drafted(prepare, plain):
+    settings = COMMON | draft(
+        model=TARGET, kv_budget=MAX_MODEL_LEN, adaptive_draft_length=True
+    )
+    with engine_process(settings, prepare) as engine:
+        requests = [of_book(50 + 40 * i, 120, 300 * i) for i in range(3)]
+        played = engine.play(watching_lengths, requests)
+    check(played, plain)

@@ -295,3 +295,25 @@ def test_tokens_of_a_step_follow_the_acceptance_of_each_draft():
     # Of the fifth nothing is known: as if it had been accepted once.
     *_, three, four, five = acceptance.expected_tokens(5)
     assert five - four == pytest.approx(four - three)
+
+
+def test_only_given_lengths_are_chosen_and_tried():
+    engine = SimulatedEngine(
+        lambda batch, length: 1 + 0.1 * length,
+        [0.9] * 8,
+        batch_size=1,
+        append_seconds=0.1,
+    )
+    engine.adaptive = AdaptiveLength(8, [0, 2, 6])
+    engine.run(2_000)
+    assert set(engine.lengths) == {0, 2, 6}
+    assert engine.lengths.count(6) > 1_800
+
+
+def test_a_step_that_goes_on_is_timed_from_there_on():
+    adaptive = AdaptiveLength(2)
+    for now in range(0, 200, 10):
+        length = adaptive.choose(float(now), "batch", 1, 2)
+        adaptive.restart_step(now + 9.0, "batch")
+        adaptive.drafted(int(length > 0), is_undisturbed=True)
+    assert adaptive.times.estimate(1, 2) == [1.0, 1.0, 1.0]

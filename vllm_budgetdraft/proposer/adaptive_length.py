@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import median, median_low
 
@@ -136,10 +136,15 @@ class AdaptiveLength:
     had read while there were no drafts.
     """
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, lengths: Sequence[int] | None = None) -> None:
+        """
+        Args:
+            lengths: to choose from, 0 among them; all up to ``max_length`` if None.
+        """
         self.acceptance = Acceptance(max_length)
         self.times = StepTimes()
         self._max_length = max_length
+        self._lengths = range(max_length + 1) if lengths is None else lengths
         self._num_first: dict[int, int] = {}
         self._step: _Step | None = None
         self._credit = 0.0
@@ -169,6 +174,15 @@ class AdaptiveLength:
         length = min(self._choose(batch, batch_size, max_length), max_length)
         self._step = _Step(now, batch, batch_size, length)
         return length
+
+    def restart_step(self, now: float, batch: Hashable) -> None:
+        """Says that the last choice goes on, and is to be timed from now on alone.
+
+        Args:
+            now, batch: as given to ``choose``.
+        """
+        if self._step is not None:
+            self._step.start, self._step.batch = now, batch
 
     def forget_step(self) -> None:
         """Says that nobody knows when the last step ended: its requests are over."""
@@ -203,16 +217,17 @@ class AdaptiveLength:
         """The best length, and its tokens per second of each request; 0 if unknown."""
         seconds = self.times.estimate(batch_size, max_length)
         if seconds is None:
-            return max_length, 0.0
+            return max(k for k in self._lengths if k <= max_length), 0.0
         expected = self.acceptance.expected_tokens(max_length)
         rates = [e / s for e, s in zip(expected, seconds, strict=True)]
-        best = max(range(max_length + 1), key=rates.__getitem__)
+        lengths = [length for length in self._lengths if length <= max_length]
+        best = max(lengths, key=rates.__getitem__)
         return best, rates[best]
 
     def _next_trial(self, batch_size: int, best: int) -> int:
         """The one whose trials have cost the least."""
-        lengths = [0, *ladder(self._max_length)]
-        others = [length for length in lengths if length != best]
+        tried = {0, *ladder(self._max_length)}.intersection(self._lengths)
+        others = [length for length in sorted(tried) if length != best]
         return min(others, key=lambda length: self._costs[batch_size, length])
 
     def _end(self, step: _Step, now: float, batch: Hashable) -> None:

@@ -113,7 +113,11 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
     needs = {
         "budgetdraft's flexdraft drafters": drafter_type(config) == "flexdraft",
         "budgetdraft's draft_confidence_threshold": config.draft_confidence_threshold,
-        "budgetdraft's adaptive_draft_length": config.adaptive_draft_length,
+        # Ranks would verify different numbers of drafts, and wait for each other.
+        "budgetdraft's adaptive_draft_length with data parallelism": (
+            config.adaptive_draft_length
+            and vllm_config.parallel_config.data_parallel_size > 1
+        ),
     }
     return [feature for feature, needed in needs.items() if needed]
 

@@ -38,6 +38,7 @@ def _support_ours(original: Callable) -> Callable:
             return unsupported
         from vllm_budgetdraft.vllm_integration.speculative_config import only_on_v1
 
+        _adapt_lengths()
         method = "speculative method 'custom_class'"
         others = [feature for feature in unsupported if feature != method]
         return others + only_on_v1(self)
@@ -56,8 +57,15 @@ def _make_ours(original: Callable) -> Callable:
             return original(vllm_config, device, req_states)
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+        from vllm_budgetdraft.vllm_integration.adaptive_schedule import every_length
         from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
 
+        config = vllm_config.speculative_config
+        if config.settings.adaptive_draft_length:
+            # Which lengths the worker captures graphs of verification for.
+            config.num_speculative_tokens_per_batch_size = every_length(
+                config.num_speculative_tokens
+            )
         wrap_method(GPUModelRunner, "add_requests", _announce)
         return BudgetDraftSpeculator(vllm_config, device, req_states)
 
@@ -78,3 +86,57 @@ def _announce(original: Callable) -> Callable:
                 self.speculator.add_request(request.req_id, request)
 
     return add_requests
+
+
+def _adapt_lengths() -> None:
+    """Patches the scheduler; to be called where its class is about to be loaded."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    wrap_method(Scheduler, "__init__", _choose_lengths)
+    wrap_method(Scheduler, "update_from_output", _learn_acceptance)
+
+
+def _choose_lengths(original: Callable) -> Callable:
+    """Symptom: with ``adaptive_draft_length``, V2 verifies ever the same number.
+
+    Reason: the scheduler says how many drafts each step has, before the speculator
+    runs, from a table by batch size. Ours is one that learns. Remove when a speculator
+    can say it.
+    """
+
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        config = self.vllm_config
+        if not (_is_ours(config) and config.use_v2_model_runner):
+            return
+        settings = config.speculative_config.settings
+        if settings.adaptive_draft_length:
+            from vllm_budgetdraft.vllm_integration.adaptive_schedule import (
+                AdaptiveSchedule,
+            )
+
+            self.dynamic_sd_lookup = AdaptiveSchedule(self, settings)
+
+    return initialise
+
+
+def _learn_acceptance(original: Callable) -> Callable:
+    """The other half of ``_choose_lengths``: what became of the drafts."""
+
+    def update_from_output(
+        self: Any, scheduler_output: Any, model_runner_output: Any
+    ) -> Any:
+        schedule = self.dynamic_sd_lookup
+        if hasattr(schedule, "record") and model_runner_output.sampled_token_ids:
+            rows = zip(
+                model_runner_output.req_ids,
+                model_runner_output.sampled_token_ids,
+                strict=True,
+            )
+            schedule.record(
+                scheduler_output.scheduled_spec_decode_tokens,
+                {request_id: len(tokens) for request_id, tokens in rows},
+            )
+        return original(self, scheduler_output, model_runner_output)
+
+    return update_from_output

@@ -1,0 +1,69 @@
+"""Which of vLLM's model runners drafts, by what is asked for."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.engines import DRAFTER, FLEXDRAFT
+from vllm_budgetdraft.config import BudgetDraftConfig
+
+pytestmark = pytest.mark.vllm
+
+
+def only_on_v1(data_parallel_size: int = 1, **settings: object) -> list[str]:
+    from vllm_budgetdraft.vllm_integration import speculative_config
+
+    settings = {"model": DRAFTER, "num_speculative_tokens": 4, **settings}
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(settings=BudgetDraftConfig(**settings)),
+        parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size),
+    )
+    return speculative_config.only_on_v1(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "feature"),
+    [
+        ({"model": FLEXDRAFT}, "flexdraft drafters"),
+        ({"draft_confidence_threshold": 0.3}, "draft_confidence_threshold"),
+        (
+            {"adaptive_draft_length": True, "data_parallel_size": 2},
+            "adaptive_draft_length with data parallelism",
+        ),
+    ],
+)
+def test_what_v2_cannot_do_is_named_and_has_v1_taken(settings, feature):
+    assert only_on_v1(**settings) == [f"budgetdraft's {feature}"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"adaptive_draft_length": True}, {"data_parallel_size": 2}],
+)
+def test_v2_does_the_rest(settings):
+    assert only_on_v1(**settings) == []
+
+
+def test_vllm_asks_us_and_other_methods_are_judged_as_before(monkeypatch):
+    """The patched method of the class, around one that knows no "custom_class"."""
+    from vllm.config import VllmConfig
+
+    from vllm_budgetdraft.vllm_integration.patches import runner_v2
+
+    name = "_get_v2_model_runner_unsupported_features"
+    theirs = ["speculative method 'custom_class'", "something else"]
+    monkeypatch.setattr(VllmConfig, name, lambda self: list(theirs))
+    runner_v2.apply()
+    settings = BudgetDraftConfig(
+        model=DRAFTER, num_speculative_tokens=4, draft_confidence_threshold=0.3
+    )
+    parallel = SimpleNamespace(data_parallel_size=1)
+    ours = SimpleNamespace(
+        speculative_config=SimpleNamespace(settings=settings, budgetdraft={}),
+        parallel_config=parallel,
+    )
+    others = SimpleNamespace(speculative_config=SimpleNamespace())
+    plain = SimpleNamespace(speculative_config=None)
+    ask = getattr(VllmConfig, name)
+    assert ask(ours) == ["something else", "budgetdraft's draft_confidence_threshold"]
+    assert ask(others) == ask(plain) == theirs
