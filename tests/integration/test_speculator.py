@@ -254,8 +254,13 @@ def test_a_failure_of_no_request_ends_the_drafts_of_that_step(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("on purpose")
 
+    runner.propose([1, 0])
+    for index in (0, 1):
+        runner.emit(index, [5])
     monkeypatch.setattr(runner.core, "draft", fail)
-    assert runner.propose([1, 0]).tolist() == [[5] * NUM_DRAFTS] * 2
+    assert runner.propose([1, 0], NUM_DRAFTS).tolist() == [[5] * NUM_DRAFTS] * 2
+    told = runner.speculator.draft_logits[:2].softmax(-1)
+    assert (told[..., 5] == 1).all()
     assert runner.speculator._faults.num_faults == 1
     monkeypatch.undo()
     assert runner.propose([1, 0]).tolist() == [[5] * NUM_DRAFTS] * 2

@@ -58,6 +58,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
     model = None
     supports_mm_inputs = False
     enable_adaptive_verification = False
+    draft_watermarker = None
     pcp_manager = None
     dcp_size = 1
 
@@ -127,16 +128,18 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             return
         index = self._states.req_id_to_index[request_id]
         self._release(index)
+        try:
+            self._start(request_id, index, request)
+        except Exception as error:
+            self._faults.report(f"request {request_id}", error)
+
+    def _start(self, request_id: str, index: int, request: Any) -> None:
         params = request.sampling_params
         settings = parse_request_settings(params and params.extra_args, self._config)
         # A prompt of embeddings has no ids to read.
         if settings.num_speculative_tokens == 0 or request.prompt_embeds is not None:
             return
-        try:
-            self._core.start_request(index, settings.kv_budget)
-        except Exception as error:
-            self._faults.report(f"request {request_id}", error)
-            return
+        self._core.start_request(index, settings.kv_budget)
         if self._config.draft_sample_method == "probabilistic":
             self._temperatures[index] = sampling.draft_temperature(params)
         num_prefill = len(request.prefill_token_ids)
@@ -178,40 +181,41 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             length = num_speculative_tokens
             if length is None:
                 length = self._config.num_speculative_tokens
-            drafts[:] = last_sampled[indices]
-            self._propose(input_batch, drafts, length, temperature)
+            metrics.DRAFT_LENGTH.set(length)
+            last_tokens = last_sampled[indices]
+            try:
+                self._propose(input_batch, drafts, last_tokens, length, temperature)
+            except Exception as error:
+                # Of no request in particular, so that no cache is known to be good.
+                self._reset(error)
+                self._repeat(indices, drafts, last_tokens)
+            pool = self._core.cache.pool
+            metrics.PAGES_IN_USE.set(pool.num_pages - pool.num_free)
         if self._is_parallel:
             self._share(drafts, indices)
         return drafts
 
     def _propose(
-        self, input_batch: Any, drafts: Tensor, length: int, temperature: Tensor
+        self,
+        input_batch: Any,
+        drafts: Tensor,
+        last_tokens: Tensor,
+        length: int,
+        temperature: Tensor,
     ) -> None:
-        """Drafts in the place of the last tokens, where there is something to say."""
-        indices = input_batch.idx_mapping
-        rows: list[int] = []
-        drafted: Drafts | None = None
-        metrics.DRAFT_LENGTH.set(length)
-        try:
-            self._release_ended()
-            rows = self._ready(input_batch, length)
-            if rows:
-                slots, where = indices, None
-                if len(rows) < input_batch.num_reqs:
-                    where = async_tensor_h2d(
-                        rows, device=self.device, dtype=torch.int64
-                    )
-                    slots = indices[where]
-                drafted = self._draft(slots, length)
-        except Exception as error:
-            # Of no request in particular, so that no cache is known to be good.
-            self._reset(error)
-        pool = self._core.cache.pool
-        metrics.PAGES_IN_USE.set(pool.num_pages - pool.num_free)
-        if self.draft_logits is not None and len(rows) < input_batch.num_reqs:
-            self._repeat_for_certain(indices, drafts)
-        if drafted is not None:
-            self._hand_over(drafted, drafts, where, slots, temperature)
+        """Drafts of the rows that can, and last tokens of the others."""
+        self._release_ended()
+        rows = self._ready(input_batch, length)
+        indices = slots = input_batch.idx_mapping
+        where: Tensor | slice = slice(None)
+        if len(rows) < input_batch.num_reqs:
+            self._repeat(indices, drafts, last_tokens)
+            where = async_tensor_h2d(rows, device=self.device, dtype=torch.int64)
+            slots = indices[where]
+        if rows:
+            drafted = self._draft(slots, length)
+            tokens = self._hand_over(drafted, last_tokens[where], slots, temperature)
+            drafts[where, :length] = tokens
 
     def _share(self, drafts: Tensor, indices: Tensor) -> None:
         """The leader's drafts, on every rank.
@@ -338,40 +342,31 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             temperatures = self._temperatures[slots]
         return self._core.draft(slots, tokens, ends, length, temperatures)
 
-    def _repeat_for_certain(self, indices: Tensor, drafts: Tensor) -> None:
-        """Says that drafts, [num_reqs, k], were the only ones that could be."""
-        assert self.draft_logits is not None
-        self.draft_logits[indices] = NEVER
-        columns = torch.arange(drafts.shape[1], device=self.device)
-        self.draft_logits[indices[:, None], columns, drafts] = 0.0
+    def _repeat(self, indices: Tensor, drafts: Tensor, last_tokens: Tensor) -> None:
+        """Has every row [num_reqs] draft its last token, for certain."""
+        drafts[:] = last_tokens
+        if self.draft_logits is not None:
+            self.draft_logits[indices] = NEVER
+            columns = torch.arange(drafts.shape[1], device=self.device)
+            self.draft_logits[indices[:, None], columns, drafts] = 0.0
 
     def _hand_over(
-        self,
-        drafted: Drafts,
-        drafts: Tensor,
-        rows: Tensor | None,
-        slots: Tensor,
-        temperature: Tensor,
-    ) -> None:
-        """Puts what was drafted into ``rows`` of what vLLM gets; all if None.
+        self, drafted: Drafts, last_tokens: Tensor, slots: Tensor, temperature: Tensor
+    ) -> Tensor:
+        """Tokens for vLLM, [B, k], which is told what they were drawn from.
 
-        Where the drafter's logits are not finite, the last token stays.
+        Where the drafter's logits are not finite, the last token comes instead.
         """
-        length = drafted.tokens.shape[1]
-        columns = slice(length)
-        where = slice(None) if rows is None else rows
         is_sound = drafted.confidences.isfinite()
-        tokens = torch.where(is_sound, drafted.tokens, drafts[where, columns])
-        drafts[where, columns] = tokens
-        if self.draft_logits is None:
-            return
-        assert drafted.probabilities is not None
-        # vLLM divides by the temperature of the request.
-        logits = drafted.probabilities.log().mul_(temperature[slots, None, None])
-        logits = logits.nan_to_num_(NEVER, NEVER, NEVER)
-        certain = logits.gather(2, tokens[..., None]).masked_fill_(
-            ~is_sound[..., None], 0.0
-        )
-        self.draft_logits[slots, columns] = logits.scatter_(
-            2, tokens[..., None], certain
-        )
+        tokens = torch.where(is_sound, drafted.tokens, last_tokens)
+        if self.draft_logits is not None:
+            assert drafted.probabilities is not None
+            # vLLM divides by the temperature of the request.
+            logits = drafted.probabilities.log().mul_(temperature[slots, None, None])
+            logits = logits.nan_to_num_(NEVER, NEVER, NEVER)
+            certain = logits.gather(2, tokens[..., None]).masked_fill_(
+                ~is_sound[..., None], 0.0
+            )
+            told = logits.scatter_(2, tokens[..., None], certain)
+            self.draft_logits[slots, : tokens.shape[1]] = told
+        return tokens
