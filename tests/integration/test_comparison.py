@@ -28,7 +28,7 @@ def evaluate(inputs: Path, output: Path, *more: str) -> None:
         *("evaluate", "--target", target, "--drafter", target, "--output", str(output)),
         *("--data", f"books={inputs / 'books.jsonl'}", "--context-tokens", "60", "90"),
         *("--methods", "budgetdraft", "--kv-budgets", "32", "--prompts", "2"),
-        *("--num-speculative-tokens", "2", "4", "--new-tokens", "12"),
+        *("--num-speculative-tokens", "4", "--new-tokens", "12"),
         *("--engine-args", '{"enforce_eager": true}', *more),
     ]
     environment = os.environ | {
@@ -37,9 +37,8 @@ def evaluate(inputs: Path, output: Path, *more: str) -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
     }
-    call = "from vllm_budgetdraft.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", call, *command],
+        [sys.executable, "-m", "vllm_budgetdraft", *command],
         capture_output=True,
         text=True,
         env=environment,
@@ -59,11 +58,7 @@ def test_every_method_has_a_row_for_each_context(evaluated):
     document = json.loads((evaluated / "results.json").read_text())
     rows = document["results"]
     lengths = {(row["kind"], row["num_speculative_tokens"]) for row in rows}
-    assert lengths == {
-        ("vllm", None),
-        ("budgetdraft", 2),
-        ("budgetdraft", 4),
-    }
+    assert lengths == {("vllm", None), ("budgetdraft", 4)}
     assert len(rows) == 2 * len(lengths)
     for row in rows:
         assert row["num_runs"] == 2 and row["output_identical"] == 1
@@ -73,8 +68,6 @@ def test_every_method_has_a_row_for_each_context(evaluated):
         assert row["peak_memory_bytes"] > 2**20
         if row["kind"] == "budgetdraft":  # of a target that drafts for itself
             assert len(row["acceptance_per_position"]) == 4
-            k = row["num_speculative_tokens"]
-            assert all(rate == 0 for rate in row["acceptance_per_position"][k:])
             assert row["draft_share"] > 0.05
     assert "No meetings (QMSum) were given." in document["notes"]
     assert document["provenance"]["versions"]
@@ -89,7 +82,7 @@ def test_a_run_goes_on_where_it_stopped_and_can_be_served_then(evaluated, inputs
     last, before = json.loads(again[-1]), json.loads(rounds[-1])
     assert last["index"] == before["index"] and last["runs"] != before["runs"]
     rows = json.loads((evaluated / "results.json").read_text())["serving"]
-    assert len(rows) == 3
+    assert len(rows) == 2
     for row in rows:
         assert row["max_concurrency"] == 2 and row["num_runs"] == 1
         assert row["completed"] == 4

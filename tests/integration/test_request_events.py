@@ -280,7 +280,7 @@ EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES
 
 @EVERY_POLICY
 def test_whatever_happens_drafts_are_those_of_the_right_cache(policy, tmp_path):
-    run(policy, tmp_path, examples=20)
+    run(policy, tmp_path, examples=12)
 
 
 @pytest.mark.slow

@@ -29,6 +29,9 @@ from tests.support.scripts import all_at_once, check, of_book
 
 pytestmark = pytest.mark.vllm
 
+#: That schedule ahead, and that do not.
+ENGINES = [schedule_ahead, pytest.param(interpret_kernels, marks=pytest.mark.slow)]
+
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[EngineProcess]:
@@ -61,11 +64,17 @@ def budgeted() -> Iterator[EngineProcess]:
 
 
 # The scripts of V1, on the engines of this module.
-test_aborts = lifecycle.test_aborts_in_prefill_and_in_decode_leave_nothing_behind
 test_prefixes = lifecycle.test_cached_prefixes_are_read_by_the_drafter_all_the_same
 test_chunks = lifecycle.test_chunks_of_a_prompt_and_drafts_share_steps
 test_max_tokens = lifecycle.test_max_tokens_inside_an_accepted_draft_is_the_end
 test_grammars = lifecycle.test_structured_outputs_are_plain_vllms
+
+
+@pytest.mark.slow
+def test_aborts(self_drafting, budgeted, plain):
+    lifecycle.test_aborts_in_prefill_and_in_decode_leave_nothing_behind(
+        self_drafting, budgeted, plain
+    )
 
 
 @pytest.mark.slow
@@ -106,7 +115,7 @@ def slow_reader(**settings: object) -> dict[str, object]:
     return COMMON | draft(draft_prefill_chunk=60, **settings)
 
 
-@pytest.mark.parametrize("prepare", [schedule_ahead, interpret_kernels])
+@pytest.mark.parametrize("prepare", ENGINES)
 def test_who_reads_slowly_catches_up_with_tokens_that_nobody_counted(prepare, plain):
     """Nor does anybody know how many of the tokens verified meanwhile were accepted."""
     with engine_process(slow_reader(), prepare) as engine:
@@ -129,7 +138,10 @@ def test_batches_too_large_for_drafts_leave_caches_that_catch_up(plain):
     assert played.courses[0].gains[-4:-1] == [NUM_DRAFTS + 1] * 3
 
 
-@pytest.mark.parametrize("policy", [FAILS_ON_LONG_PROMPTS, POISONS_LONG_PROMPTS])
+@pytest.mark.parametrize(
+    "policy",
+    [FAILS_ON_LONG_PROMPTS, pytest.param(POISONS_LONG_PROMPTS, marks=pytest.mark.slow)],
+)
 def test_what_goes_wrong_for_one_request_costs_its_drafts_alone(policy, plain):
     settings = COMMON | draft(
         model=DRAFTER,
@@ -178,10 +190,7 @@ def watching_lengths(engine: SteppedEngine, requests: list) -> None:
     assert acceptance.expected_tokens(NUM_DRAFTS)[-1] > 0.8 * (NUM_DRAFTS + 1)
 
 
-@pytest.mark.parametrize(
-    "prepare",
-    [schedule_ahead, pytest.param(interpret_kernels, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("prepare", ENGINES)
 def test_lengths_that_the_scheduler_learns_are_drafted(prepare, plain):
     settings = COMMON | draft(
         model=TARGET, kv_budget=MAX_MODEL_LEN, adaptive_draft_length=True

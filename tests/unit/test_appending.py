@@ -128,7 +128,7 @@ def test_feeding_evicts_and_counts_as_over_an_explicit_list_of_keys(
         twin.ingest(torch.tensor(requests.contexts[slot][:-FIRST_WIDTH]))
         twins.append(twin)
     evicted_by_feeding = set()
-    goal = PROMPT_TOKENS[0] + 12 * proposer.config.recent_window
+    goal = PROMPT_TOKENS[0] + 6 * proposer.config.recent_window
     while len(requests.contexts[0]) < goal or len(evicted_by_feeding) < 4:
         for slot, start, width in catch_up(requests, rng):
             num_evicted = twins[slot].num_evicted
