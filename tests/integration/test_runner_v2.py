@@ -138,10 +138,8 @@ def test_batches_too_large_for_drafts_leave_caches_that_catch_up(plain):
     assert played.courses[0].gains[-4:-1] == [NUM_DRAFTS + 1] * 3
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [FAILS_ON_LONG_PROMPTS, pytest.param(POISONS_LONG_PROMPTS, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [FAILS_ON_LONG_PROMPTS, POISONS_LONG_PROMPTS])
 def test_what_goes_wrong_for_one_request_costs_its_drafts_alone(policy, plain):
     settings = COMMON | draft(
         model=DRAFTER,

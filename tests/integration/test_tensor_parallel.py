@@ -130,7 +130,13 @@ def num_drafts(llm: Any) -> Counter[str]:
     return Counter(drafted=drafted, accepted=accepted)
 
 
-@pytest.mark.parametrize("prepare", [nothing, in_every_process], ids=["V1", "V2"])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        pytest.param(nothing, id="V1"),
+        pytest.param(in_every_process, id="V2", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_accept_the_same_drafts(
     tmp_path: Path, prepare: Callable[[], None]
 ) -> None:
