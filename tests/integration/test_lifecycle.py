@@ -61,6 +61,14 @@ EXTRAS = {
     # On a CPU, vLLM gives a request without an adapter the last place's: keep it empty.
     "max_loras": 2,
 }
+BUDGETED = {
+    "model": DRAFTER,
+    "eviction_policy": "heavy_hitter",
+    "draft_prefill": "streaming",
+    "draft_prefill_chunk": 150,
+    "kv_budget": 96,
+    "recent_window": 48,
+}
 
 
 def draft(**settings: object) -> dict[str, object]:
@@ -91,15 +99,7 @@ def self_drafting(common: dict) -> Iterator[EngineProcess]:
 
 @pytest.fixture(scope="module")
 def budgeted(common: dict) -> Iterator[EngineProcess]:
-    settings = draft(
-        model=DRAFTER,
-        eviction_policy="heavy_hitter",
-        draft_prefill="streaming",
-        draft_prefill_chunk=150,
-        kv_budget=96,
-        recent_window=48,
-    )
-    with engine_process(common | FEW_BLOCKS | EXTRAS | settings) as engine:
+    with engine_process(common | FEW_BLOCKS | EXTRAS | draft(**BUDGETED)) as engine:
         yield engine
 
 

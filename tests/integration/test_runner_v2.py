@@ -10,6 +10,7 @@ import pytest
 
 from tests.integration import test_lifecycle as lifecycle
 from tests.integration.test_lifecycle import (
+    BUDGETED,
     COMMON,
     FEW_BLOCKS,
     MAX_MODEL_LEN,
@@ -51,15 +52,8 @@ def self_drafting() -> Iterator[EngineProcess]:
 
 @pytest.fixture(scope="module")
 def budgeted() -> Iterator[EngineProcess]:
-    settings = draft(
-        model=DRAFTER,
-        eviction_policy="heavy_hitter",
-        draft_prefill="streaming",
-        draft_prefill_chunk=150,
-        kv_budget=96,
-        recent_window=48,
-    )
-    with engine_process(COMMON | FEW_BLOCKS | settings, schedule_ahead) as engine:
+    settings = COMMON | FEW_BLOCKS | draft(**BUDGETED)
+    with engine_process(settings, schedule_ahead) as engine:
         yield engine
 
 
