@@ -3,12 +3,13 @@ r"""Everything that only a GPU can show, in one command, for a machine without n
     python -m benchmarks.gpu_session OUTPUT --texts 'books/train-*.jsonl.xz' \
         --held-out books/validation.jsonl.xz --minutes 25
 
-It trains a target of 61 M parameters at 16K positions and its drafter, pads the target
+It trains a target of 58 M parameters at 16K positions and its drafter, pads the target
 to the cost of 7 B parameters, checks and times the kernels and drafts, and runs the
 comparison with plain vLLM, ngram and draft_model. Each stage is a process with a bound
 on its time; what a stage has done it is not asked to do again, and a stage that failed
 or ran out of time does not keep others from running. Models are saved in files below 16
-MiB. Needs vLLM and this package's requirements on the path.
+MiB; what training would go on from, and the padded target, which is made again in a
+minute, are larger. Needs vLLM and this package's requirements on the path.
 
 ``--tiny`` runs all of it in small on a CPU, which shows that it works and nothing else.
 """

@@ -83,7 +83,8 @@ class DraftLoop:
         """
         Args:
             is_relative: whether positions are cache indices, see ``position_mode``.
-            max_width: most tokens of a request that ``append`` takes.
+            max_width: most tokens of a request that ``append`` takes, at least
+                ``FIRST_WIDTH``.
             draws: whether drafts may be drawn, and not picked.
             counts_attention: whether the cache evicts by it.
         """
@@ -96,8 +97,7 @@ class DraftLoop:
         self._offsets = torch.tensor(widths, device=device)
         starts = torch.arange(num_slots + 1, device=device)
         self._query_starts = {
-            width: starts * width
-            for width in {1, FIRST_WIDTH, *range(1, max_width + 1)}
+            width: starts * width for width in range(1, max_width + 1)
         }
         shape = (num_slots, max_drafts)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -109,7 +109,7 @@ class DraftLoop:
             )
         self._page_mass: Tensor | None = None
         if counts_attention:
-            num_tokens = max(FIRST_WIDTH, max_width) * num_slots
+            num_tokens = max_width * num_slots
             self._page_mass = torch.zeros(
                 (num_tokens, drafter.num_heads, cache.pages_per_slot), device=device
             )

@@ -7,6 +7,7 @@ from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import ladder, scheduled_length
 from vllm_budgetdraft.vllm_integration import metrics
+from vllm_budgetdraft.vllm_integration.faults import FaultLog
 
 #: Steps that a length is kept, of which the last one is timed. What is scheduled now is
 #: drafted at the step's end and verified in the next one; and the engine may schedule
@@ -26,18 +27,35 @@ class AdaptiveSchedule:
         self._scheduler = scheduler
         self._config = config
         self._adaptive = AdaptiveLength(longest, [0, *ladder(longest)])
+        self._faults = FaultLog()
+        self._last_batch: set[str] = set()
         self._length = 0
         self._num_left = 0
 
     def __getitem__(self, batch_size: int) -> int:
         """Draft length of the step that is being scheduled. Each look is a step."""
+        try:
+            self._length = self._next(batch_size)
+        except Exception as error:
+            self._faults.report("every request", error)
+            self._length = 0
+        metrics.DRAFT_LENGTH.set(self._length)
+        return self._length
+
+    def _next(self, batch_size: int) -> int:
         config, adaptive = self._config, self._adaptive
         now, batch = time.perf_counter(), self._batch()
+        ids = {request.request_id for request in self._scheduler.running}
+        if self._last_batch.isdisjoint(ids):  # nobody knows when the last step ended
+            adaptive.forget_step()
+            self._num_left = 0
+        self._last_batch = ids
+        length = self._length
         if self._num_left:
             adaptive.restart_step(now, batch)
         else:
             self._num_left = STEPS_PER_CHOICE
-            self._length = adaptive.choose(
+            length = adaptive.choose(
                 now,
                 batch,
                 batch_size,
@@ -48,9 +66,8 @@ class AdaptiveSchedule:
                 ),
             )
         self._num_left -= 1
-        adaptive.drafted(batch_size if self._length else 0, batch is not None)
-        metrics.DRAFT_LENGTH.set(self._length)
-        return self._length
+        adaptive.drafted(batch_size if length else 0, batch is not None)
+        return length
 
     def record(self, drafts: dict[str, list[int]], sampled: dict[str, int]) -> None:
         """Learns from a step.

@@ -208,14 +208,17 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         rows = self._ready(input_batch, length)
         indices = slots = input_batch.idx_mapping
         where: Tensor | slice = slice(None)
-        if len(rows) < input_batch.num_reqs:
+        are_all_ready = len(rows) == input_batch.num_reqs
+        if not are_all_ready:
             self._repeat(indices, drafts, last_tokens)
+        if not rows:
+            return
+        if not are_all_ready:
             where = async_tensor_h2d(rows, device=self.device, dtype=torch.int64)
             slots = indices[where]
-        if rows:
-            drafted = self._draft(slots, length)
-            tokens = self._hand_over(drafted, last_tokens[where], slots, temperature)
-            drafts[where, :length] = tokens
+        drafted = self._draft(slots, length)
+        tokens = self._hand_over(drafted, last_tokens[where], slots, temperature)
+        drafts[where, :length] = tokens
 
     def _share(self, drafts: Tensor, indices: Tensor) -> None:
         """The leader's drafts, on every rank.

@@ -1,0 +1,64 @@
+"""Adaptive length in the scheduler's place, with a clock and no engine."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_budgetdraft.config import BudgetDraftConfig
+
+pytestmark = pytest.mark.vllm
+
+
+class Scheduler:
+    """Requests that decode together, of a clock that the test sets."""
+
+    def __init__(self, monkeypatch) -> None:
+        from vllm_budgetdraft.vllm_integration import adaptive_schedule
+
+        self.now, self.running = 0.0, []
+        clock = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(adaptive_schedule, "time", clock)
+        config = BudgetDraftConfig(
+            model="drafter", num_speculative_tokens=4, adaptive_draft_length=True
+        )
+        self.lengths = adaptive_schedule.AdaptiveSchedule(self, config)
+
+    def serve(self, name: str) -> None:
+        request = {"request_id": name, "num_computed_tokens": 9, "num_prompt_tokens": 9}
+        self.running = [SimpleNamespace(**request)]
+
+    def step(self, seconds: float = 1.0) -> int:
+        length = self.lengths[len(self.running)]
+        self.now += seconds
+        return length
+
+
+@pytest.fixture
+def scheduler(monkeypatch) -> Scheduler:
+    return Scheduler(monkeypatch)
+
+
+def test_each_choice_is_kept_for_four_steps(scheduler):
+    scheduler.serve("a")
+    lengths = [scheduler.step() for _ in range(400)]
+    assert {0, 4} <= set(lengths) <= {0, 1, 2, 3, 4}
+    assert all(len(set(lengths[i : i + 4])) == 1 for i in range(0, 400, 4))
+
+
+def test_a_pause_between_requests_is_nobodys_step(scheduler):
+    """A trial that were charged an hour would be the last one for days."""
+    for name in "abc":
+        scheduler.serve(name)
+        for _ in range(403):
+            scheduler.step()
+        scheduler.now += 3600
+    adaptive = scheduler.lengths._adaptive
+    assert adaptive.times.estimate(1, 4) == [1.0] * 5
+    assert adaptive._credit > -10
+
+
+def test_a_failure_ends_drafts_and_not_the_engine(scheduler, monkeypatch):
+    scheduler.serve("a")
+    monkeypatch.setattr(scheduler.lengths._adaptive, "choose", None)
+    assert scheduler.step() == 0
+    assert scheduler.lengths._faults.num_faults == 1
