@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY
 
 from tests.support.adapter import Engine, Request
 from tests.support.engines import DRAFTER, Job, book_tokens, run_jobs
@@ -175,19 +174,16 @@ def test_graphs_that_cannot_be_captured_are_done_without(drafter_folder, log, at
     assert "RuntimeError: operation not permitted when stream" in log[0]
 
 
-def counted(error: str) -> float:
-    labels = {"error": error}
-    name = "vllm_budgetdraft:draft_faults_total"
-    return REGISTRY.get_sample_value(name, labels) or 0.0
-
-
 def test_every_failure_is_counted_and_ever_fewer_are_logged(log):
     from vllm_budgetdraft.vllm_integration.faults import FaultLog
+    from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 
-    before, faults = counted("ZeroDivisionError"), FaultLog()
+    statistics = DraftStatistics()
+    faults = FaultLog(statistics)
     for _ in range(100):
         faults.report("request 1", ZeroDivisionError("why"))
-    assert faults.num_faults == counted("ZeroDivisionError") - before == 100
+    assert faults.num_faults == 100
+    assert statistics.take()["counts"] == [["draft_faults", "ZeroDivisionError", 100]]
     assert [line.split("(")[1].split(" ")[0] for line in log] == [
         "1", "2", "4", "8", "16", "32", "64",
     ]  # fmt: skip

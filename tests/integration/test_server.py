@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.engines import DRAFTER
+from tests.support.engines import DRAFTER, wait_until
 from tests.support.servers import Server, serve
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         folder,
         *("--max-num-seqs", "4", "--chat-template", str(template)),
         *("--speculative-config", json.dumps(settings)),
+        VLLM_LOG_STATS_INTERVAL="1",
     ) as server:
         assert "BudgetDraft memory" in server.log.read_text()
         yield server
@@ -68,15 +69,38 @@ def test_completions_and_chats_stream(client: "OpenAI") -> None:
 
 
 def test_metrics_are_vllms_and_ours(server: Server, client: "OpenAI") -> None:
+    """The worker counts, and another process answers."""
     complete(client)
     metrics = server.metrics()
     assert metrics["vllm:generation_tokens_total"] >= 48
     assert metrics["vllm:spec_decode_num_draft_tokens_total"] > 0
     assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
     assert metrics["vllm_budgetdraft:pages_in_use"] > 0
-    assert metrics["vllm_budgetdraft:draft_length"] > 0
+    assert metrics["vllm_budgetdraft:pages_free"] > 0
+    assert metrics["vllm_budgetdraft:draft_length"] == 4
+    assert metrics["vllm_budgetdraft:draft_steps_total"] > 0
+    assert 0 < metrics["vllm_budgetdraft:draft_seconds_total"] < 60
     # Of a counter with labels nothing is shown before it first counts.
     assert metrics["vllm_budgetdraft:draft_faults_total"] == 0
+
+
+def test_a_long_prompt_is_evicted_and_one_that_wants_no_drafts_is_counted(
+    server: Server, client: "OpenAI"
+) -> None:
+    before = server.metrics()
+    client.completions.create(prompt=" and so on" * 300, **REQUEST)
+    complete(client, num_speculative_tokens=0)
+    after = server.metrics()
+    evicted = "vllm_budgetdraft:evicted_tokens_total"
+    assert after[evicted] - before[evicted] > 100
+    skipped = "vllm_budgetdraft:drafts_skipped_total"
+    assert after[skipped] - before[skipped] >= REQUEST["max_tokens"] - 1
+
+
+def test_the_log_has_a_line_like_vllms(server: Server, client: "OpenAI") -> None:
+    complete(client)
+    line = "BudgetDraft metrics: Draft length: 4.0, Draft time: "
+    assert wait_until(lambda: line in server.log.read_text(), seconds=30)
 
 
 @pytest.mark.parametrize(

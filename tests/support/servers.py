@@ -62,7 +62,7 @@ def serve(folder: Path, *arguments: str, **environment: str) -> Iterator[Server]
     It must then exit as it should on SIGINT, and have logged no traceback before.
 
     Args:
-        folder: for its log and its metrics, which its worker counts too.
+        folder: for its log.
     """
     port = _free_port()
     command = [
@@ -75,8 +75,6 @@ def serve(folder: Path, *arguments: str, **environment: str) -> Iterator[Server]
         *arguments,
     ]
     log = folder / "server.log"
-    metrics = folder / "metrics"
-    metrics.mkdir()
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
@@ -84,7 +82,6 @@ def serve(folder: Path, *arguments: str, **environment: str) -> Iterator[Server]
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         **os.environ,
-        "PROMETHEUS_MULTIPROC_DIR": str(metrics),
         **environment,
     }
     with log.open("w") as output:

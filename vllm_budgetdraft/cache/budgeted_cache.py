@@ -65,6 +65,7 @@ class BudgetedCache:
         self._places = torch.arange(self.pages_per_slot, device=device)
         shape = (num_slots + 1, self.pages_per_slot)
         self.num_evicted = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self._past_evictions = torch.zeros_like(self.num_evicted[:1])
         self._capacities = torch.full_like(self.num_evicted, capacity)
         self._evictable = torch.zeros(shape, dtype=torch.bool, device=device)
         self._unused = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -80,6 +81,17 @@ class BudgetedCache:
     @property
     def bytes_per_slot(self) -> int:
         return self.capacity * self.bytes_per_token
+
+    @property
+    def total_evicted(self) -> Tensor:
+        """Context tokens that were ever dropped, [1] int64; nothing waits for it."""
+        return self._past_evictions + self.num_evicted.sum()
+
+    def forget_evictions(self) -> None:
+        """Begins ``total_evicted`` anew; no slot may be held."""
+        assert not self._held, self._held
+        self._past_evictions.zero_()
+        self.num_evicted.zero_()
 
     def start_request(
         self,
@@ -105,6 +117,7 @@ class BudgetedCache:
         pages = self.pool.take(num_pages)
         self._held[slot] = pages
         self.page_table.assign(slot, pages)
+        self._past_evictions += self.num_evicted[slot]
         self.num_evicted[slot] = 0
         self._capacities[slot] = capacity
         first = -(-protected_tokens // self.page_size)

@@ -41,6 +41,7 @@ class DraftProposer:
         reader: of the one context that is being read, up to ``finish_reading``.
         max_drafts: k.
         max_append: most tokens of a request that one ``append`` takes.
+        num_graphs: graphs that drafts replay; 0 where they run eagerly.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class DraftProposer:
             counts_attention=policy.accumulates_attention,
         )
         self._graphs: DraftGraphs | None = None
+        self.num_graphs = 0
 
     @classmethod
     def build(
@@ -291,6 +293,7 @@ class DraftProposer:
             for size in ladder(self.cache.num_slots):
                 spare = tokens.new_full((size,), self.cache.spare_slot)
                 self._try_all(spare, FIRST_WIDTH, widths)
+        self.cache.forget_evictions()
 
     def _try_all(self, slots: Tensor, length: int, widths: Iterable[int]) -> None:
         """Appends and drafts where slots have read all but the end of a context."""
@@ -321,6 +324,6 @@ class DraftProposer:
             draws=self.config.draft_sample_method == "probabilistic",
             device=self.device,
         )
-        num_graphs = graphs.capture(capture)
+        self.num_graphs = graphs.capture(capture)
         self._graphs = graphs
-        return num_graphs
+        return self.num_graphs

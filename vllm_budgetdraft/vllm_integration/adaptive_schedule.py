@@ -6,8 +6,8 @@ from typing import Any
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import ladder, scheduled_length
-from vllm_budgetdraft.vllm_integration import metrics
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
+from vllm_budgetdraft.vllm_integration.patches.statistics import statistics_of
 
 #: Steps that a length is kept, of which the last one is timed. What is scheduled now is
 #: drafted at the step's end and verified in the next one; and the engine may schedule
@@ -27,7 +27,7 @@ class AdaptiveSchedule:
         self._scheduler = scheduler
         self._config = config
         self._adaptive = AdaptiveLength(longest, [0, *ladder(longest)])
-        self._faults = FaultLog()
+        self._faults = FaultLog(statistics_of(scheduler))
         self._last_batch: set[str] = set()
         self._length = 0
         self._num_left = 0
@@ -39,7 +39,6 @@ class AdaptiveSchedule:
         except Exception as error:
             self._faults.report("every request", error)
             self._length = 0
-        metrics.DRAFT_LENGTH.set(self._length)
         return self._length
 
     def _next(self, batch_size: int) -> int:

@@ -4,12 +4,11 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from vllm_budgetdraft.drafter.configuration import range_warning
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration.faults import logger
-
-MIB = 2**20
 
 
 def load_core(vllm_config: VllmConfig, target: nn.Module) -> DraftProposer:
@@ -35,7 +34,8 @@ def load_core(vllm_config: VllmConfig, target: nn.Module) -> DraftProposer:
     if device.type == "cuda" and not vllm_config.model_config.enforce_eager:
         capture_graphs(core, CudaGraphCapture())
     _log_memory(core, num_slots, max_model_len, dtype)
-    _warn_of_long_contexts(core, max_model_len)
+    if warning := range_warning(core.config, core.drafter.config, max_model_len):
+        logger.warning(warning)
     return core
 
 
@@ -65,30 +65,5 @@ def _log_memory(
         dtype=dtype,
     )
     weights = sum(p.nbytes for p in core.drafter.parameters())
-    logger.info(
-        "BudgetDraft memory: drafter weights %.1f MiB, draft cache %.1f MiB "
-        "(%d requests x %d tokens, %.1f KiB each; the drafter's full cache would "
-        "take %.1f KiB each), scratch %.1f MiB, of which distributions of drafts "
-        "%.1f MiB (draft_sample_method)",
-        weights / MIB,
-        plan.cache / MIB,
-        plan.cache // plan.cache_per_request,
-        core.cache.capacity,
-        plan.cache_per_request / 1024,
-        plan.full_cache_per_request / 1024,
-        core.scratch_bytes / MIB,
-        plan.probabilities / MIB,
-    )
-
-
-def _warn_of_long_contexts(core: DraftProposer, max_model_len: int) -> None:
-    native = core.drafter.config.max_position_embeddings
-    is_absolute = core.config.position_mode == "absolute"
-    if is_absolute and max_model_len > native:
-        logger.warning(
-            "max_model_len=%d is beyond the %d tokens that the drafter was made "
-            "for (max_position_embeddings): drafts there may be poor; "
-            "position_mode='cache_relative' keeps its positions below",
-            max_model_len,
-            native,
-        )
+    bill = plan.describe(weights=weights, scratch=core.scratch_bytes)
+    logger.info("BudgetDraft memory: %s", bill)

@@ -2,7 +2,7 @@
 
 import logging
 
-from vllm_budgetdraft.vllm_integration import metrics
+from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 
 # Under vLLM's own logger, the only one that it configures.
 logger = logging.getLogger("vllm.budgetdraft")
@@ -15,8 +15,9 @@ class FaultLog:
         num_faults: failures so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: DraftStatistics) -> None:
         self.num_faults = 0
+        self._statistics = statistics
 
     def report(self, whose: str, error: Exception) -> None:
         """
@@ -24,7 +25,7 @@ class FaultLog:
             whose: the requests that draft nothing because of it.
         """
         self.num_faults += 1
-        metrics.FAULTS.labels(error=type(error).__name__).inc()
+        self._statistics.count("draft_faults", label=type(error).__name__)
         if self.num_faults & (self.num_faults - 1) == 0:
             logger.error(
                 "drafting failed for %s (%d failures so far): %s: %s; generation goes "

@@ -1,4 +1,4 @@
-"""How vLLM is patched: one attribute, once, around the original."""
+"""How vLLM is patched: around the original, and once."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from typing import Any
 def wrap_method(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     """Replaces ``owner.name`` by ``make(original)``; does nothing the second time.
 
+    Another ``make`` may wrap the same attribute once more.
+
     Args:
         owner: a class or a module.
 
@@ -15,8 +17,10 @@ def wrap_method(owner: Any, name: str, make: Callable[[Callable], Callable]) -> 
         AttributeError: ``owner`` has no such attribute.
     """
     original: Any = getattr(owner, name)
-    if getattr(original, "_budgetdraft", False):
+    patch = f"{make.__module__}.{make.__qualname__}"
+    applied = getattr(original, "_budgetdraft", ())
+    if patch in applied:
         return
     replacement: Any = functools.wraps(original)(make(original))
-    replacement._budgetdraft = True
+    replacement._budgetdraft = (*applied, patch)
     setattr(owner, name, replacement)

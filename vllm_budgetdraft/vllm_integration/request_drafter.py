@@ -17,7 +17,9 @@ from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration import sampling
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
+from vllm_budgetdraft.vllm_integration.observation import CoreObserver
 from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
+from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 
 #: In the place of a draft token whose logits were not finite, and of those that the
 #: drafter is not confident of.
@@ -50,6 +52,7 @@ class RequestDrafter:
     """Drafts for requests that hold slots of a ``DraftProposer``.
 
     Attributes:
+        statistics: of drafting, to be taken by whoever sends them on.
         probabilities: of the last drafts, request ids and [len(ids), k, V] float32;
             None if no draft was drawn.
         has_only_drafted: whether every request that may draft just did, and none had
@@ -60,14 +63,15 @@ class RequestDrafter:
         self._core = core
         self._slots = RequestSlots(num_slots)
         self._reading: Holding | None = None
-        self._faults = FaultLog()
+        self.statistics = DraftStatistics()
+        self._faults = FaultLog(self.statistics)
+        self._observer = CoreObserver(core, self.statistics)
         self.probabilities: tuple[list[str], Tensor] | None = None
         self.has_only_drafted = False
 
-    @property
-    def pages_in_use(self) -> int:
-        pool = self._core.cache.pool
-        return pool.num_pages - pool.num_free
+    def observe(self) -> None:
+        """Notes what the draft cache holds now."""
+        self._observer.observe()
 
     def warm_up(self) -> None:
         self._core.warm_up()
@@ -107,12 +111,12 @@ class RequestDrafter:
         ready = []
         num_able = 0
         for request in requests:
-            if self._slots.has_given_up(request.request_id, request.state):
+            if self._slots.why_given_up(request.request_id, request.state):
                 continue
             try:
                 holding = self._up_to_date(request, batch)
                 if holding is None:
-                    self._slots.give_up(request.request_id, request.state)
+                    self._slots.give_up(request.request_id, request.state, "off")
                     continue
                 num_able += 1
                 if not holding.is_read:
@@ -125,7 +129,19 @@ class RequestDrafter:
         drafts = self._draft_ready(ready, limit)
         only_drafted = unread == budget and not is_behind
         self.has_only_drafted = only_drafted and len(drafts) == num_able
+        for request in requests:
+            if request.sampled and not drafts.get(request.row):
+                self.statistics.count("drafts_skipped", label=self._why_not(request))
         return drafts
+
+    def _why_not(self, request: Request) -> str:
+        """Why a request that sampled has no drafts."""
+        if reason := self._slots.why_given_up(request.request_id, request.state):
+            return reason
+        if (holding := self._holding(request)) is None:
+            return "no_pages"
+        is_behind = not holding.is_read or _num_missing(request, holding)
+        return "reading" if is_behind else "not_confident"
 
     def _holding(self, request: Request) -> Holding | None:
         return self._slots.get(request.request_id, request.state)
@@ -289,7 +305,7 @@ class RequestDrafter:
             self._core.cache.scrub(holding.slot)
             self._release(request.request_id)
         if not isinstance(error, PagePoolExhaustedError):
-            self._slots.give_up(request.request_id, request.state)
+            self._slots.give_up(request.request_id, request.state, "failed")
         self._faults.report(f"request {request.request_id}", error)
 
     def _release(self, request_id: str) -> None:

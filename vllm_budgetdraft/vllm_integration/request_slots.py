@@ -62,7 +62,7 @@ class RequestSlots:
     def __init__(self, num_slots: int) -> None:
         self._free = list(range(num_slots - 1, -1, -1))
         self._held: dict[str, Holding] = {}
-        self._given_up: dict[str, Any] = {}
+        self._given_up: dict[str, tuple[Any, str]] = {}
 
     def get(self, request_id: str, state: Any) -> Holding | None:
         holding = self._held.get(request_id)
@@ -82,18 +82,20 @@ class RequestSlots:
         self._free.append(slot)
         return slot
 
-    def give_up(self, request_id: str, state: Any) -> None:
+    def give_up(self, request_id: str, state: Any, reason: str) -> None:
         """Remembers a request that drafts no more."""
-        self._given_up[request_id] = state
+        self._given_up[request_id] = state, reason
 
-    def has_given_up(self, request_id: str, state: Any) -> bool:
-        return self._given_up.get(request_id) is state
+    def why_given_up(self, request_id: str, state: Any) -> str | None:
+        """The reason, or None for a request that may draft."""
+        known, reason = self._given_up.get(request_id, (None, ""))
+        return reason if known is state else None
 
     def forget_ended(self, live: Mapping[str, Any]) -> None:
         """Forgets requests that drafted no more and are over by now."""
         self._given_up = {
-            request_id: state
-            for request_id, state in self._given_up.items()
+            request_id: (state, reason)
+            for request_id, (state, reason) in self._given_up.items()
             if live.get(request_id) is state
         }
 

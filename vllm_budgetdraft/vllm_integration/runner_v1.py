@@ -13,10 +13,10 @@ from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.vllm_integration import metrics
 from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import logger
-from vllm_budgetdraft.vllm_integration.patches import runner_v1
+from vllm_budgetdraft.vllm_integration.observation import DraftTimer
+from vllm_budgetdraft.vllm_integration.patches import runner_v1, statistics
 from vllm_budgetdraft.vllm_integration.request_drafter import Request, RequestDrafter
 from vllm_budgetdraft.vllm_integration.speculative_config import drafter_type
 from vllm_budgetdraft.vllm_integration.target_drafter import TargetDrafter
@@ -45,11 +45,13 @@ class BudgetDraftProposer:
         if self._config.adaptive_draft_length:
             self._adaptive = AdaptiveLength(self._config.num_speculative_tokens)
         runner_v1.apply(type(self))
+        statistics.apply_to_worker()
 
     def load_model(self, target: nn.Module) -> None:
         """Allocates everything: only what lives after this does vLLM count as used."""
         if not self._is_leader:
             return
+        self._timer = DraftTimer(next(target.parameters()).device)
         if drafter_type(self._config) == "flexdraft":
             self._drafter = self._target_drafter(target)
         else:
@@ -101,6 +103,15 @@ class BudgetDraftProposer:
         taken, self._probabilities = self._probabilities, None
         return taken
 
+    def take_statistics(self) -> dict[str, Any] | None:
+        """What was drafted since the last call; None where another rank drafts."""
+        if not self._is_leader:
+            return None
+        self._drafter.observe()
+        counted = self._drafter.statistics
+        counted.count("draft_seconds", self._timer.take())
+        return counted.take()
+
     def profile_run(self) -> None:
         if self._is_leader:
             self._drafter.warm_up()
@@ -125,17 +136,17 @@ class BudgetDraftProposer:
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         if self._is_leader:
-            try:
-                drafted = self._propose(
-                    sampled_token_ids, num_tokens_no_spec, token_ids_cpu
-                )
-                for row, tokens in drafted.items():
-                    drafts[row] = tokens
-            except Exception as error:
-                # Of no request in particular, so that no cache is known to be good.
-                self._drafter.reset(error)
+            with self._timer.measure():
+                try:
+                    drafted = self._propose(
+                        sampled_token_ids, num_tokens_no_spec, token_ids_cpu
+                    )
+                    for row, tokens in drafted.items():
+                        drafts[row] = tokens
+                except Exception as error:
+                    # Of no request in particular, so that no cache is known to be good.
+                    self._drafter.reset(error)
             self._probabilities = self._drafter.probabilities
-            metrics.PAGES_IN_USE.set(self._drafter.pages_in_use)
         return self._shared(drafts) if self._is_parallel else drafts
 
     def _shared(self, drafts: list[list[int]]) -> list[list[int]]:
@@ -163,31 +174,39 @@ class BudgetDraftProposer:
     ) -> dict[int, list[int]]:
         """Drafts by row, where there are any."""
         length = self._choose_length(sampled_token_ids)
-        metrics.DRAFT_LENGTH.set(length)
+        counted = self._drafter.statistics
+        counted.set("draft_length", length)
         live = self._runner.requests
         self._drafter.forget_ended(live)
         if length == 0:
+            num_sampled = sum(map(bool, sampled_token_ids))
+            counted.count("drafts_skipped", num_sampled, "draft_length")
             self._drafter.probabilities = None
             return {}
+        counted.count("draft_steps")
         # The target samples one more token after the last draft that it accepts.
         room = self._max_model_len - 1 - num_tokens
         batch = self._runner.input_batch
         ids = batch.req_ids
         tables = [each.get_numpy_array() for each in batch.block_table.block_tables]
-        requests = [
-            Request(
-                row,
-                ids[row],
-                live[ids[row]],
-                context=token_ids[row, : num_tokens[row]],
-                sampled=bool(sampled),
-                max_drafts=min(length, int(room[row])),
-                block_tables=tuple(table[row] for table in tables),
-            )
-            for row, sampled in enumerate(sampled_token_ids)
+        requests = []
+        for row, sampled in enumerate(sampled_token_ids):
+            state = live[ids[row]]
             # A prompt of embeddings has no ids; its row holds those of another request.
-            if room[row] > 0 and live[ids[row]].prompt_embeds is None
-        ]
+            if (has_ids := state.prompt_embeds is None) and room[row] > 0:
+                request = Request(
+                    row,
+                    ids[row],
+                    state,
+                    context=token_ids[row, : num_tokens[row]],
+                    sampled=bool(sampled),
+                    max_drafts=min(length, int(room[row])),
+                    block_tables=tuple(table[row] for table in tables),
+                )
+                requests.append(request)
+            elif sampled:
+                reason = "max_model_len" if has_ids else "embeddings"
+                counted.count("drafts_skipped", label=reason)
         is_trial = self._adaptive is not None and self._adaptive.is_trying
         drafts = self._drafter.draft(requests, is_trial)
         if self._adaptive is not None:

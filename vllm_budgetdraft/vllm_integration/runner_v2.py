@@ -1,7 +1,6 @@
 """The speculator of model runner V2: a ``DraftProposer`` over the runner's tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,37 +11,18 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_budgetdraft.config import parse_request_settings
+from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.vllm_integration import metrics, sampling
+from vllm_budgetdraft.vllm_integration import sampling
 from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
+from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
+from vllm_budgetdraft.vllm_integration.progress import Progress
+from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 
 #: Logit of a token that is not drafted; finite, for it is scaled by temperatures.
 NEVER = -1e30
-
-
-@dataclass
-class Progress:
-    """How far a request's draft cache is, as far as the host knows.
-
-    How many drafts are accepted only the device knows, so that what a cache lacks is
-    an upper bound here, and exact in ``BudgetDraftSpeculator._num_cached``.
-
-    Attributes:
-        num_prefill: tokens that it came with, all but the last of which are read.
-        is_read: whether they are.
-        has_drafted: whether it did where it last sampled. Then the cache has all but
-            what the next draft feeds.
-        max_missing: most tokens that it lacks besides those, otherwise.
-    """
-
-    request_id: str
-    num_prefill: int
-    kv_budget: int | None
-    is_read: bool = False
-    has_drafted: bool = False
-    max_missing: int = 1 - FIRST_WIDTH
 
 
 class BudgetDraftSpeculator(DraftModelSpeculator):
@@ -76,7 +56,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         self._core: DraftProposer
         self._progress: dict[int, Progress] = {}
         self._reading: Progress | None = None
-        self._faults = FaultLog()
+        self._statistics = DraftStatistics()
+        self._faults = FaultLog(self._statistics)
+        self._timer = DraftTimer(device)
         self.draft_attn_layer_names: set[str] = set()
         self.attn_groups: list[Any] = []
         self.draft_logits: Tensor | None = None
@@ -97,6 +79,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             self.draft_logits = torch.zeros((*shape, vocab_size), device=device)
         if self._is_leader:
             self._core = load_core(self.vllm_config, target_model)
+            self._observer = CoreObserver(self._core, self._statistics)
             self._num_cached = torch.zeros(num_slots, dtype=torch.int64, device=device)
             self._temperatures = torch.zeros(num_slots, device=device)
             self._offsets = torch.arange(self._core.max_append, device=device)
@@ -128,22 +111,27 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             return
         index = self._states.req_id_to_index[request_id]
         self._release(index)
+        progress = Progress(request_id, len(request.prefill_token_ids))
+        self._progress[index] = progress
         try:
-            self._start(request_id, index, request)
+            self._start(index, progress, request)
         except Exception as error:
+            is_full = isinstance(error, PagePoolExhaustedError)
+            progress.why_not = "no_pages" if is_full else "failed"
             self._faults.report(f"request {request_id}", error)
 
-    def _start(self, request_id: str, index: int, request: Any) -> None:
+    def _start(self, index: int, progress: Progress, request: Any) -> None:
         params = request.sampling_params
         settings = parse_request_settings(params and params.extra_args, self._config)
-        # A prompt of embeddings has no ids to read.
-        if settings.num_speculative_tokens == 0 or request.prompt_embeds is not None:
-            return
-        self._core.start_request(index, settings.kv_budget)
-        if self._config.draft_sample_method == "probabilistic":
-            self._temperatures[index] = sampling.draft_temperature(params)
-        num_prefill = len(request.prefill_token_ids)
-        self._progress[index] = Progress(request_id, num_prefill, settings.kv_budget)
+        if settings.num_speculative_tokens == 0:
+            progress.why_not = "off"
+        elif request.prompt_embeds is not None:  # it has no ids to read
+            progress.why_not = "embeddings"
+        else:
+            progress.kv_budget = settings.kv_budget
+            if self._config.draft_sample_method == "probabilistic":
+                self._temperatures[index] = sampling.draft_temperature(params)
+            self._core.start_request(index, settings.kv_budget)
 
     @torch.inference_mode()
     def propose(
@@ -181,19 +169,27 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             length = num_speculative_tokens
             if length is None:
                 length = self._config.num_speculative_tokens
-            metrics.DRAFT_LENGTH.set(length)
+            self._statistics.set("draft_length", length)
+            self._statistics.count("draft_steps", length > 0)
             last_tokens = last_sampled[indices]
-            try:
-                self._propose(input_batch, drafts, last_tokens, length, temperature)
-            except Exception as error:
-                # Of no request in particular, so that no cache is known to be good.
-                self._reset(error)
-                self._repeat(indices, drafts, last_tokens)
-            pool = self._core.cache.pool
-            metrics.PAGES_IN_USE.set(pool.num_pages - pool.num_free)
+            with self._timer.measure():
+                try:
+                    self._propose(input_batch, drafts, last_tokens, length, temperature)
+                except Exception as error:
+                    # Of no request in particular, so that no cache is known to be good.
+                    self._reset(error)
+                    self._repeat(indices, drafts, last_tokens)
         if self._is_parallel:
             self._share(drafts, indices)
         return drafts
+
+    def take_statistics(self) -> dict[str, Any] | None:
+        """What was drafted since the last call; None where another rank drafts."""
+        if not self._is_leader:
+            return None
+        self._observer.observe()
+        self._statistics.count("draft_seconds", self._timer.take())
+        return self._statistics.take()
 
     def _propose(
         self,
@@ -241,7 +237,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
 
     def _release(self, index: int) -> None:
         progress = self._progress.pop(index, None)
-        if progress is None:
+        if progress is None or progress.why_not:
             return
         if progress is self._reading:
             self._reading = None
@@ -253,7 +249,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         """Drops every request after a failure of none in particular."""
         self._faults.report("every request", error)
         self._core.release_all()
-        self._progress = {}
+        for progress in self._progress.values():
+            progress.why_not = progress.why_not or "failed"
         self._reading = None
 
     def _ready(self, batch: Any, length: int) -> list[int]:
@@ -265,29 +262,32 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             self._reading = None  # it waits, and others may read: there is one buffer
         rows = []
         for row, index in enumerate(batch.idx_mapping_np.tolist()):
-            if progress := held[row]:
+            if (progress := held[row]) is None:
+                continue
+            num_drafts, has_sampled = progress.step(batch, row)
+            is_ready = False
+            if not progress.why_not:
                 try:
-                    if self._is_ready(row, index, progress, batch, length):
-                        rows.append(row)
+                    if not progress.is_read:
+                        self._read(index, progress)
+                    if has_sampled:
+                        is_ready = self._is_ready(index, progress, num_drafts, length)
                 except Exception as error:
                     self._faults.report(f"request {progress.request_id}", error)
                     self._release(index)
+                    progress.why_not = "failed"
+                    self._progress[index] = progress
+            if is_ready:
+                rows.append(row)
+            elif has_sampled:
+                reason = progress.why_not or ("reading" if length else "draft_length")
+                self._statistics.count("drafts_skipped", label=reason)
         return rows
 
     def _is_ready(
-        self, row: int, index: int, progress: Progress, batch: Any, length: int
+        self, index: int, progress: Progress, num_drafts: int, length: int
     ) -> bool:
-        num_drafts = batch.num_draft_tokens_per_req
-        num_drafts = 0 if num_drafts is None else int(num_drafts[row])
-        num_prefilled = (
-            batch.num_computed_prefill_tokens_np[row]
-            + batch.num_scheduled_tokens[row]
-            - num_drafts
-        )
-        if not progress.is_read:
-            self._read(index, progress)
-        if num_prefilled < progress.num_prefill:
-            return False  # it has not sampled
+        """Whether a request that sampled, after so many drafts, is to draft now."""
         had_drafted, progress.has_drafted = progress.has_drafted, False
         progress.max_missing += 1 + num_drafts
         if had_drafted:

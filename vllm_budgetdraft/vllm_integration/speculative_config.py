@@ -32,7 +32,7 @@ from vllm_budgetdraft.flexdraft.checkpoint import is_flexdraft, read_flexdraft_c
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
-from vllm_budgetdraft.vllm_integration.patches import front_end
+from vllm_budgetdraft.vllm_integration.patches import front_end, statistics
 
 PROPOSER = "vllm_budgetdraft.vllm_integration.runner_v1.BudgetDraftProposer"
 
@@ -54,6 +54,10 @@ class BudgetDraftSpeculativeConfig(SpeculativeConfig):
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.budgetdraft.items())
         return f"SpeculativeConfig(method='budgetdraft', {settings})"
+
+
+# Here, for the engine core is handed a config that another process made.
+statistics.apply(BudgetDraftSpeculativeConfig)
 
 
 def make_config(

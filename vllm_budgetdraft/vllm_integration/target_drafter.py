@@ -27,6 +27,7 @@ from vllm_budgetdraft.vllm_integration.request_drafter import (
     marked,
     max_drafts,
 )
+from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 from vllm_budgetdraft.vllm_integration.target_cache import pages_of
 
 
@@ -52,10 +53,8 @@ class TargetDrafter:
     """What ``RequestDrafter`` is, without a cache of its own: nothing is read twice.
 
     Attributes:
-        probabilities, has_only_drafted: see ``RequestDrafter``.
+        statistics, probabilities, has_only_drafted: see ``RequestDrafter``.
     """
-
-    pages_in_use = 0
 
     def __init__(
         self,
@@ -79,9 +78,13 @@ class TargetDrafter:
         self._selector: PageSelector
         self._served: dict[str, Served] = {}
         self._given_up: dict[str, Any] = {}
-        self._faults = FaultLog()
+        self.statistics = DraftStatistics()
+        self._faults = FaultLog(self.statistics)
         self.probabilities: tuple[list[str], Tensor] | None = None
         self.has_only_drafted = True
+
+    def observe(self) -> None:
+        """Nothing: there is no draft cache."""
 
     def warm_up(self) -> None:
         """Nothing: there is no cache to read before vLLM has measured its memory."""
@@ -118,7 +121,18 @@ class TargetDrafter:
                     ready.append((request, served))
             except Exception as error:
                 self._give_up(request, error)
-        return self._draft(ready) if ready else {}
+        drafts = self._draft(ready) if ready else {}
+        for request in requests:
+            if request.sampled and not drafts.get(request.row):
+                self.statistics.count("drafts_skipped", label=self._why_not(request))
+        return drafts
+
+    def _why_not(self, request: Request) -> str:
+        """Why a request that sampled has no drafts."""
+        if request.request_id in self._given_up:
+            return "failed"
+        settings = self._served[request.request_id].settings
+        return "not_confident" if max_drafts(request, settings) else "off"
 
     def _find_pages(self, request: Request) -> None:
         """Once the engine has its cache; any of its requests will do."""

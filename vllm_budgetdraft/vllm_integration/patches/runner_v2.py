@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_budgetdraft.vllm_integration.compatibility import supports_runner_v2
+from vllm_budgetdraft.vllm_integration.patches import statistics
 from vllm_budgetdraft.vllm_integration.patching import wrap_method
 
 
@@ -67,6 +68,7 @@ def _make_ours(original: Callable) -> Callable:
                 config.num_speculative_tokens
             )
         wrap_method(GPUModelRunner, "add_requests", _announce)
+        statistics.apply_to_worker()
         return BudgetDraftSpeculator(vllm_config, device, req_states)
 
     return init_speculator

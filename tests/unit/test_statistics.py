@@ -1,0 +1,179 @@
+"""What drafting did, from where it happens to Prometheus and the log."""
+
+import pickle
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from tests.support.drafting import build_proposer
+from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
+from vllm_budgetdraft.vllm_integration.statistics import KEY, DraftStatistics
+
+
+def test_what_is_taken_is_taken_once():
+    statistics = DraftStatistics()
+    statistics.set("draft_length", 8)
+    statistics.count("evicted_tokens", 16)
+    statistics.count("drafts_skipped", label="reading")
+    statistics.count("drafts_skipped", label="reading")
+    statistics.count("draft_seconds", 0.0)  # what is nothing does not travel
+    taken = statistics.take()
+    assert taken == {
+        "gauges": {"draft_length": 8},
+        "counts": [["evicted_tokens", "", 16], ["drafts_skipped", "reading", 2]],
+    }
+    assert statistics.take() == {"gauges": {}, "counts": []}
+
+
+def test_it_survives_every_way_between_processes():
+    statistics = DraftStatistics()
+    statistics.set("pages_free", 3)
+    statistics.count("draft_faults", label="ValueError")
+    taken = statistics.take()
+    by_pickle = pickle.loads(pickle.dumps(taken))
+    by_msgpack = msgspec.msgpack.decode(msgspec.msgpack.encode(taken))
+    for each in (by_pickle, by_msgpack):
+        statistics.add(each)
+    assert statistics.take() == {
+        "gauges": {"pages_free": 3},
+        "counts": [["draft_faults", "ValueError", 2]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("evicted", ""), ("drafts_skipped", ""), ("draft_steps", "why")]
+)
+def test_a_name_that_nobody_shows_is_a_mistake(name, label):
+    with pytest.raises(AssertionError):
+        DraftStatistics().count(name, label=label)
+
+
+def test_an_observer_counts_evictions_once(drafter_folder):
+    settings = {"eviction_policy": "sink_window", "kv_budget": 40, "recent_window": 40}
+    core = build_proposer(drafter_folder, num_slots=2, **settings)
+    statistics = DraftStatistics()
+    observer = CoreObserver(core, statistics)
+
+    def observed() -> tuple[dict[str, float], float]:
+        observer.observe()
+        taken = statistics.take()
+        return taken["gauges"], sum(amount for *_, amount in taken["counts"])
+
+    num_pages = core.cache.pool.num_pages
+    core.warm_up()
+    gauges, evicted = observed()
+    assert evicted == 0
+    assert gauges["pages_free"] == num_pages and gauges["pages_in_use"] == 0
+    core.start_request(0)
+    core.ingest(0, torch.zeros(100, dtype=torch.int64))
+    gauges, evicted = observed()
+    assert evicted == 60
+    assert gauges["pages_in_use"] == core.cache.pages_per_slot
+    assert observed()[1] == 0
+    core.release_request(0)
+    core.start_request(0)  # whose evictions are not those of the one before
+    core.ingest(0, torch.zeros(70, dtype=torch.int64))
+    assert observed()[1] == 30
+
+
+def test_seconds_of_a_gpu_count_when_it_has_passed_both_events():
+    class Event:
+        passed = False
+
+        def __init__(self) -> None:
+            events.append(self)
+
+        def record(self) -> None:
+            self.time = len(events) * 10.0  # ms: 10 between two
+
+        def query(self) -> bool:
+            return self.passed
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.time - self.time + 10
+
+    events: list[Event] = []
+    timer = DraftTimer(torch.device("cpu"), Event)
+    for _ in range(2):
+        with timer.measure():
+            pass
+    assert timer.take() == 0
+    events[1].passed = True
+    assert timer.take() == pytest.approx(0.01)
+    assert timer.take() == 0
+    events[3].passed = True
+    assert timer.take() == pytest.approx(0.01)
+
+
+def test_seconds_of_a_cpu_are_its_clocks(monkeypatch):
+    import time
+
+    timer = DraftTimer(torch.device("cpu"))
+    clock = iter([1.0, 3.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    with timer.measure():
+        pass
+    assert timer.take() == 2.5 and timer.take() == 0
+
+
+@pytest.fixture
+def stat_logger(monkeypatch):
+    from vllm_budgetdraft.vllm_integration import metrics
+
+    lines: list[str] = []
+    monkeypatch.setattr(
+        metrics.logger, "info", lambda text, *args: lines.append(text % args)
+    )
+    model = SimpleNamespace(served_model_name="unit")
+    logger = metrics.BudgetDraftStatLogger(SimpleNamespace(model_config=model), [0, 1])
+    return logger, lines
+
+
+def sample(name: str, **labels: str) -> float | None:
+    labels = {"model_name": "unit", "engine": "0", **labels}
+    return REGISTRY.get_sample_value(f"vllm_budgetdraft:{name}", labels)
+
+
+def test_a_scheduler_step_becomes_metrics_and_a_line(stat_logger):
+    logger, lines = stat_logger
+    assert sample("evicted_tokens_total", engine="1") == 0  # before anything happened
+    logger.log()
+    logger.record(None, None)
+    logger.record(SimpleNamespace(kv_connector_stats=None), None)
+    assert lines == []
+    step = {
+        "gauges": {"draft_length": 8, "pages_in_use": 30, "pages_free": 90},
+        "counts": [
+            ["draft_steps", "", 2],
+            ["draft_seconds", "", 0.006],
+            ["evicted_tokens", "", 32],
+            ["drafts_skipped", "reading", 3],
+            ["drafts_skipped", "off", 1],
+            ["draft_faults", "ValueError", 1],
+        ],
+    }
+    stats = SimpleNamespace(kv_connector_stats={KEY: step, "theirs": 1})
+    before = sample("draft_steps_total")
+    logger.record(stats, None)
+    assert stats.kv_connector_stats == {"theirs": 1}
+    stats = SimpleNamespace(kv_connector_stats={KEY: step})
+    logger.record(stats, None)
+    assert stats.kv_connector_stats is None  # as vLLM has it without a connector
+    assert sample("draft_steps_total") - before == 4
+    assert sample("pages_free") == 90
+    assert sample("drafts_skipped_total", reason="reading") >= 6
+    assert sample("draft_faults_total", error="ValueError") >= 2
+    logger.log()
+    (line,) = lines
+    assert line.startswith(
+        "BudgetDraft metrics: Draft length: 8.0, Draft time: 3.00 ms/step ("
+    )
+    assert line.endswith(
+        "Draft cache usage: 25.0%, Evicted: 64 tokens, Without drafts: 8 (reading 6, "
+        "off 2), Failures: 2 (ValueError 2)"
+    )
+    logger.log()
+    assert len(lines) == 1  # nothing happened since

@@ -1,0 +1,71 @@
+"""What drafting did, counted where it happens, and on its way to whoever shows it."""
+
+from collections import defaultdict
+from typing import Any
+
+#: Of every metric's name in Prometheus.
+PREFIX = "vllm_budgetdraft:"
+#: Of ours among vLLM's statistics.
+KEY = "budgetdraft"
+
+#: Name and meaning.
+GAUGES = {
+    "pages_in_use": "Pages of the draft cache that requests hold.",
+    "pages_free": "Pages of the draft cache that nobody holds.",
+    "draft_length": "Most tokens that a request might draft in the last step.",
+    "cuda_graphs": "CUDA graphs captured of drafts; 0 where drafts run eagerly.",
+}
+#: Shown with the suffix ``_total``.
+COUNTERS = {
+    "draft_steps": "Steps in which drafts were asked for.",
+    "draft_seconds": "Seconds that drafting took, reading prompts for it included: of "
+    "the device, where that is a GPU.",
+    "evicted_tokens": "Context tokens that the draft cache dropped.",
+}
+#: The same by the values of a label: name, label, meaning.
+LABELLED_COUNTERS = {
+    "drafts_skipped": (
+        "reason",
+        "Times that a request sampled and had no drafts made after it. Reasons: "
+        "reading (its prompt is not read yet), no_pages (the draft cache is full), off "
+        "(it asked for none), draft_length (this step has none), max_model_len (it "
+        "ends there), not_confident (draft_confidence_threshold), embeddings (its "
+        "prompt has no tokens), failed (see draft_faults).",
+    ),
+    "draft_faults": (
+        "error",
+        "Failures in drafting, of which what they struck is generated without drafts; "
+        "one for each step in which a request finds no room in the draft cache.",
+    ),
+}
+
+
+class DraftStatistics:
+    """Gauges, and counts since they were last taken."""
+
+    def __init__(self) -> None:
+        self._gauges: dict[str, float] = {}
+        self._counts: defaultdict[tuple[str, str], float] = defaultdict(float)
+
+    def set(self, name: str, value: float) -> None:
+        assert name in GAUGES, name
+        self._gauges[name] = value
+
+    def count(self, name: str, amount: float = 1, label: str = "") -> None:
+        assert name in (LABELLED_COUNTERS if label else COUNTERS), (name, label)
+        self._counts[name, label] += amount
+
+    def take(self) -> dict[str, Any]:
+        """All there is, as what any serialisation can carry; then begins anew."""
+        counts = [[*key, amount] for key, amount in self._counts.items() if amount]
+        taken = {"gauges": self._gauges, "counts": counts}
+        self._gauges = {}
+        self._counts.clear()
+        return taken
+
+    def add(self, taken: dict[str, Any]) -> None:
+        """Adds what was taken elsewhere, later than what is here."""
+        for name, value in taken["gauges"].items():
+            self.set(name, value)
+        for name, label, amount in taken["counts"]:
+            self.count(name, amount, label)
