@@ -1,4 +1,4 @@
-"""Who may import whom: the layer table of ARCHITECTURE.md, and what it is for."""
+"""Who may import whom: the table of CONTRIBUTING.md, and what it is for."""
 
 import ast
 import os
@@ -32,7 +32,7 @@ MAY_IMPORT_OURS |= {
     "evaluation": CORE | {"proposer", "flexdraft"},
     "vllm_integration": CORE | {"proposer", "flexdraft"},
 }
-USER_FACING = ("cli", "comparison", "generation", "__main__")
+USER_FACING = ("cli", "comparison", "diagnosis", "generation", "__main__")
 EVERYTHING = set(MAY_IMPORT_OURS) | set(USER_FACING)
 MAY_IMPORT_OURS |= dict.fromkeys(USER_FACING, EVERYTHING)
 
@@ -48,7 +48,7 @@ MAY_IMPORT_OTHERS = {
     "attention": {"torch", "xformers"},
     "drafter": {"torch", "transformers", "safetensors"},
 }
-MAY_IMPORT_VLLM = {"vllm_integration", "cli", "comparison", "generation"}
+MAY_IMPORT_VLLM = {"vllm_integration", "cli", "comparison", "diagnosis", "generation"}
 
 
 def source_files() -> list[Path]:

@@ -6,14 +6,51 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
 
 from vllm_budgetdraft import __version__
-from vllm_budgetdraft.errors import BudgetDraftError
+from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 
 #: Where the pair that comes with the repository lies, as seen from here.
 MODELS = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "models"))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a subcommand; a user's mistake ends it with status 2 and no traceback."""
+    """Runs a subcommand; what a user can mend ends it with status 2, no traceback."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.takes_rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    try:
+        _require_embedded_pair(args)
+        args.run(args)
+        return
+    except BudgetDraftError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        # Only a whole package can have been left out; part of one is a fault.
+        if error.name is None or "." in error.name:
+            raise
+        message = (
+            f"{error.name} is not installed; pip install "
+            "'vllm-budgetdraft[gpu,train,bench]' brings what the commands need, with "
+            "cpu for gpu where no NVIDIA GPU is"
+        )
+    print(f"budgetdraft: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _require_embedded_pair(args: Namespace) -> None:
+    """Raises ConfigurationError where a default is meant and only the package is."""
+    for name in ("target", "drafter"):
+        folder = Path(getattr(args, name, None) or ".")
+        if folder.parent == MODELS and not folder.is_dir():
+            raise ConfigurationError(
+                f"--{name} {folder} is not there: the embedded pair comes with the "
+                f"repository, not with the package; give --{name} a folder or a name "
+                "on the hub"
+            )
+
+
+def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="budgetdraft", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -23,15 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     _add_pad_target(commands)
     _add_evaluate(commands)
     _add_report(commands)
-    args, rest = parser.parse_known_args(argv)
-    if rest and not args.takes_rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.rest = rest
-    try:
-        args.run(args)
-    except BudgetDraftError as error:
-        print(f"budgetdraft: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    _add_check(commands)
+    _add_env(commands)
+    return parser
 
 
 def _add_demo(commands) -> None:  # type: ignore[no-untyped-def]
@@ -111,6 +142,32 @@ def _add_report(commands) -> None:  # type: ignore[no-untyped-def]
     )
     report.add_arguments(parser)
     parser.set_defaults(run=report.run, takes_rest=False)
+
+
+def _add_check(commands) -> None:  # type: ignore[no-untyped-def]
+    from vllm_budgetdraft.diagnosis import check
+
+    parser = commands.add_parser(
+        "check",
+        help="whether a drafter fits a target, what it takes, and what it brings",
+        description=check.__doc__,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    check.add_arguments(parser)
+    parser.set_defaults(run=check.run, takes_rest=False)
+
+
+def _add_env(commands) -> None:  # type: ignore[no-untyped-def]
+    from vllm_budgetdraft.diagnosis import env
+
+    parser = commands.add_parser(
+        "env",
+        help="what is installed, and what would run on this machine",
+        description=env.__doc__,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    env.add_arguments(parser)
+    parser.set_defaults(run=env.run, takes_rest=False)
 
 
 def _add_pad_target(commands) -> None:  # type: ignore[no-untyped-def]

@@ -32,10 +32,10 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    # vLLM recommends Intel's OpenMP runtime on CPUs.
+    # vLLM recommends Intel's OpenMP runtime on CPUs, and refuses to run with two.
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if openmp.is_file() and "libiomp" not in os.environ.get("LD_PRELOAD", ""):
-        preloaded = os.environ.get("LD_PRELOAD")
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    if openmp.is_file() and "omp" not in preloaded:
         os.environ["LD_PRELOAD"] = f"{openmp}:{preloaded}" if preloaded else str(openmp)
 
 

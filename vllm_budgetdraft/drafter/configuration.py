@@ -129,6 +129,24 @@ def settle(
     return config
 
 
+def range_warning(
+    config: BudgetDraftConfig, drafter: PretrainedConfig, max_model_len: int
+) -> str | None:
+    """Why drafts of long contexts may be poor, if they may.
+
+    Args:
+        config: settled, see ``settle``.
+    """
+    native = drafter.max_position_embeddings
+    if config.position_mode != "absolute" or max_model_len <= native:
+        return None
+    return (
+        f"max_model_len={max_model_len} is beyond the {native} tokens that the drafter "
+        "was made for (max_position_embeddings): drafts there may be poor; "
+        "position_mode='cache_relative' keeps its positions below"
+    )
+
+
 def rotary_frequencies(config: PretrainedConfig) -> tuple[torch.Tensor, float]:
     """Inverse frequencies [head_dim / 2], and the factor on cos and sin (YaRN)."""
     # The rotary module of Llama reads nothing that the four families spell differently.

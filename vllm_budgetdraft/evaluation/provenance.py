@@ -58,9 +58,16 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The checkout's commit, with "+changes" if files differ from it."""
-    folder = Path(__file__).parent
-    if (commit := _output("git", "-C", str(folder), "rev-parse", "HEAD")) is None:
+    """The checkout's commit, with "+changes" if files differ from it.
+
+    None where this package is installed, be it inside of some other repository.
+    """
+    folder = Path(__file__).resolve().parents[2]
+    found = _output("git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD")
+    if found is None:
+        return None
+    top, commit = found.splitlines()
+    if Path(top).resolve() != folder:
         return None
     status = ("status", "--porcelain", "--untracked-files=no")
     changes = _output("git", "-C", str(folder), *status)

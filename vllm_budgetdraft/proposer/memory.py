@@ -9,7 +9,7 @@ from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.configuration import head_dim
 from vllm_budgetdraft.errors import ConfigurationError
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class MemoryPlan:
 
     Attributes:
         bytes_per_token: keys and values of one token, all layers.
+        capacity: tokens that the draft cache of one request holds.
         cache_per_request: draft cache of one request, whatever its context.
         full_cache_per_request: the same with every token of ``max_model_len`` kept.
         num_pages: of the pool.
@@ -27,6 +28,7 @@ class MemoryPlan:
     """
 
     bytes_per_token: int
+    capacity: int
     cache_per_request: int
     full_cache_per_request: int
     num_pages: int
@@ -73,12 +75,30 @@ class MemoryPlan:
         drafts = num_slots * config.num_speculative_tokens
         return cls(
             bytes_per_token=per_token,
+            capacity=capacity,
             cache_per_request=capacity * per_token,
             full_cache_per_request=max_model_len * per_token,
             num_pages=num_pages,
             cache=(num_pages + 1) * page,
             prompt_scratch=scratch * per_token,
             probabilities=is_drawn * drafts * drafter.vocab_size * 4,
+        )
+
+    def describe(self, *, weights: int, scratch: int) -> str:
+        """The bill, for people.
+
+        Args:
+            weights: bytes of the drafter.
+            scratch: bytes of all buffers, ``probabilities`` among them.
+        """
+        return (
+            f"drafter weights {weights / MIB:.1f} MiB, draft cache "
+            f"{self.cache / MIB:.1f} MiB ({self.cache // self.cache_per_request} "
+            f"requests x {self.capacity} tokens, {self.cache_per_request / 1024:.1f} "
+            "KiB each; the drafter's full cache would take "
+            f"{self.full_cache_per_request / 1024:.1f} KiB each), scratch "
+            f"{scratch / MIB:.1f} MiB, of which distributions of drafts "
+            f"{self.probabilities / MIB:.1f} MiB (draft_sample_method)"
         )
 
 

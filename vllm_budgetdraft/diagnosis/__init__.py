@@ -1,0 +1,1 @@
+"""What a user asks before and after trouble: ``budgetdraft env`` and ``check``."""

@@ -1,0 +1,235 @@
+"""``budgetdraft check``: whether a drafter fits a target, and what it would bring."""
+
+import json
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
+
+#: Passages to choose from: more than half the time can be spent on.
+MAX_PASSAGES = 20
+WARM_UP_TOKENS = 16
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("target", help="folder, or name on the hub")
+    parser.add_argument("drafter", help="folder")
+    parser.add_argument(
+        "--speculative-config",
+        type=json.loads,
+        default={},
+        help="JSON, more keys as vLLM's option has them",
+    )
+    parser.add_argument(
+        "--engine-args", type=json.loads, default={}, help="JSON, of vLLM's LLM"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=30, help="to measure for; 0 for not at all"
+    )
+    parser.add_argument(
+        "--context-tokens", type=int, default=4096, help="of a prompt to measure with"
+    )
+    parser.add_argument("--new-tokens", type=int, default=128)
+
+
+def run(args: Namespace) -> None:
+    """Says each thing as soon as it is known.
+
+    Raises:
+        BudgetDraftError: the two do not go together, and why.
+    """
+    from vllm_budgetdraft.comparison.measure import prepare_environment
+
+    prepare_environment()
+    speculative_config = {
+        "method": "budgetdraft",
+        "model": args.drafter,
+        "num_speculative_tokens": 8,
+        **args.speculative_config,
+    }
+    engine_args = {"model": args.target, "max_num_seqs": 4, **args.engine_args}
+    vllm_config = _vllm_config(engine_args, speculative_config)
+    target = vllm_config.model_config
+    _say("target", f"{args.target}, max_model_len {target.max_model_len}")
+    for name, text in _facts(vllm_config, args.target, args.drafter).items():
+        _say(name, text)
+    if args.seconds > 0:
+        context = min(args.context_tokens, target.max_model_len - args.new_tokens)
+        row = _measure(args, engine_args, speculative_config, context)
+        for name, text in _verdict(row, context, args.new_tokens).items():
+            _say(name, text)
+
+
+def _say(name: str, text: str) -> None:
+    print(f"{name:<12}  {text}", flush=True)
+
+
+def _vllm_config(
+    engine_args: dict[str, Any], speculative_config: dict[str, Any]
+) -> Any:
+    """vLLM's own, with all that it and we check before weights are loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_budgetdraft.vllm_integration.plugin import register
+
+    register()
+    try:
+        return EngineArgs(
+            **engine_args, speculative_config=speculative_config
+        ).create_engine_config()
+    except BudgetDraftError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"vLLM cannot serve {engine_args['model']!r} so: {error}"
+        ) from error
+
+
+def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
+    """What can be said without loading weights; those that do not fit have failed."""
+    import torch
+
+    from vllm_budgetdraft.diagnosis.memory import describe
+    from vllm_budgetdraft.drafter.configuration import (
+        range_warning,
+        read_drafter_config,
+        settle,
+    )
+    from vllm_budgetdraft.flexdraft.checkpoint import is_flexdraft
+
+    config = vllm_config.speculative_config.settings
+    model = vllm_config.model_config
+    facts = {"vocabulary": _vocabulary(target, drafter, model.get_vocab_size())}
+    if is_flexdraft(drafter):
+        facts["positions"] = "the target's"
+    else:
+        found = read_drafter_config(drafter)
+        settled = settle(config, found, model.max_model_len)
+        facts["positions"] = range_warning(settled, found, model.max_model_len) or (
+            f"{settled.position_mode}, within the {found.max_position_embeddings} "
+            "tokens that the drafter was made for"
+        )
+    facts["memory"] = describe(
+        vllm_config.speculative_config.budgetdraft,
+        max_model_len=model.max_model_len,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        target_dtype=model.dtype,
+        device_type="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    is_v2 = getattr(vllm_config, "use_v2_model_runner", False)
+    facts["model runner"] = "V2" if is_v2 else "V1"
+    return facts
+
+
+def _vocabulary(target: str, drafter: str, size: int) -> str:
+    """Whether token ids mean the same, of which the sizes alone are checked by vLLM."""
+    from transformers import AutoTokenizer
+
+    if not (Path(drafter) / "tokenizer.json").is_file():
+        return f"{size} tokens in both; the drafter has no tokenizer.json to compare"
+    ours, theirs = (
+        AutoTokenizer.from_pretrained(model).get_vocab() for model in (drafter, target)
+    )
+    if different := len(ours.items() ^ theirs.items()):
+        return (
+            f"{size} tokens in both, but {different} entries of the tokenizers differ: "
+            "drafts of these are never right; use a drafter of this target's tokenizer"
+        )
+    return f"{size} tokens in both, of equal tokenizers"
+
+
+def _measure(
+    args: Namespace,
+    engine_args: dict[str, Any],
+    speculative_config: dict[str, Any],
+    context_tokens: int,
+) -> dict[str, Any]:
+    """Plain vLLM, then ours: one engine at a time, for the target may fill the GPU."""
+    from transformers import AutoTokenizer
+
+    from vllm_budgetdraft.comparison.methods import PLAIN, Method
+    from vllm_budgetdraft.comparison.prompts import EXCERPT, build_prompts
+    from vllm_budgetdraft.comparison.summary import summarise
+
+    prompts = build_prompts(
+        AutoTokenizer.from_pretrained(args.target),
+        {"books": str(EXCERPT)},
+        lengths=[context_tokens],
+        count=MAX_PASSAGES,
+    )
+    shared = {"enable_prefix_caching": False, **engine_args}
+    methods = [
+        Method(PLAIN, engine_args=shared),
+        Method(
+            "budgetdraft",
+            engine_args={**shared, "speculative_config": speculative_config},
+        ),
+    ]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    described = {}
+    with tempfile.TemporaryDirectory() as logs:
+        for method in methods:
+            _say("measuring", method.name)
+            runs[method.name], described[method.name] = _runs_of(
+                method,
+                [prompt.token_ids for prompt in prompts],
+                Path(logs) / f"{method.name}.log",
+                new_tokens=args.new_tokens,
+                seconds=args.seconds / len(methods),
+            )
+    rounds = [
+        {
+            "task": "books",
+            "context_tokens": context_tokens,
+            "runs": dict(zip(runs, turn, strict=True)),
+            "profiles": {},
+            "engines": described,
+        }
+        for turn in zip(*runs.values(), strict=False)
+    ]
+    return summarise(methods, rounds)[-1]
+
+
+def _runs_of(
+    method: Any,
+    prompts: list[list[int]],
+    log: Path,
+    *,
+    new_tokens: int,
+    seconds: float,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One run of each prompt, as far as the time goes but of one at least."""
+    from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
+
+    sampling = {"temperature": 0.0, "max_tokens": new_tokens, "ignore_eos": True}
+    runs = []
+    with EngineProcess(method.engine_args, log) as engine:
+        engine.generate(prompts[0], {**sampling, "max_tokens": WARM_UP_TOKENS})
+        end = time.monotonic() + seconds
+        for prompt in prompts:
+            runs.append(asdict(engine.generate(prompt, sampling)))
+            if time.monotonic() > end:
+                break
+        return runs, engine.describe()
+
+
+def _verdict(row: dict[str, Any], context: int, new_tokens: int) -> dict[str, str]:
+    verdict = {
+        "speed-up": f"{row['speedup']:.2f}x of a request, {row['decode_speedup']:.2f}x "
+        f"after the first token: medians of {row['num_runs']} prompts of {context} "
+        f"tokens, {new_tokens} new ones, one request at a time",
+        "acceptance": f"{row['acceptance_length'] or 1:.2f} tokens per step, the "
+        "target's own among them",
+        "outputs": "equal, token for token",
+    }
+    if row["output_identical"] < 1:
+        verdict["outputs"] = (
+            f"{row['output_identical']:.0%} equal, token for token: in 16-bit types "
+            "the target itself may break near ties another way when it scores several "
+            'tokens at once; compare with --engine-args \'{"dtype": "float32"}\''
+        )
+    return verdict

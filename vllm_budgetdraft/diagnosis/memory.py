@@ -1,0 +1,48 @@
+"""What a drafter would allocate, without loading it."""
+
+from typing import Any
+
+import torch
+
+from vllm_budgetdraft.config import parse_speculative_config
+from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
+from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.flexdraft.checkpoint import is_flexdraft
+from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
+
+
+def describe(
+    settings: dict[str, Any],
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    target_dtype: torch.dtype,
+    device_type: str,
+) -> str:
+    """A line like the one that the engine logs.
+
+    Args:
+        settings: a speculative config, less ``method``.
+
+    Raises:
+        ConfigurationError, UnsupportedDrafterError: see ``parse_speculative_config``,
+            ``read_drafter_config``, ``settle`` and ``MemoryPlan.of``.
+    """
+    config = parse_speculative_config(settings)
+    if is_flexdraft(config.model):
+        return "no draft cache: FlexDraft reads the target's own"
+    drafter = read_drafter_config(config.model)
+    dtype = resolve_dtype(config, device_type, target_dtype)
+    plan = MemoryPlan.of(
+        settle(config, drafter, max_model_len),
+        drafter,
+        num_slots=max_num_seqs,
+        max_model_len=max_model_len,
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in Drafter(drafter, 1).parameters())
+    return plan.describe(
+        weights=num_parameters * dtype.itemsize,
+        scratch=plan.prompt_scratch + plan.probabilities,
+    )
