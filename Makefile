@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow lint format docs clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ lint: setup ## Check style and types.
 format: setup ## Fix style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup ## Build the documentation into site/.
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 clean: ## Remove builds and caches; .venv stays.
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

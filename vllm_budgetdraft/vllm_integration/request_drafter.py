@@ -17,7 +17,7 @@ from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration import sampling
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
-from vllm_budgetdraft.vllm_integration.observation import CoreObserver
+from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
 from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 
@@ -53,6 +53,7 @@ class RequestDrafter:
 
     Attributes:
         statistics: of drafting, to be taken by whoever sends them on.
+        timer: to be run while it drafts.
         probabilities: of the last drafts, request ids and [len(ids), k, V] float32;
             None if no draft was drawn.
         has_only_drafted: whether every request that may draft just did, and none had
@@ -66,12 +67,14 @@ class RequestDrafter:
         self.statistics = DraftStatistics()
         self._faults = FaultLog(self.statistics)
         self._observer = CoreObserver(core, self.statistics)
+        self.timer = DraftTimer(core.device)
         self.probabilities: tuple[list[str], Tensor] | None = None
         self.has_only_drafted = False
 
     def observe(self) -> None:
-        """Notes what the draft cache holds now."""
+        """Notes what the draft cache holds now, and what drafting took."""
         self._observer.observe()
+        self.statistics.count("draft_seconds", self.timer.take())
 
     def warm_up(self) -> None:
         self._core.warm_up()

@@ -15,7 +15,6 @@ from vllm_budgetdraft.proposer.draft_length import scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import logger
-from vllm_budgetdraft.vllm_integration.observation import DraftTimer
 from vllm_budgetdraft.vllm_integration.patches import runner_v1, statistics
 from vllm_budgetdraft.vllm_integration.request_drafter import Request, RequestDrafter
 from vllm_budgetdraft.vllm_integration.speculative_config import drafter_type
@@ -51,7 +50,6 @@ class BudgetDraftProposer:
         """Allocates everything: only what lives after this does vLLM count as used."""
         if not self._is_leader:
             return
-        self._timer = DraftTimer(next(target.parameters()).device)
         if drafter_type(self._config) == "flexdraft":
             self._drafter = self._target_drafter(target)
         else:
@@ -108,9 +106,7 @@ class BudgetDraftProposer:
         if not self._is_leader:
             return None
         self._drafter.observe()
-        counted = self._drafter.statistics
-        counted.count("draft_seconds", self._timer.take())
-        return counted.take()
+        return self._drafter.statistics.take()
 
     def profile_run(self) -> None:
         if self._is_leader:
@@ -136,7 +132,7 @@ class BudgetDraftProposer:
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         if self._is_leader:
-            with self._timer.measure():
+            with self._drafter.timer.measure():
                 try:
                     drafted = self._propose(
                         sampled_token_ids, num_tokens_no_spec, token_ids_cpu

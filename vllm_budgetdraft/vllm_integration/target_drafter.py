@@ -20,6 +20,7 @@ from vllm_budgetdraft.flexdraft.modeling import FlexDraft, TargetParts
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.vllm_integration import sampling
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
+from vllm_budgetdraft.vllm_integration.observation import DraftTimer
 from vllm_budgetdraft.vllm_integration.request_drafter import (
     NOT_FINITE,
     Request,
@@ -53,7 +54,7 @@ class TargetDrafter:
     """What ``RequestDrafter`` is, without a cache of its own: nothing is read twice.
 
     Attributes:
-        statistics, probabilities, has_only_drafted: see ``RequestDrafter``.
+        statistics, timer, probabilities, has_only_drafted: see ``RequestDrafter``.
     """
 
     def __init__(
@@ -80,11 +81,13 @@ class TargetDrafter:
         self._given_up: dict[str, Any] = {}
         self.statistics = DraftStatistics()
         self._faults = FaultLog(self.statistics)
+        self.timer = DraftTimer(self._device)
         self.probabilities: tuple[list[str], Tensor] | None = None
         self.has_only_drafted = True
 
     def observe(self) -> None:
-        """Nothing: there is no draft cache."""
+        """Notes what drafting took; there is no draft cache."""
+        self.statistics.count("draft_seconds", self.timer.take())
 
     def warm_up(self) -> None:
         """Nothing: there is no cache to read before vLLM has measured its memory."""
