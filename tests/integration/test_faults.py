@@ -81,6 +81,39 @@ def test_others_draft_as_if_the_faulty_one_were_not_there(
     assert engine.core.cache.pool.num_free == engine.core.cache.pool.num_pages
 
 
+def test_whoever_has_no_drafts_is_counted_by_reason(drafter_folder):
+    engine = Engine(
+        drafter_folder,
+        eviction_policy=FAILS_ON_LONG_PROMPTS,
+        draft_prefill_chunk=100,
+        # Of a bit more than two requests.
+        pool_memory_gib=2.5 * (304 * 480) / 2**30,
+        **SETTINGS,
+    )
+
+    def skipped() -> dict[str, float]:
+        engine.step()
+        counts = engine.proposer.take_statistics()["counts"]
+        return {label: n for name, label, n in counts if name == "drafts_skipped"}
+
+    engine.start("off", 10)
+    engine.requests["off"] = Request(num_speculative_tokens=0)
+    engine.start("short", 40)
+    engine.start("other", 90)
+    assert skipped() == {"off": 1, "reading": 1}
+    engine.start("third", 40)
+    assert skipped() == {"off": 1, "no_pages": 1}
+    for name in ("third", "other", "short"):
+        engine.finish(name)
+    engine.start("long", 800)
+    for _ in range(8):
+        assert skipped() == {"off": 1, "reading": 1}
+    for _ in range(2):
+        assert skipped() == {"off": 1, "failed": 1}
+    engine.start("end", MAX_MODEL_LEN)
+    assert skipped() == {"off": 1, "failed": 1, "max_model_len": 1}
+
+
 def test_not_a_number_does_not_reach_who_holds_its_pages_next(
     drafter_folder, others_drafts
 ):

@@ -15,7 +15,7 @@ import torch
 from tests.support.drafting import build_proposer
 from tests.support.fake_graph import FakeGraph, forbid_host_reads
 from tests.support.models import VOCAB_SIZE, random_tokens
-from tests.support.policies import POISONS_LONG_PROMPTS
+from tests.support.policies import FAILS_ON_LONG_PROMPTS, POISONS_LONG_PROMPTS
 from vllm_budgetdraft.vllm_integration.core_loader import capture_graphs
 
 pytestmark = pytest.mark.vllm
@@ -241,6 +241,36 @@ def test_nothing_waits_for_the_device(drafter_folder, graphs, monkeypatch):
         for index in indices:
             runner.emit(index, [1, 2])
         runner.propose(indices, NUM_DRAFTS, length)
+
+
+def test_whoever_has_no_drafts_is_counted_by_reason(drafter_folder):
+    runner = Runner(
+        drafter_folder,
+        eviction_policy=FAILS_ON_LONG_PROMPTS,
+        draft_prefill_chunk=100,
+        # Of a bit more than two requests.
+        pool_memory_gib=2.5 * (336 * 480) / 2**30,
+    )
+
+    def skipped(indices: list[int], length: int = NUM_DRAFTS) -> dict[str, float]:
+        runner.propose(indices, 0, length)
+        counts = runner.speculator.take_statistics()["counts"]
+        return {label: n for name, label, n in counts if name == "drafts_skipped"}
+
+    runner.add(0, 90, extra_args={"num_speculative_tokens": 0})
+    runner.add(1, 90)
+    runner.add(2, 720)
+    runner.add(3, 90)
+    for index in range(NUM_SLOTS):
+        runner.emit(index, [5])
+    reasons = {"off": 1, "reading": 1, "no_pages": 1}
+    assert skipped([0, 1, 2, 3]) == reasons
+    assert skipped([1], length=0) == {"draft_length": 1}
+    for _ in range(8):
+        assert skipped([2]) in ({"reading": 1}, {"failed": 1})
+    assert skipped([2]) == {"failed": 1}
+    faults = runner.speculator._faults.num_faults
+    assert faults == 2  # one of them that there was no room
 
 
 def test_a_failure_of_no_request_ends_the_drafts_of_that_step(
