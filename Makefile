@@ -18,8 +18,9 @@ setup: ## Make .venv: vLLM for this machine, and this package.
 demo: setup ## Compare vLLM with and without BudgetDraft on a book excerpt.
 	@$(BIN)/budgetdraft demo $(ARGS)
 
+# Of two processes, each with all tests of a file: they share engines.
 test: setup ## Run the tests, without the slow ones.
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup ## Run the slow tests.
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -37,5 +38,5 @@ docs: setup ## Build the documentation into site/.
 	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 clean: ## Remove builds and caches; .venv stays.
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -109,7 +109,7 @@ def create_venv() -> None:
 
 def install(vllm: str, backend: str) -> None:
     # One call, so that one resolution has to satisfy vLLM's pins and our ranges.
-    package = f".[{backend},train,bench,dev]"
+    package = f".[{backend},train,bench,docs,dev]"
     say(f"installing {vllm} and this package; the first time takes several minutes")
     failure = f"could not install {vllm} and {package}"
     if backend == "cpu":

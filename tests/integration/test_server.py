@@ -1,6 +1,8 @@
 """The OpenAI-compatible server with BudgetDraft, as a client sees it."""
 
 import json
+import shutil
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +103,28 @@ def test_the_log_has_a_line_like_vllms(server: Server, client: "OpenAI") -> None
     complete(client)
     line = "BudgetDraft metrics: Draft length: 4.0, Draft time: "
     assert wait_until(lambda: line in server.log.read_text(), seconds=30)
+
+
+@pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="prometheus is not installed"
+)
+def test_prometheus_has_what_the_dashboard_shows(server, client, tmp_path) -> None:
+    from tests.support.prometheus import panels, scrape
+
+    with scrape(server.url, tmp_path) as prometheus:
+        for num_speculative_tokens in (4, 0):
+            complete(client, num_speculative_tokens=num_speculative_tokens)
+            time.sleep(2.5)  # two scrapes
+        shown = {title: prometheus.query(query) for title, query in panels()}
+    without = {title for title, series in shown.items() if not series}
+    assert without == {"Failures in drafting"}  # there were none
+    for title, series in shown.items():
+        for each in series:
+            assert float(each["value"][1]) >= 0, title
+    reasons = {each["metric"]["reason"] for each in shown["Requests without drafts"]}
+    assert "off" in reasons
+    (acceptance,) = shown["Acceptance length"]
+    assert 1 < float(acceptance["value"][1]) < 6
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def serve(folder: Path, *arguments: str, **environment: str) -> Iterator[Server]
     Args:
         folder: for its log.
     """
-    port = _free_port()
+    port = free_port()
     command = [
         # Not the script "vllm", which in a copied .venv is still that of the original.
         *(sys.executable, "-m", "vllm.entrypoints.cli.main"),
@@ -111,7 +111,7 @@ def serve(folder: Path, *arguments: str, **environment: str) -> Iterator[Server]
     assert "Traceback" not in text, text[-3000:]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
