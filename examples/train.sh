@@ -18,20 +18,19 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 target=${TARGET:-$root/models/books-9m}
 
 mkdir -p "$output"
-# One document of JSONL each: of a .txt file, every line would be a document. The last
-# tenth is held out: acceptance is measured on it.
+# The last tenth is held out: acceptance is measured on it.
 python3 - "$text" "$output" << 'END'
-import json, pathlib, sys
+import pathlib, sys
 
 text, output = pathlib.Path(sys.argv[1]).read_text(), pathlib.Path(sys.argv[2])
 cut = len(text) * 9 // 10
-(output / "train.jsonl").write_text(json.dumps({"text": text[:cut]}) + "\n")
-(output / "held-out.jsonl").write_text(json.dumps({"text": text[cut:]}) + "\n")
+(output / "train.txt").write_text(text[:cut])
+(output / "held-out.txt").write_text(text[cut:])
 END
 
 # The target writes on from the text, greedily and drawn: that is what a drafter meets.
 generate=(
-    budgetdraft generate --target "$target" --texts "$output/train.jsonl"
+    budgetdraft generate --target "$target" --texts "$output/train.txt"
     --prompts 256:96 1024:32 --new-tokens 128 --top-logprobs 64
     # A quick start, for a CPU; leave it out on a GPU.
     --engine-args '{"dtype": "float32", "enforce_eager": true}'
@@ -48,7 +47,7 @@ budgetdraft train --target "$target" --target_layers "${layers[@]}" \
     --per_device_train_batch_size 4 --max_steps "${STEPS:-200}" \
     --learning_rate 5e-4 --lr_scheduler_type cosine --warmup_steps 10 \
     --eval_strategy steps --eval_steps 100 --eval_on_start true \
-    --eval_texts "$output/held-out.jsonl" \
+    --eval_texts "$output/held-out.txt" \
     --eval_contexts 512 --eval_budgets 128 --eval_prompts 4 --eval_new_tokens 64 \
     --logging_steps 20 --save_total_limit 2 --output_dir "$output/drafter"
 

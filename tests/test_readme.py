@@ -1,12 +1,19 @@
-"""README says what the code does."""
+"""README says what the code does, and what was measured."""
 
+import json
+import re
 from pathlib import Path
 
+import pytest
+
 from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.eviction.catalogue import POLICIES
 from vllm_budgetdraft.vllm_integration.compatibility import NEWEST, OLDEST
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DRAFTER = ROOT / "models" / "books-9m-drafter"
 
 
 def test_the_settings_table_is_the_config() -> None:
@@ -15,11 +22,51 @@ def test_the_settings_table_is_the_config() -> None:
         assert f"| `{name}` | {default} | {field.description} |" in README
 
 
-def test_every_policy_is_listed() -> None:
+def test_every_policy_is_named() -> None:
     for name in POLICIES:
-        assert f"| `{name}` |" in README
+        assert f"`{name}`" in README
 
 
 def test_the_supported_range_is_stated() -> None:
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
     assert f"{oldest} to {newest}" in README
+
+
+def test_what_is_linked_to_is_there() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_table_is_what_was_measured(page: str) -> None:
+    file = ROOT / "benchmarks/results/paper-2-cores/results.json"
+    measured = {
+        row["kind"]: row
+        for row in json.loads(file.read_text(encoding="utf-8"))["results"]
+        if (row["task"], row["context_tokens"]) == ("books", 4096)
+        and row["num_speculative_tokens"] in (None, 8)
+        and row["kv_budget"] in (None, 512)
+    }
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if "4,096 tokens of a novel" in line)
+    shown = {}
+    for line in lines[start + 2 : start + 6]:
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        kind = re.sub(r"plain |\*|`|, .*", "", name).split()[-1]
+        shown[kind.replace("vLLM", "vllm")] = cells
+    assert shown.keys() == {"vllm", "ngram", "draft_model", "budgetdraft"}
+    for kind, (rate, speedup, decode, length, _, same) in shown.items():
+        row = measured[kind]
+        assert rate == f"{row['output_throughput']:.0f}"
+        assert speedup == f"{row['speedup']:.2f}x"
+        assert decode == f"{row['decode_speedup']:.2f}x"
+        found = row["acceptance_length"]
+        assert length == (f"{found:.2f}" if found else "")
+        assert same == ("yes" if row["output_identical"] == 1 else "no")
+    # Keys and values of one token, and how many tokens each method holds in the end.
+    drafter = read_drafter_config(DRAFTER)
+    heads = drafter.num_hidden_layers * drafter.num_key_value_heads
+    kib = 2 * heads * drafter.head_dim * 4 / 1024
+    config = BudgetDraftConfig(model=str(DRAFTER), num_speculative_tokens=8)
+    assert shown["budgetdraft"][4] == f"{config.cache_capacity(8192) * kib:,.0f} KiB"
+    assert shown["draft_model"][4] == f"{(4096 + 256) * kib:,.0f} KiB"

@@ -193,7 +193,7 @@ def test_a_config_that_is_not_json_is_refused(folder):
 
 def test_a_config_that_transformers_refuses_is_refused(folder):
     change_config(folder, head_dim=None, hidden_size=47)
-    assert f"{folder / 'config.json'} is not valid" in refusal_of(folder)
+    assert f"{folder / 'config.json'} is no valid config" in refusal_of(folder)
 
 
 def test_a_rope_that_depends_on_the_length_is_refused_by_name(folder):

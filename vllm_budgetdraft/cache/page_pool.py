@@ -59,7 +59,8 @@ class PagePool:
         if num_pages > len(self._free):
             raise PagePoolExhaustedError(
                 f"{num_pages} pages asked for, {len(self._free)} of {self.num_pages} "
-                "free; release a request, or allow more with a larger max_num_seqs"
+                "free: the request drafts when others have ended; raise "
+                "pool_memory_gib, or leave it out to have room for max_num_seqs"
             )
         return [self._free.pop() for _ in range(num_pages)]
 

@@ -189,7 +189,9 @@ def _sources(given: list[str]) -> dict[str, str]:
     for each in given:
         task, equals, source = each.partition("=")
         if not equals:
-            raise ConfigurationError(f"--data {each!r} is not TASK=SOURCE")
+            raise ConfigurationError(
+                f"--data {each!r} is not TASK=SOURCE; write for example books=FILE"
+            )
         found[task] = source
     return found
 

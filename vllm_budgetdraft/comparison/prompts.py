@@ -86,7 +86,7 @@ def _summaries(tokenizer: Any, source: str, unwraps_lines: bool) -> Any:
 def _framed_passages(
     tokenizer: Any, source: str, unwraps_lines: bool, before: str, after: str
 ) -> Any:
-    if Path(source) == EXCERPT:  # one text, not one of each line
+    if Path(source) == EXCERPT:  # which goes on: it has no end of text
         tokens = _encode(tokenizer, EXCERPT.read_text(encoding="utf-8"))
         texts = Dataset.from_dict({"input_ids": [tokens]})
     else:

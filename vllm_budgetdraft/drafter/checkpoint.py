@@ -64,12 +64,16 @@ def load_drafter(
         names = _names_in_folder(name, layers)
         missing = [part for part in names if part not in weights]
         if missing:
-            raise UnsupportedDrafterError(f"{folder} lacks the weights {missing}")
+            raise UnsupportedDrafterError(
+                f"{folder} lacks the weights {missing}, which config.json speaks of; "
+                "download or copy both anew"
+            )
         value = torch.cat([weights[part] for part in names])
         if value.shape != parameter.shape:
             raise UnsupportedDrafterError(
                 f"{folder}: {names} have shape {tuple(value.shape)}, "
-                f"config.json says {tuple(parameter.shape)}"
+                f"config.json says {tuple(parameter.shape)}; they are of two models: "
+                "download or copy both anew"
             )
         state[name] = value
     drafter.load_state_dict(state)
@@ -164,6 +168,7 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
             weights.update(load_file(file))
         except SafetensorError as error:
             raise UnsupportedDrafterError(
-                f"{file} is not safetensors: {error}"
+                f"{file} is not safetensors ({error}); download it anew, whole: Git "
+                "LFS leaves a small text in its place"
             ) from error
     return weights

@@ -38,7 +38,9 @@ def read_drafter_config(folder: str | Path) -> PretrainedConfig:
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UnsupportedDrafterError(f"{path} is not JSON: {error}") from error
+        raise UnsupportedDrafterError(
+            f"{path} is not JSON ({error}); download or copy it anew"
+        ) from error
     architectures = raw.get("architectures") or []
     if not set(architectures) & set(ARCHITECTURES):
         raise UnsupportedDrafterError(
@@ -48,7 +50,9 @@ def read_drafter_config(folder: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers validates with several kinds
-        raise UnsupportedDrafterError(f"{path} is not valid: {error}") from error
+        raise UnsupportedDrafterError(
+            f"{path} is no valid config ({error}); mend it, or download it anew"
+        ) from error
     check_drafter_config(config, str(folder))
     return config
 

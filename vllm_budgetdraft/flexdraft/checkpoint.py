@@ -46,7 +46,9 @@ def read_flexdraft_config(folder: str | Path) -> dict[str, Any]:
         )
     config = json.loads(path.read_text(encoding="utf-8"))
     if missing := set(KEYS) - set(config):
-        raise UnsupportedDrafterError(f"{path} lacks the keys {sorted(missing)}")
+        raise UnsupportedDrafterError(
+            f"{path} lacks the keys {sorted(missing)}; take it as training wrote it"
+        )
     return config
 
 
@@ -103,7 +105,9 @@ def load_flexdraft(
     )
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
-        raise UnsupportedDrafterError(f"{path} is missing")
+        raise UnsupportedDrafterError(
+            f"{path}, the drafter's weights, is missing; copy it along with config.json"
+        )
     state = load_file(path)
     expected = {name: x.shape for name, x in drafter.state_dict().items()}
     if {name: x.shape for name, x in state.items()} != expected:

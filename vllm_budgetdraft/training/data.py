@@ -46,7 +46,9 @@ def open_source(source: str) -> Dataset:
                 f"{files[0]} has no known suffix; use one of {', '.join(READERS)}, "
                 f"packed ({', '.join(PACKED)}) or not"
             )
-        return load_dataset(reader, data_files=files, split="train")
+        # Plain text is one document a file, and not one a line.
+        options = {"sample_by": "document"} if reader == "text" else {}
+        return load_dataset(reader, data_files=files, split="train", **options)
     reason = "it is no name of one"
     if HUB_NAME.fullmatch(source) and _reader(source) is None:
         try:
