@@ -1,0 +1,113 @@
+"""``budgetdraft env`` and the parts of ``check`` that need no engine."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.drafting import build_proposer
+from tests.support.models import VOCAB_SIZE
+from vllm_budgetdraft import __version__
+from vllm_budgetdraft.cli import main
+from vllm_budgetdraft.diagnosis import check, env
+from vllm_budgetdraft.diagnosis.memory import describe
+from vllm_budgetdraft.vllm_integration.compatibility import NEWEST
+
+ROOT = Path(__file__).parents[2]
+TARGET = str(ROOT / "models" / "books-9m")
+DRAFTER = str(ROOT / "models" / "books-9m-drafter")
+
+
+def test_env_says_what_is_installed_and_why(capsys, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv("BUDGETDRAFT_CHECK_INVARIANTS", "1")
+    main(["env", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["vllm-budgetdraft"].startswith(__version__)
+    assert found["vllm"].endswith("supported")
+    assert found["torch"] == torch.__version__
+    assert found["plugin"] == "is loaded by vLLM"
+    assert "BUDGETDRAFT_CHECK_INVARIANTS=1" in found["variables"]
+    if not torch.cuda.is_available():
+        assert found["attention backend"] == "torch, for there is no GPU"
+    main(["env"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in lines] == list(found)
+
+
+def test_env_says_what_a_drafter_would_take(capsys):
+    main(
+        [
+            *("env", "--drafter", DRAFTER, "--max-num-seqs", "8"),
+            *("--max-model-len", "2048", "--speculative-config", '{"kv_budget": 256}'),
+        ]
+    )
+    # 256 + 256 + 9 tokens are 33 pages of 16; 1 KiB each, and a page to spare.
+    expected = "draft cache 4.1 MiB (8 requests x 528 tokens, 528.0 KiB each;"
+    if not torch.cuda.is_available():  # where it is in bfloat16
+        assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("plugins", "said"),
+    [("", "left out by VLLM_PLUGINS=; add"), ("a,budgetdraft", "is loaded by vLLM")],
+)
+def test_env_notices_that_plugins_are_chosen(plugins, said, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    assert said in env._plugin()
+
+
+def test_env_names_what_is_wrong_with_vllm():
+    major, minor = NEWEST
+    assert "is outside what" in env._vllm(f"{major}.{minor + 1}.0", is_named=True)
+    assert "python -m vllm" in env._vllm(f"{major}.{minor}.0", is_named=False)
+    assert env._vllm(None, is_named=False) == "not installed"
+
+
+def test_the_bill_is_that_of_the_tensors(drafter_folder):
+    text = describe(
+        {"model": str(drafter_folder), "num_speculative_tokens": 4, "kv_budget": 40},
+        max_model_len=2048,
+        max_num_seqs=3,
+        target_dtype=torch.bfloat16,
+        device_type="cpu",
+    )
+    core = build_proposer(drafter_folder, num_slots=3, max_model_len=2048, kv_budget=40)
+    weights = sum(p.nbytes for p in core.drafter.parameters()) / 2**20
+    cache = core.cache.pool.num_bytes / 2**20
+    assert text.startswith(
+        f"drafter weights {weights:.1f} MiB, draft cache {cache:.1f}"
+    )
+    assert f"scratch {core.scratch_bytes / 2**20:.1f} MiB" in text
+
+
+def test_vocabularies_of_one_size_may_still_differ(tmp_path, drafter_folder):
+    assert check._vocabulary(TARGET, DRAFTER, 4096).endswith("of equal tokenizers")
+    assert "has no tokenizer.json" in check._vocabulary(
+        TARGET, str(drafter_folder), VOCAB_SIZE
+    )
+    for file in Path(DRAFTER).glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = text["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(text))
+    assert "4 entries of the tokenizers differ" in check._vocabulary(
+        TARGET, str(tmp_path), 4096
+    )
+
+
+def test_outputs_that_differ_are_said_to():
+    row = {
+        "speedup": 1.5,
+        "decode_speedup": 2.0,
+        "num_runs": 4,
+        "acceptance_length": None,
+        "output_identical": 0.75,
+    }
+    verdict = check._verdict(row, 1024, 128)
+    assert verdict["outputs"].startswith("75% equal")
+    assert verdict["acceptance"].startswith("1.00 tokens")
+    assert verdict["speed-up"].startswith("1.50x of a request, 2.00x after the first")
