@@ -3,13 +3,30 @@
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from vllm_budgetdraft import __version__
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 
 #: Where the pair that comes with the repository lies, as seen from here.
 MODELS = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "models"))
+#: Commands that a module of their own defines, which imports nothing heavy before it
+#: runs: where it is, and what it is for.
+MODULES = {
+    "generate": ("generation", "have a target write on from texts, for training"),
+    "evaluate": (
+        "comparison.evaluate",
+        "measure vLLM's speculative methods side by side, and write a report",
+    ),
+    "report": ("comparison.report", "put several results of evaluate on one page"),
+    "check": (
+        "diagnosis.check",
+        "whether a drafter fits a target, what it takes, and what it brings",
+    ),
+    "env": ("diagnosis.env", "what is installed, and what would run on this machine"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,16 +73,21 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_train(commands)
-    _add_generate(commands)
     _add_pad_target(commands)
-    _add_evaluate(commands)
-    _add_report(commands)
-    _add_check(commands)
-    _add_env(commands)
+    for name, (module_name, purpose) in MODULES.items():
+        module = import_module(f"vllm_budgetdraft.{module_name}")
+        command = commands.add_parser(
+            name,
+            help=purpose,
+            description=module.__doc__,
+            formatter_class=ArgumentDefaultsHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, takes_rest=False)
     return parser
 
 
-def _add_demo(commands) -> None:  # type: ignore[no-untyped-def]
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="compare vLLM with and without BudgetDraft on pages of a novel",
@@ -96,7 +118,7 @@ def _demo(args: Namespace) -> None:
     run(args)
 
 
-def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a drafter for a target; every option of "
@@ -106,71 +128,7 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
     train.set_defaults(run=_train, takes_rest=True)
 
 
-def _add_generate(commands) -> None:  # type: ignore[no-untyped-def]
-    from vllm_budgetdraft import generation
-
-    generate = commands.add_parser(
-        "generate",
-        help="have a target write on from texts, for training",
-        description=generation.__doc__,
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    generation.add_arguments(generate)
-    generate.set_defaults(run=generation.run, takes_rest=False)
-
-
-def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
-    from vllm_budgetdraft.comparison import evaluate
-
-    parser = commands.add_parser(
-        "evaluate",
-        help="measure vLLM's speculative methods side by side, and write a report",
-        description=evaluate.__doc__,
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    evaluate.add_arguments(parser)
-    parser.set_defaults(run=evaluate.run, takes_rest=False)
-
-
-def _add_report(commands) -> None:  # type: ignore[no-untyped-def]
-    from vllm_budgetdraft.comparison import report
-
-    parser = commands.add_parser(
-        "report",
-        help="put several results of evaluate on one page",
-        description=report.__doc__,
-    )
-    report.add_arguments(parser)
-    parser.set_defaults(run=report.run, takes_rest=False)
-
-
-def _add_check(commands) -> None:  # type: ignore[no-untyped-def]
-    from vllm_budgetdraft.diagnosis import check
-
-    parser = commands.add_parser(
-        "check",
-        help="whether a drafter fits a target, what it takes, and what it brings",
-        description=check.__doc__,
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    check.add_arguments(parser)
-    parser.set_defaults(run=check.run, takes_rest=False)
-
-
-def _add_env(commands) -> None:  # type: ignore[no-untyped-def]
-    from vllm_budgetdraft.diagnosis import env
-
-    parser = commands.add_parser(
-        "env",
-        help="what is installed, and what would run on this machine",
-        description=env.__doc__,
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    env.add_arguments(parser)
-    parser.set_defaults(run=env.run, takes_rest=False)
-
-
-def _add_pad_target(commands) -> None:  # type: ignore[no-untyped-def]
+def _add_pad_target(commands: Any) -> None:
     pad = commands.add_parser(
         "pad-target",
         help="grow a small Llama into a larger one with the same logits, to measure "

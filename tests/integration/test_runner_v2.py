@@ -4,6 +4,7 @@ On a CPU that runner's kernels run in Triton's interpreter. Scheduling is asynch
 the engine schedules a step before it knows what the last one accepted.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -85,6 +86,30 @@ def is_v2_and_ahead(engine: SteppedEngine) -> None:
 
 def test_these_engines_are_what_they_say(self_drafting):
     self_drafting.play(is_v2_and_ahead)
+
+
+def checking_what_is_counted(engine: SteppedEngine, requests: list) -> None:
+    """By the metrics of the server that this engine would be part of."""
+    from prometheus_client import REGISTRY
+
+    all_at_once(engine, requests)
+    engine.finish()
+    counted: Counter[str] = Counter()  # by name, summed over labels
+    for family in REGISTRY.collect():
+        for metric in family.samples:
+            counted[metric.name.removeprefix("vllm_budgetdraft:")] += metric.value
+    pool = engine._drafter._core.cache.pool
+    assert counted["pages_in_use"] + counted["pages_free"] == pool.num_pages
+    assert counted["draft_length"] == NUM_DRAFTS
+    assert counted["draft_steps_total"] >= 4
+    assert counted["draft_seconds_total"] > 0
+    assert counted["evicted_tokens_total"] >= 100
+    assert counted["draft_faults_total"] == 0
+
+
+def test_what_it_does_is_counted_though_nothing_waits_for_the_device(budgeted, plain):
+    requests = [of_book(600, 16), of_book(40, 8, 900)]
+    check(budgeted.play(checking_what_is_counted, requests), plain)
 
 
 BIASES = {
