@@ -264,9 +264,8 @@ def chunk_scores(
     remainder = -num_tokens % chunk_size
     if score == "attention":
         logits = (logits * keys.shape[-1] ** -0.5).softmax(-1)
-    sums = (
-        F.pad(logits.mean(-2), (0, remainder)).unflatten(-1, (-1, chunk_size)).sum(-1)
-    )
+    chunks = F.pad(logits.mean(-2), (0, remainder)).unflatten(-1, (-1, chunk_size))
+    sums: Tensor = chunks.sum(-1)
     if score == "attention":
         return sums
     starts = torch.arange(0, num_tokens, chunk_size, device=keys.device)

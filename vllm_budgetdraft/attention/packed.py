@@ -100,7 +100,7 @@ def attend_with_xformers(
     num_kv_heads = keys.shape[1]
     grouped = queries.unflatten(1, (num_kv_heads, -1))[None]  # [1, Q, G, H / G, D]
     shared = (1, -1, -1, grouped.shape[3], -1)
-    attended = memory_efficient_attention(
+    attended: Tensor = memory_efficient_attention(
         grouped,
         keys[None, :, :, None].expand(shared),
         values[None, :, :, None].expand(shared),

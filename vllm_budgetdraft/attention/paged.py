@@ -79,7 +79,7 @@ class PagedAttention:
             validate=self._validate,
         )
         mass = None if self._page_mass is None else self._page_mass[: len(queries)]
-        attended = self._operations.paged_sparse_attention(
+        attended: Tensor = self._operations.paged_sparse_attention(
             queries,
             key_pages,
             value_pages,

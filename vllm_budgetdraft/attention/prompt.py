@@ -150,7 +150,8 @@ class PromptAttention:
         queries = torch.stack([q for q in self._queries if q is not None])
         queries = self._as_read(queries, start=self.num_held - queries.shape[1])
         num_kv_heads = self._keys.shape[2]
-        grouped = queries.unflatten(2, (num_kv_heads, -1))  # [layers, W, G, H / G, D]
+        # [layers, W, G, H / G, D]
+        grouped: Tensor = queries.unflatten(2, (num_kv_heads, -1))
         return grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def _observe(self, layer: int, queries: Tensor) -> None:

@@ -192,7 +192,8 @@ def _server(
 def _is_up(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
+            status: int = answer.status
+            return status == 200
     except (urllib.error.URLError, OSError):
         return False
 
@@ -214,6 +215,6 @@ def _bench(given: dict[str, Any]) -> dict[str, Any]:
             f"vllm bench serve failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
         )
     path = Path(given["--result-dir"]) / given["--result-filename"]
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()
     return result

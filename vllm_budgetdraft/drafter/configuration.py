@@ -159,7 +159,5 @@ def rotary_frequencies(config: PretrainedConfig) -> tuple[torch.Tensor, float]:
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    return (
-        getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads
-    )
+    given: int | None = getattr(config, "head_dim", None)
+    return given or config.hidden_size // config.num_attention_heads

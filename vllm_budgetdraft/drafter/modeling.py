@@ -51,7 +51,7 @@ class AttentionProjections(nn.Module):
     def project(self, h: Tensor) -> Tensor:
         """Normed hidden states [..., hidden_size] to heads [..., H + 2 * G, D]."""
         h = F.linear(h, self.qkv_weight, self.qkv_bias)
-        qkv = h.unflatten(-1, (-1, self.head_dim))
+        qkv: Tensor = h.unflatten(-1, (-1, self.head_dim))
         if self.has_qk_norms:
             num_heads, num_kv_heads = self.heads
             q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), -2)

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
-from vllm_budgetdraft.flexdraft.decoding import ContextCache, FlexDecoder
+from vllm_budgetdraft.flexdraft.decoding import FlexDecoder
 from vllm_budgetdraft.flexdraft.pages import PageSelector
+from vllm_budgetdraft.flexdraft.target_pass import ContextCache
 from vllm_budgetdraft.proposer.draft_loop import Drafts
 
 

@@ -44,7 +44,7 @@ def read_flexdraft_config(folder: str | Path) -> dict[str, Any]:
             f"{MODEL_TYPE!r}; give a folder that training wrote with --drafter_type "
             "flexdraft"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if missing := set(KEYS) - set(config):
         raise UnsupportedDrafterError(
             f"{path} lacks the keys {sorted(missing)}; take it as training wrote it"

@@ -34,7 +34,7 @@ class TargetParts:
         """
         decoder = model.model
         self.layers = list(decoder.layers)[-num_layers:]
-        self.norm = decoder.norm
+        self.norm: Callable[[Tensor], Tensor] = decoder.norm
         self.embed = decoder.embed_tokens
         self._vocab_size = model.config.vocab_size
         self._head = model.lm_head
@@ -42,7 +42,8 @@ class TargetParts:
     @property
     def head(self) -> Tensor:
         """[vocab_size, hidden_size]; vLLM's has rows of padding."""
-        return self._head.weight[: self._vocab_size]
+        weight: Tensor = self._head.weight
+        return weight[: self._vocab_size]
 
 
 class FlexDraft(nn.Module):

@@ -107,5 +107,6 @@ def resolve_dtype(
 ) -> torch.dtype:
     """What ``draft_dtype`` means on a device."""
     if config.draft_dtype != "auto":
-        return getattr(torch, config.draft_dtype)
+        dtype: torch.dtype = getattr(torch, config.draft_dtype)
+        return dtype
     return torch.float32 if device_type == "cpu" else target_dtype

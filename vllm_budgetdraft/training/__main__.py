@@ -284,11 +284,12 @@ def _cache(
 
 
 def _windows_per_step(arguments: TrainingArguments) -> int:
-    return (
+    num_windows: int = (
         arguments.train_batch_size
         * arguments.gradient_accumulation_steps
         * arguments.world_size
     )
+    return num_windows
 
 
 def _check_flexdraft(
@@ -362,7 +363,7 @@ def _keep_best(arguments: TrainingArguments) -> None:
 
 def _checkpoint(arguments: TrainingArguments) -> str | None:
     """``--resume_from_checkpoint true`` is the newest complete one."""
-    asked = arguments.resume_from_checkpoint
+    asked: str | None = arguments.resume_from_checkpoint
     if asked is None or asked.lower() == "false":
         return None
     if asked.lower() != "true":

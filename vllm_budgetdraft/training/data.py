@@ -177,7 +177,7 @@ class TokenStream:
         """Where a document ends."""
         return int(self._ends[index])
 
-    def pieces(self, start: int, end: int) -> Iterator[tuple[dict, slice]]:
+    def pieces(self, start: int, end: int) -> Iterator[tuple[dict[str, Any], slice]]:
         """Rows that are in [start, end), and which of their tokens; both may wrap."""
         while start < end:
             place = start % self.num_tokens
@@ -192,10 +192,11 @@ class TokenStream:
 def column_lengths(rows: Dataset, column: str) -> np.ndarray:
     """Of the list in each row, [len(rows)] int64, without reading them."""
     lengths = pyarrow.compute.list_value_length(rows.flatten_indices().data[column])
-    return lengths.to_numpy().astype(np.int64)
+    array: np.ndarray = lengths.to_numpy()
+    return array.astype(np.int64)
 
 
-class TokenWindows(torch.utils.data.Dataset):
+class TokenWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Random windows of a prefix and a continuation, the same ones for a seed.
 
     Windows are cut anywhere from all texts, one after the other, or so that they end

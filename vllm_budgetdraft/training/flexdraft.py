@@ -231,4 +231,5 @@ def mask_hidden(
         return torch.stack(attended).transpose(-2, -3)
 
     x = drafter.masks(bonus, block).flatten(1, 2).expand(len(seen), -1, -1, -1)
-    return drafter(x, target, attend).unflatten(2, (len(anchors), block))
+    hidden: Tensor = drafter(x, target, attend).unflatten(2, (len(anchors), block))
+    return hidden

@@ -119,9 +119,8 @@ def multi_view_loss(
         return view_losses(logits, teacher, rows, counted[rows], settings)
 
     if chunk_tokens:
-        loss, sums = _ChunkedLoss.apply(
-            hidden, head, view_weights / size, sums_of, chunk_tokens
-        )
+        apply: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLoss.apply
+        loss, sums = apply(hidden, head, view_weights / size, sums_of, chunk_tokens)
     else:
         sums = sums_of(hidden, head, slice(0, hidden.shape[1]))
         loss = (sums[0] * view_weights / size).sum()

@@ -118,7 +118,7 @@ def _top_at(log_p: Tensor, temperatures: Tensor) -> Tensor:
 @torch.no_grad()
 def last_hidden(target: PreTrainedModel, tokens: Tensor, count: int) -> Tensor:
     """Hidden states of the last positions of contexts [B, T]: [B, count, size]."""
-    hidden = target.base_model(tokens, use_cache=False).last_hidden_state
+    hidden: Tensor = target.base_model(tokens, use_cache=False).last_hidden_state
     return hidden[:, -count:]
 
 

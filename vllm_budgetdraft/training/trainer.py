@@ -50,7 +50,9 @@ class DrafterTrainer(Trainer):
         own = {**self.model.metrics, "skipped_steps": self._skips.count}
         super().log({**logs, **own}, *args, **kwargs)
 
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict:
+    def evaluate(
+        self, *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> dict[str, float]:
         """What ``measure`` finds of the drafter as it is now."""
         assert self._measure is not None
         metrics: dict[str, float] = {}
@@ -68,7 +70,7 @@ class DrafterTrainer(Trainer):
         self.control: TrainerControl = control
         return metrics
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # Windows are random by themselves, and know which step they belong to.
         return SequentialSampler(train_dataset or self.train_dataset)
 

@@ -144,7 +144,8 @@ class PrefixStates:
             return None
         queries = self._queries[layer].detach()
         queries = self._as_read(queries, start=self.num_held - queries.shape[2])
-        return queries.unflatten(1, (self._drafter.num_kv_heads, -1)).flatten(2, 3)
+        grouped: Tensor = queries.unflatten(1, (self._drafter.num_kv_heads, -1))
+        return grouped.flatten(2, 3)
 
     def _count(self, layer: int, queries: Tensor, keys: Tensor) -> None:
         pairs = zip(
@@ -269,7 +270,8 @@ def continuation_hidden(
         return torch.stack(attended).transpose(2, 3).flatten(0, 1)
 
     hidden = drafter(tokens.repeat(len(views), 1), attend, checkpoints=checkpoints)
-    return hidden.unflatten(0, (len(views), batch))
+    by_view: Tensor = hidden.unflatten(0, (len(views), batch))
+    return by_view
 
 
 def _extend(layers: list[Tensor], layer: int, states: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+Function = Callable[..., Any]
 
-def wrap_method(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+
+def wrap_method(owner: Any, name: str, make: Callable[[Function], Function]) -> None:
     """Replaces ``owner.name`` by ``make(original)``; does nothing the second time.
 
     Another ``make`` may wrap the same attribute once more.

@@ -14,7 +14,8 @@ def draft_temperature(params: Any) -> float:
     * vLLM cuts a draft that a grammar forbids before it verifies. Of drawn drafts, the
       rest would no longer have the distribution that vLLM is told.
     * With a seed, the target's token is the same whatever is drafted (see
-      ``rejection_sampler._follow_the_seed``), so that the likeliest draft is the best one.
+      ``rejection_sampler._follow_the_seed``), so that the likeliest draft is the
+      best one.
     """
     if params is None or params.temperature < MIN_TEMPERATURE:
         return 0.0

@@ -1,12 +1,11 @@
 """The processes that users talk to: what a request or a call asks of drafting."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from vllm_budgetdraft.config import parse_request_settings
 from vllm_budgetdraft.errors import ConfigurationError, UnsupportedVllmError
-from vllm_budgetdraft.vllm_integration.patching import wrap_method
+from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 
 #: Weights are discarded, and reloaded for the target alone.
 DISCARDS_WEIGHTS = 2
@@ -29,7 +28,7 @@ def apply(config_class: Any) -> None:
     class BadRequestError(ConfigurationError, client_error):
         """What a client asks for and may not."""
 
-    def check_request(original: Callable) -> Callable:
+    def check_request(original: Function) -> Function:
         """Symptom: a wrong ``kv_budget`` in ``extra_args`` is found in the worker.
 
         Reason: vLLM hands these on unread; an error there cannot reach the client. From
@@ -47,7 +46,7 @@ def apply(config_class: Any) -> None:
 
         return verify
 
-    def allow_every_processor(original: Callable) -> Callable:
+    def allow_every_processor(original: Function) -> Function:
         """Symptom: min_p and logit_bias are refused.
 
         Reason and removal: see ``rejection_sampler._apply_logit_bias``.
@@ -59,7 +58,7 @@ def apply(config_class: Any) -> None:
 
         return _validate_spec_decode
 
-    def refuse_deep_sleep(original: Callable) -> Callable:
+    def refuse_deep_sleep(original: Function) -> Function:
         """Symptom: after sleep level 2, the drafter's weights are garbage.
 
         Reason: vLLM discards all weights, and on waking reloads the target's. Remove

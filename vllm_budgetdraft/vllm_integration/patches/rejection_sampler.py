@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from vllm_budgetdraft.vllm_integration.patching import wrap_method
+from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 
 #: Where vLLM expects no token.
 NO_TOKEN = -1
@@ -31,7 +31,7 @@ def apply() -> None:
     )
 
 
-def _expand_every_type(original: Callable) -> Callable:
+def _expand_every_type(original: Function) -> Function:
     """Symptom: on a CPU, output at temperatures above 0 has another distribution under
     any speculation (vLLM issue 55005).
 
@@ -55,7 +55,7 @@ def _expand_every_type(original: Callable) -> Callable:
     return expand_batch_to_tokens
 
 
-def _apply_logit_bias(original: Callable) -> Callable:
+def _apply_logit_bias(original: Function) -> Function:
     """Symptom: logit_bias is refused under any speculation, or without effect.
 
     Reason: vLLM builds no processor for it then, and verification applies none. See
@@ -77,7 +77,7 @@ def _apply_logit_bias(original: Callable) -> Callable:
     return apply_logits_processors
 
 
-def _apply_min_p(original: Callable) -> Callable:
+def _apply_min_p(original: Function) -> Function:
     """Symptom, reason and removal: as of logit_bias, for min_p.
 
     It is due after the temperature, and before top_k and top_p.
@@ -116,7 +116,7 @@ class _SeededRows(dict[int, Generator]):
     draw: Callable[[Tensor, Generator], Tensor]
 
 
-def _keep_noise_in_order(original: Callable) -> Callable:
+def _keep_noise_in_order(original: Function) -> Function:
     """The first half of ``_follow_the_seed``.
 
     The token after the last draft is sampled before the drafts are verified. With the
@@ -158,7 +158,7 @@ class _Draw:
         return tokens
 
 
-def _take_placeholders_for_drafts(original: Callable) -> Callable:
+def _take_placeholders_for_drafts(original: Function) -> Function:
     """Symptom: on a CPU, the first token after a prompt of one token has another
     distribution if others are decoding.
 
@@ -192,7 +192,7 @@ def _take_placeholders_for_drafts(original: Callable) -> Callable:
     return rejection_sample
 
 
-def _follow_the_seed(original: Callable) -> Callable:
+def _follow_the_seed(original: Function) -> Function:
     """Symptom: a request's seed does not give the output that it gives without
     speculation; what it gives changes with the drafts, and so with the batch.
 

@@ -1,11 +1,10 @@
 """Model runner V1: what the "custom_class" contract leaves out."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from vllm_budgetdraft.vllm_integration.patching import wrap_method
+from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 
 
 def apply(proposer_class: type) -> None:
@@ -19,7 +18,7 @@ def apply(proposer_class: type) -> None:
         drafter = getattr(runner, "drafter", None)
         return drafter if isinstance(drafter, proposer_class) else None
 
-    def bind_runner(original: Callable) -> Callable:
+    def bind_runner(original: Function) -> Function:
         """Symptom: ``propose`` cannot tell which request a row is, and verification
         takes drawn drafts for certain ones, so that it accepts few.
 
@@ -41,7 +40,7 @@ def apply(proposer_class: type) -> None:
 
         return propose_draft_token_ids
 
-    def sample_without_drafts(original: Callable) -> Callable:
+    def sample_without_drafts(original: Function) -> Function:
         """Symptom: a step without drafts takes longer than without speculation, and on
         a CPU one with top_k fails ("max(): Expected reduction dim").
 
@@ -60,7 +59,7 @@ def apply(proposer_class: type) -> None:
 
         return _sample
 
-    def prepare_without_drafts(original: Callable) -> Callable:
+    def prepare_without_drafts(original: Function) -> Function:
         """The other half of ``sample_without_drafts``: indices that nobody will use."""
         from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
@@ -82,7 +81,7 @@ def apply(proposer_class: type) -> None:
 
         return _calc_spec_decode_metadata
 
-    def keep_noise_while_prefilling(original: Callable) -> Callable:
+    def keep_noise_while_prefilling(original: Function) -> Function:
         """Symptom: on a CPU, a request with a seed whose prompt is prefilled in parts
         ends the engine ("CPU Generator does not use offset").
 
@@ -106,7 +105,7 @@ def apply(proposer_class: type) -> None:
 
         return sample_tokens
 
-    def build_every_processor(original: Callable) -> Callable:
+    def build_every_processor(original: Function) -> Function:
         """Symptom, reason and removal: see ``rejection_sampler._apply_logit_bias``."""
         from vllm.v1.sample.logits_processor import (
             BUILTIN_LOGITS_PROCESSORS,
@@ -142,7 +141,7 @@ def apply(proposer_class: type) -> None:
 
         return build_logitsprocs
 
-    def per_request_limit(original: Callable) -> Callable:
+    def per_request_limit(original: Function) -> Function:
         """Symptom: one request near ``max_model_len`` ends drafting for its batch.
 
         Reason: the length gate looks at the longest request, and then has token 0
@@ -157,7 +156,7 @@ def apply(proposer_class: type) -> None:
 
         return _input_fits_in_drafter
 
-    def profile_drafter(original: Callable) -> Callable:
+    def profile_drafter(original: Function) -> Function:
         """Symptom: a drafter's activations are missing from vLLM's memory profile.
 
         Reason: dummy runs never call a "custom_class" proposer. Remove when they do.

@@ -1,11 +1,10 @@
 """Model runner V2: a speculator that comes from outside."""
 
-from collections.abc import Callable
 from typing import Any
 
 from vllm_budgetdraft.vllm_integration.compatibility import supports_runner_v2
 from vllm_budgetdraft.vllm_integration.patches import statistics
-from vllm_budgetdraft.vllm_integration.patching import wrap_method
+from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 
 
 def apply() -> None:
@@ -26,7 +25,7 @@ def _is_ours(vllm_config: Any) -> bool:
     return hasattr(vllm_config.speculative_config, "budgetdraft")
 
 
-def _support_ours(original: Callable) -> Callable:
+def _support_ours(original: Function) -> Function:
     """Symptom: vLLM chooses model runner V1, which is deprecated.
 
     Reason: V2 takes no "custom_class"; ours it can take, for ``init_speculator`` does.
@@ -47,7 +46,7 @@ def _support_ours(original: Callable) -> Callable:
     return _get_v2_model_runner_unsupported_features
 
 
-def _make_ours(original: Callable) -> Callable:
+def _make_ours(original: Function) -> Function:
     """Symptom: "custom_class is not supported yet".
 
     Reason and removal: see ``_support_ours``.
@@ -74,7 +73,7 @@ def _make_ours(original: Callable) -> Callable:
     return init_speculator
 
 
-def _announce(original: Callable) -> Callable:
+def _announce(original: Function) -> Function:
     """Symptom: a speculator cannot tell a request from another one with its index, nor
     what the request asked for.
 
@@ -98,7 +97,7 @@ def _adapt_lengths() -> None:
     wrap_method(Scheduler, "update_from_output", _learn_acceptance)
 
 
-def _choose_lengths(original: Callable) -> Callable:
+def _choose_lengths(original: Function) -> Function:
     """Symptom: with ``adaptive_draft_length``, V2 verifies ever the same number.
 
     Reason: the scheduler says how many drafts each step has, before the speculator
@@ -122,7 +121,7 @@ def _choose_lengths(original: Callable) -> Callable:
     return initialise
 
 
-def _learn_acceptance(original: Callable) -> Callable:
+def _learn_acceptance(original: Function) -> Function:
     """The other half of ``_choose_lengths``: what became of the drafts."""
 
     def update_from_output(

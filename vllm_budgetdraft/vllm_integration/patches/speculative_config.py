@@ -1,10 +1,9 @@
 """``EngineArgs.create_speculative_config`` learns the method "budgetdraft"."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
-from vllm_budgetdraft.vllm_integration.patching import wrap_method
+from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 
 #: Keys of a speculative config that EngineArgs also takes as arguments of their own.
 SEPARATE_ARGUMENTS = {
@@ -26,7 +25,7 @@ def apply() -> None:
     wrap_method(EngineArgs, "create_speculative_config", _wrap)
 
 
-def _wrap(original: Callable) -> Callable:
+def _wrap(original: Function) -> Function:
     signature = inspect.signature(original)
 
     def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:

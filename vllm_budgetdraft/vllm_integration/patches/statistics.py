@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from vllm_budgetdraft.vllm_integration.patching import wrap_method
+from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 from vllm_budgetdraft.vllm_integration.statistics import KEY, DraftStatistics
 
 #: Of a ModelRunnerOutput, what the worker took; of a Scheduler, what came so far.
@@ -19,7 +19,7 @@ def apply(config_class: type) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.metrics.loggers import StatLoggerManager
 
-    def forward(original: Callable) -> Callable:
+    def forward(original: Function) -> Function:
         """The third part of ``_send``: in the one dict of SchedulerStats that is open.
 
         Front ends decode the rest by its types, and leave out what those do not have.
@@ -36,7 +36,7 @@ def apply(config_class: type) -> None:
 
         return make_stats
 
-    def show(original: Callable) -> Callable:
+    def show(original: Function) -> Function:
         """The last part of ``_send``: one more logger, before vLLM's.
 
         The entry point ``vllm.stat_logger_plugins`` would switch statistics on for
@@ -72,7 +72,7 @@ def statistics_of(scheduler: Any) -> DraftStatistics:
     return vars(scheduler).setdefault(ATTRIBUTE, DraftStatistics())
 
 
-def _send(original: Callable) -> Callable:
+def _send(original: Function) -> Function:
     """Symptom: what drafting did stays in the worker, where nobody sees it.
 
     Reason: neither the output of a step nor vLLM's statistics have a place for what a
@@ -109,7 +109,7 @@ def _with_attribute(get_output: Callable[[], Any], taken: Any) -> Callable[[], A
     return get
 
 
-def _collect(original: Callable) -> Callable:
+def _collect(original: Function) -> Function:
     """The second part of ``_send``: at the scheduler, where statistics are made."""
 
     def update_from_output(
