@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command_lines import commands
 from tests.support.engines import wait_until
+from tests.support.pages import DOCS, ROOT, Block, code_blocks
 from tests.support.servers import Server
-from tests.test_docs import DOCS, ROOT, Block, code_blocks, commands
 
 pytestmark = pytest.mark.vllm
 
