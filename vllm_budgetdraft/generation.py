@@ -136,6 +136,9 @@ def _prompt(stream: Any, length: int, rng: Random) -> list[int]:
 
 def _engine(args: Namespace, longest: int) -> Any:
     """What makes rows of prompts."""
+    from vllm_budgetdraft.comparison.measure import prepare_environment
+
+    prepare_environment()
     from vllm import LLM, SamplingParams
 
     count = args.top_logprobs

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.vllm
 
 PAGE = DOCS / "quick-start.md"
 #: What sets an environment up, and what a reader gives to a shell.
-SET_UP = {"make", ".", "pip"}
+SET_UP = {"make", ".", "pip", "export"}
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",

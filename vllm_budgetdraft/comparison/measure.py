@@ -28,7 +28,10 @@ SHARED_ENGINE_ARGS = {
 
 
 def prepare_environment() -> None:
-    """The same for every engine, before the first starts."""
+    """The same for every engine, before the first starts; what is set already stays.
+
+    On a CPU vLLM would take most of the memory for its cache, which takes a minute.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
