@@ -51,6 +51,40 @@ def test_a_name_that_nobody_shows_is_a_mistake(name, label):
         DraftStatistics().count(name, label=label)
 
 
+class Output:
+    """Of a step, which vLLM hands on from process to process."""
+
+
+def test_what_fails_in_counting_ends_no_step():
+    from vllm_budgetdraft.vllm_integration.patches import statistics as patches
+
+    class Proposer:
+        def take_statistics(self):
+            raise ZeroDivisionError
+
+    send = patches._send(lambda worker: Output())
+    worker = SimpleNamespace(model_runner=SimpleNamespace(drafter=Proposer()))
+    output = send(worker)
+    scheduler = SimpleNamespace()
+    receive = patches._collect(lambda self, scheduled, output: "went on")
+    assert receive(scheduler, None, output) == "went on"
+    counts = patches.statistics_of(scheduler).take()["counts"]
+    assert counts == [["draft_faults", "ZeroDivisionError", 1]]
+
+
+def test_steps_of_other_methods_are_left_alone():
+    from vllm_budgetdraft.vllm_integration.patches import statistics as patches
+
+    ngram = SimpleNamespace(propose=None)
+    for runner in (SimpleNamespace(), SimpleNamespace(drafter=ngram)):
+        send = patches._send(lambda worker: Output())
+        output = send(SimpleNamespace(model_runner=runner))
+        assert not vars(output)
+        scheduler = SimpleNamespace()
+        patches._collect(lambda self, scheduled, output: None)(scheduler, None, output)
+        assert not vars(scheduler)
+
+
 def test_an_observer_counts_evictions_once(drafter_folder):
     settings = {"eviction_policy": "sink_window", "kv_budget": 40, "recent_window": 40}
     core = build_proposer(drafter_folder, num_slots=2, **settings)

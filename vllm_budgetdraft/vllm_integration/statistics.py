@@ -53,6 +53,7 @@ class DraftStatistics:
 
     def count(self, name: str, amount: float = 1, label: str = "") -> None:
         assert name in (LABELLED_COUNTERS if label else COUNTERS), (name, label)
+        assert amount >= 0, (name, amount)
         self._counts[name, label] += amount
 
     def take(self) -> dict[str, Any]:

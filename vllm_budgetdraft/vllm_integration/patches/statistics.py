@@ -87,10 +87,10 @@ def _send(original: Function) -> Function:
         proposer = getattr(runner, "speculator", None) or getattr(
             runner, "drafter", None
         )
-        take = getattr(proposer, "take_statistics", None)
-        if take is None or output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
+        is_ours = hasattr(proposer, "take_statistics")
+        if not is_ours or output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
             return output
-        taken = take()
+        taken = _taken(proposer)
         if isinstance(output, AsyncModelRunnerOutput):
             output.get_output = _with_attribute(output.get_output, taken)
         else:
@@ -98,6 +98,16 @@ def _send(original: Function) -> Function:
         return output
 
     return sample_tokens
+
+
+def _taken(proposer: Any) -> Any:
+    """What it did; a failure in saying so must not end generation."""
+    try:
+        return proposer.take_statistics()
+    except Exception as error:
+        statistics = DraftStatistics()
+        statistics.count("draft_faults", label=type(error).__name__)
+        return statistics.take()
 
 
 def _with_attribute(get_output: Callable[[], Any], taken: Any) -> Callable[[], Any]:
