@@ -1,5 +1,6 @@
 """Every setting, declared once: JSON keys, command line and README share this list."""
 
+from difflib import get_close_matches
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -339,8 +340,13 @@ def parse_speculative_config(settings: dict[str, Any]) -> BudgetDraftConfig:
 def _explain(problem: Any) -> str:
     key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(BudgetDraftConfig.model_fields)
-        return f"unknown key {key!r} (value {problem['input']!r}); known keys: {known}"
+        known = list(BudgetDraftConfig.model_fields)
+        close = get_close_matches(key, known, n=1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        return (
+            f"unknown key {key!r} (value {problem['input']!r}); {meant}known keys: "
+            f"{', '.join(known)}"
+        )
     if problem["type"] == "missing":
         return f"key {key!r} is missing; set it"
     message = problem["msg"].removeprefix("Value error, ")

@@ -20,7 +20,10 @@ def settings(**changes):
     [
         pytest.param(
             {"kv_bugdet": 512},
-            ["unknown key 'kv_bugdet'", "512", "kv_budget, recent_window"],
+            [
+                "unknown key 'kv_bugdet' (value 512); did you mean 'kv_budget'?",
+                "kv_budget, recent_window",
+            ],
             id="unknown_key",
         ),
         pytest.param(
