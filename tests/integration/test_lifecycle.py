@@ -8,14 +8,20 @@ budget. Both have so few KV blocks that long requests preempt each other.
 """
 
 import json
-import random
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.adapters import write_adapter
+from tests.support.engine_settings import (
+    BUDGETED,
+    COMMON,
+    FEW_BLOCKS,
+    MAX_MODEL_LEN,
+    NUM_DRAFTS,
+    draft,
+)
 from tests.support.engines import (
-    DRAFTER,
     TARGET,
     EngineProcess,
     Request,
@@ -24,36 +30,25 @@ from tests.support.engines import (
     engine_process,
 )
 from tests.support.scripts import (
+    aborts,
     all_at_once,
+    at_random,
     check,
     gains_after,
-    has_generated,
+    ids_and_embeddings,
+    long_prompt_later,
+    low_priority_first,
     of_book,
+    one_id_again_and_again,
+    the_same_beginnings,
 )
 from vllm_budgetdraft.errors import UnsupportedVllmError
 
 pytestmark = pytest.mark.vllm
 
-MAX_MODEL_LEN = 1024
-MAX_NUM_SEQS = 4
-NUM_DRAFTS = 5
 #: Ends a sentence; beside </s>, the engines end a request at it.
 PERIOD = 16
 
-FEW_BLOCKS = {
-    "block_size": 32,
-    "num_gpu_blocks_override": 50,
-    "max_num_seqs": MAX_NUM_SEQS,
-    "max_num_batched_tokens": 128,
-    "scheduling_policy": "priority",
-}
-COMMON = {
-    "max_model_len": MAX_MODEL_LEN,
-    "structured_outputs_config": {
-        "disable_any_whitespace": True,
-        "backend": "xgrammar",
-    },
-}
 EXTRAS = {
     "enable_prompt_embeds": True,
     "enable_lora": True,
@@ -61,19 +56,6 @@ EXTRAS = {
     # On a CPU, vLLM gives a request without an adapter the last place's: keep it empty.
     "max_loras": 2,
 }
-BUDGETED = {
-    "model": DRAFTER,
-    "eviction_policy": "heavy_hitter",
-    "draft_prefill": "streaming",
-    "draft_prefill_chunk": 150,
-    "kv_budget": 96,
-    "recent_window": 48,
-}
-
-
-def draft(**settings: object) -> dict[str, object]:
-    settings = {"num_speculative_tokens": NUM_DRAFTS, **settings}
-    return {"speculative_config": {"method": "budgetdraft", **settings}}
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +94,6 @@ def test_preempted_requests_draft_on_where_they_were(self_drafting, plain):
     check(played, plain, refused=0.01)
 
 
-def low_priority_first(engine: SteppedEngine) -> None:
-    low = [
-        engine.add(f"low {i}", of_book(480, 150, start=500 * i, priority=1))
-        for i in range(2)
-    ]
-    engine.step_until(has_generated(low[1], 20))
-    for i in range(5):
-        engine.add(f"high {i}", of_book(250, 100, start=200 * i + 90))
-
-
 def test_a_preempted_request_drafts_again_after_its_slot_went_to_another(
     self_drafting, plain
 ):
@@ -134,45 +106,11 @@ def test_a_preempted_request_drafts_again_after_its_slot_went_to_another(
     check(played, plain, refused=0.01)
 
 
-def aborts(engine: SteppedEngine) -> None:
-    staying = [engine.add(f"staying {i}", of_book(60 + i, 120, 70 * i)) for i in (0, 1)]
-    engine.step_until(has_generated(staying[0], 10))
-    engine.add("in prefill", of_book(900, 10, start=200))
-    engine.step()
-    engine.step()
-    assert not engine.abort("in prefill").token_ids
-    engine.add("before its first step", of_book(40, 10, start=900))
-    engine.abort("before its first step")
-    decoding = engine.add("decoding", of_book(100, 200, start=400))
-    waiting = engine.add("next to it", of_book(90, 60, start=600))
-    engine.step_until(has_generated(decoding, 30))
-    engine.abort("decoding")
-    engine.step_until(has_generated(waiting, 40))
-    engine.add("in a prefill of one step", of_book(100, 20, start=33))
-    engine.abort("in a prefill of one step")
-
-
 def test_aborts_in_prefill_and_in_decode_leave_nothing_behind(
     self_drafting, budgeted, plain
 ):
     check(self_drafting.play(aborts), plain, refused=0.01)
     check(budgeted.play(aborts), plain)
-
-
-def one_id_again_and_again(engine: SteppedEngine) -> None:
-    """In the very step after the request that had it is over."""
-    engine.add("neighbour", of_book(50, 150, start=44))
-    first = engine.add("id", of_book(100, 100))
-    engine.step_until(has_generated(first, 20))
-    engine.abort("id")
-    # As long as the cache that the id had: as if it had grown by one token.
-    again = engine.add("id", of_book(100 + len(first.token_ids), 40, start=500))
-    engine.step_until(lambda: again.finish_reason is not None)
-    third = engine.add("id", of_book(700, 40, start=90))
-    engine.step_until(lambda: len(third.rows) == 1)
-    engine.abort("id")
-    fourth = engine.add("id", of_book(30, 40, start=800))
-    engine.step_until(lambda: fourth.finish_reason is not None)
 
 
 def test_an_id_used_again_at_once_is_another_request(self_drafting, plain):
@@ -189,26 +127,9 @@ def test_rows_that_move_draft_on(self_drafting, plain):
     check(played, plain, refused=0.01)
 
 
-def long_prompt_later(engine: SteppedEngine) -> None:
-    decoding = [engine.add(f"short {i}", of_book(40, 100, 300 * i)) for i in range(2)]
-    engine.step_until(has_generated(decoding[0], 5))
-    long = engine.add("long", of_book(900, 50, start=100))
-    before = len(decoding[0].token_ids)
-    engine.step_until(has_generated(long, 1))
-    assert len(decoding[0].token_ids) > before + 3 * NUM_DRAFTS
-
-
 def test_chunks_of_a_prompt_and_drafts_share_steps(self_drafting, budgeted, plain):
     check(self_drafting.play(long_prompt_later), plain, refused=0.01)
     check(budgeted.play(long_prompt_later), plain)
-
-
-def the_same_beginnings(engine: SteppedEngine) -> None:
-    whole = book_tokens(700, start=250)
-    for i, prompt in enumerate([whole, whole, whole[:512] + book_tokens(80)]):
-        sampling = {"max_tokens": 40, "ignore_eos": True}
-        engine.add(f"prompt {i}", Request(prompt, sampling))
-        engine.finish()
 
 
 def test_cached_prefixes_are_read_by_the_drafter_all_the_same(
@@ -294,16 +215,6 @@ def test_structured_outputs_are_plain_vllms(self_drafting, budgeted, plain):
         check(played, plain)
 
 
-def ids_and_embeddings(engine: SteppedEngine) -> None:
-    """Rows of embeddings come after rows of ids, and beside them."""
-    engine.add("over soon", of_book(90, 1, start=5))
-    engine.add("ids", of_book(120, 80, start=60))
-    engine.step()
-    engine.step()
-    engine.add("embeddings", of_book(150, 60, start=400, as_embeddings=True))
-    engine.add("in chunks", of_book(300, 40, start=700, as_embeddings=True))
-
-
 def test_prompts_of_embeddings_do_no_harm(budgeted, plain):
     played = budgeted.play(ids_and_embeddings)
     check(played, plain)
@@ -383,27 +294,6 @@ def deep_sleep(engine: SteppedEngine) -> None:
 
 def test_sleep_that_would_lose_the_drafters_weights_is_refused(budgeted, plain):
     check(budgeted.play(deep_sleep), plain)
-
-
-def at_random(engine: SteppedEngine, seed: int) -> None:
-    """Requests of any length come and are aborted at any time; ids are used again."""
-    numbers = random.Random(seed)
-    num_left, names = 24, [f"id {i}" for i in range(7)]
-    while num_left or engine.live:
-        free = [name for name in names if name not in engine.live]
-        if num_left and free and numbers.random() < 0.9:
-            num_left -= 1
-            num_prompt = numbers.choice((1, 90, 450, 450, 600))
-            max_tokens = numbers.choice((1, 60, 150, 150))
-            options = {"priority": numbers.randrange(3)}
-            start = numbers.randrange(2000)
-            name = numbers.choice(free)
-            if engine.schedules_ahead:  # a step of the last one may be under way
-                names[names.index(name)] = name = f"{name}, request {num_left}"
-            engine.add(name, of_book(num_prompt, max_tokens, start, **options))
-        if engine.live and numbers.random() < 0.02:
-            engine.abort(numbers.choice(sorted(engine.live)))
-        engine.step()
 
 
 @pytest.mark.parametrize("drafting", ["self_drafting", "budgeted"])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.integration import test_lifecycle as lifecycle
-from tests.integration.test_lifecycle import (
+from tests.support.engine_settings import (
     BUDGETED,
     COMMON,
     FEW_BLOCKS,

@@ -3,7 +3,6 @@
 Two tiny random models with 8 tokens, so that of every output the exact probability is
 known, from ``transformers`` in float64. What vLLM emits is held against it by Pearson's
 chi-square test, and must fail that test wherever drafts come with wrong probabilities.
-Requests with seeds get the very tokens that they get without speculation.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,38 +21,31 @@ from tests.support import models
 from tests.support.distributions import (
     Sampled,
     SamplingEngine,
-    joint,
     next_logits,
     p_value,
     probabilities,
     sampling_engine,
     write_tokenizer,
 )
-from tests.support.engines import DRAFTER, Answer, Job, book_tokens, run_jobs
+from tests.support.engines import Job
+from tests.support.tiny_pair import (
+    FEW_SAMPLES,
+    LETTERS,
+    LONG_PROMPT,
+    NUM_DRAFTS,
+    NUM_SAMPLES,
+    NUM_TOKENS,
+    PROMPT,
+    SIZES,
+    acceptance,
+    distribution,
+    engine_args,
+    expected_acceptance,
+    job,
+    likeliest,
+)
 
 pytestmark = pytest.mark.vllm
-
-NUM_SAMPLES = 20_000
-#: Enough to tell apart what is not close.
-FEW_SAMPLES = 2_000
-NUM_DRAFTS = 3
-#: The first token comes from the prompt; those after it are drafted.
-NUM_TOKENS = 3
-LETTERS = "abcdefg"
-PROMPT = [2, 1, 5]
-LONG_PROMPT = PROMPT * 8
-
-SIZES = {
-    "vocab_size": len(LETTERS) + 1,
-    "eos_token_id": len(LETTERS),
-    "bos_token_id": None,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-}
 
 
 @pytest.fixture(scope="module")
@@ -81,36 +73,10 @@ def drafter_logits(drafter: Path) -> list[Tensor]:
     return next_logits(models.read_model(drafter), PROMPT, NUM_TOKENS)
 
 
-def engine_args(target: Path, drafter: Path, **settings: Any) -> dict[str, Any]:
-    return {
-        "model": str(target),
-        "max_model_len": 64,
-        "max_num_seqs": 1000,
-        "enable_prefix_caching": False,
-        "speculative_config": {
-            "method": "budgetdraft",
-            "model": str(drafter),
-            "num_speculative_tokens": NUM_DRAFTS,
-            "kv_budget": 16,
-            "recent_window": 16,
-            "page_size": 4,
-            **settings,
-        },
-    }
-
-
 @pytest.fixture(scope="module")
 def engine(target: Path, drafter: Path) -> Iterator[SamplingEngine]:
     with sampling_engine(engine_args(target, drafter)) as engine:
         yield engine
-
-
-def job(num: int = NUM_SAMPLES, **sampling: Any) -> Job:
-    return Job([PROMPT] * num, {"max_tokens": NUM_TOKENS, **sampling})
-
-
-def distribution(logits: list[Tensor], **settings: float) -> Tensor:
-    return joint([probabilities(each, **settings) for each in logits])
 
 
 def check(sampled: Sampled, expected: Tensor) -> None:
@@ -184,13 +150,6 @@ def test_a_batch_of_many_kinds(engine, target, target_logits):
         logits = [each + added for each in target_logits]
         of_kind = outputs[order.index(name) :: len(order)]
         assert p_value(of_kind, distribution(logits, **kinds[name])) > 0.001, name
-
-
-def likeliest(logits: list[Tensor]) -> list[int]:
-    tokens: list[int] = []
-    for each in logits:
-        tokens.append(int(each[tuple(tokens)].argmax()))
-    return tokens
 
 
 @pytest.mark.slow
@@ -286,27 +245,6 @@ def test_greedy_drafts(sampled_of_greedy_drafts, target_logits):
     check(sampled_of_greedy_drafts, distribution(target_logits))
 
 
-def acceptance(target: list[Tensor], agreed: list[Tensor]) -> float:
-    """Share of first draft tokens that are accepted, where outputs have three tokens.
-
-    Drafts begin after the first one and, if that draft fails, after the second.
-
-    Args:
-        target: probabilities of the next token.
-        agreed: what of them is accepted.
-    """
-    second = target[0][:, None] * (target[1] - agreed[1])
-    accepted = joint([target[0], agreed[1]]).sum() + joint([second, agreed[2]]).sum()
-    return float(accepted / (1 + second.sum()))
-
-
-def expected_acceptance(target: list[Tensor], drafter: list[Tensor]) -> float:
-    """``acceptance`` of drafts that are drawn, by the logits of both."""
-    pairs = zip(target, drafter, strict=True)
-    pairs = [(probabilities(p), probabilities(q)) for p, q in pairs]
-    return acceptance([p for p, _ in pairs], [torch.minimum(*each) for each in pairs])
-
-
 def test_drawn_drafts_are_accepted_where_distributions_agree(
     sampled, target_logits, drafter_logits
 ):
@@ -389,81 +327,3 @@ def test_lengths_by_batch_size(target, drafter, target_logits):
         sampled = engine.sample(job(temperature=1.0))
     check(sampled, distribution(target_logits))
     assert 1.2 < sampled.num_draft_tokens / sampled.num_drafts < NUM_DRAFTS - 0.2
-
-
-SEEDED = {
-    "temperature": {"temperature": 0.7},
-    "top_p": {"top_p": 0.9},
-    "top_k": {"top_k": 3},
-    "penalties": {
-        "presence_penalty": 0.5,
-        "frequency_penalty": 0.5,
-        "repetition_penalty": 1.2,
-    },
-    "min_p": {"min_p": 0.1},
-    "logit_bias": {"logit_bias": {14: 3.0, 300: -100.0}},
-    "no drafts": {"top_k": 3, "extra_args": {"num_speculative_tokens": 0}},
-    "short": {"top_k": 30},
-    "short, min_p": {"temperature": 2.0, "min_p": 0.2},
-}
-GREEDY = {
-    "greedy": {},
-    "greedy, min_p": {"min_p": 0.1},
-    "greedy, logit_bias": {"logit_bias": {14: 3.0, 300: -100.0}},
-    "greedy, short, logit_bias": {"logit_bias": {300: 100.0}},
-}
-UNSEEDED = [{"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}]
-
-
-@pytest.fixture(scope="module")
-def repeatable() -> dict[str, Job]:
-    """Requests that have but one right output, each alone."""
-    common = {"max_tokens": 24, "ignore_eos": True}
-    sampling = {
-        name: {**common, "temperature": 1.0, "seed": i, **settings}
-        for i, (name, settings) in enumerate(SEEDED.items())
-    } | {
-        name: {**common, "temperature": 0.0, **settings}
-        for name, settings in GREEDY.items()
-    }
-    return {
-        name: Job([book_tokens(1 if "short" in name else 60, start=70 * i)], settings)
-        for i, (name, settings) in enumerate(sampling.items())
-    }
-
-
-@pytest.fixture(scope="module")
-def plain(repeatable: dict[str, Job]) -> dict[str, Answer]:
-    return run_jobs({"max_model_len": 512}, repeatable)
-
-
-@pytest.mark.parametrize("threshold", [pytest.param(0.0, marks=pytest.mark.slow), 0.4])
-def test_seeds_give_what_they_give_without_speculation(threshold, repeatable, plain):
-    settings = {
-        "method": "budgetdraft",
-        "model": DRAFTER,
-        "num_speculative_tokens": 5,
-        "kv_budget": 64,
-        "recent_window": 64,
-        "draft_confidence_threshold": threshold,
-    }
-    others = [{"max_tokens": 60, "ignore_eos": True, **each} for each in UNSEEDED]
-    batch = Job(
-        [book_tokens(30)] * len(others)
-        + [job.prompts[0] for job in repeatable.values()],
-        others + [job.sampling for job in repeatable.values()],
-    )
-    args = {
-        "max_model_len": 512,
-        # The batch begins with some, and others come in, their prompts in parts.
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 96,
-        "speculative_config": settings,
-    }
-    answers = run_jobs(args, {**repeatable, "batch": batch})
-    in_batch = answers["batch"].token_ids[len(others) :]
-    for name, tokens in zip(repeatable, in_batch, strict=True):
-        assert answers[name].token_ids == plain[name].token_ids, name
-        assert [tokens] == plain[name].token_ids, f"{name}, in the batch"
-        assert bool(answers[name].num_draft_tokens) == (name != "no drafts"), name
-    assert answers["batch"].num_accepted_tokens > 50

@@ -13,13 +13,12 @@ from tests.integration import test_sampling as v1
 from tests.integration.test_sampling import (  # noqa: F401, fixtures
     drafter,
     drafter_logits,
-    engine_args,
-    job,
     target,
     target_logits,
 )
 from tests.support.distributions import Sampled, SamplingEngine, sampling_engine
 from tests.support.runner_v2 import schedule_ahead
+from tests.support.tiny_pair import engine_args, expected_acceptance, job
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -45,7 +44,7 @@ def test_drafts_are_accepted_where_distributions_agree(
     target_logits,  # noqa: F811
     drafter_logits,  # noqa: F811
 ):
-    expected = v1.expected_acceptance(target_logits, drafter_logits)
+    expected = expected_acceptance(target_logits, drafter_logits)
     deviation = (expected * (1 - expected) / sampled.num_drafts) ** 0.5
     found = sampled.accepted[0] / sampled.num_drafts
     assert abs(found - expected) < 4 * deviation

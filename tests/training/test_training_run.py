@@ -10,50 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.support import models
-from tests.support.books import write_books, write_target
+from tests.support.training_runs import (
+    history,
+    losses,
+    run_options,
+    train,
+    write_inputs,
+)
 from vllm_budgetdraft.drafter import checkpoint
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
-from vllm_budgetdraft.training.__main__ import PRESETS, main, with_config
 from vllm_budgetdraft.training.views import View, continuation_hidden
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_target(folder / "target")
-    write_books(folder / "books.jsonl")
-    write_books(folder / "leaflets.jsonl", num_words=10)
-    return folder
-
-
-def options(inputs: Path, output: Path, steps: int) -> list[str]:
-    arguments = f"""
-        --target {inputs / "target"} --texts {inputs / "books.jsonl"}
-        --hidden_size 48 --intermediate_size 64 --num_hidden_layers 2
-        --num_attention_heads 6 --num_key_value_heads 2
-        --prefix_tokens 40 --continuation_tokens 24
-        --budgets 24 32 --budget_weights 0.5 0.5 --local_tokens 16
-        --per_device_train_batch_size 8 --learning_rate 0.02 --max_steps {steps}
-        --lr_scheduler_type constant --logging_steps 1 --save_steps 2
-        --report_to none --disable_tqdm true --use_cpu --output_dir {output}
-    """
-    return arguments.split()
-
-
-def train(inputs: Path, output: Path, *more: str, steps: int) -> None:
-    main([*options(inputs, output, steps), *more])
-
-
-def history(folder: Path) -> list[dict]:
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-
-def losses(checkpoint: Path) -> list[float]:
-    return [entry["loss"] for entry in history(checkpoint) if "loss" in entry]
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +217,7 @@ def test_a_second_run_on_the_same_windows_need_not_ask_the_target(
 
 def test_two_processes_train_as_one_does(inputs, tmp_path):
     """With torchrun: the mean of the gradients, and the windows of one step."""
-    together = options(inputs, tmp_path / "two", 2)
+    together = run_options(inputs, tmp_path / "two", 2)
     together[together.index("--per_device_train_batch_size") + 1] = "4"
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -287,76 +261,6 @@ def test_the_best_drafter_of_a_run_is_kept(inputs, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert f"step {best}" in card and "| 1 | 60 |" in card
     assert not (tmp_path / "being_evaluated").exists()
-
-
-def test_a_config_is_read_and_the_command_line_wins(inputs, tmp_path):
-    config = tmp_path / "run.yaml"
-    given = {"objective": "kl", "max_steps": 3, "budgets": [24, 28], "bf16": False}
-    config.write_text(yaml.safe_dump(given))
-    found = with_config(["--config", str(config), "--max_steps", "1"])
-    assert found[-2:] == ["--max_steps", "1"]
-    train(inputs, tmp_path / "run", "--config", str(config), steps=2)
-    told = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert told["objective"] == "kl" and told["max_steps"] == 2
-
-
-@pytest.mark.parametrize("preset", [path.stem for path in PRESETS.glob("*.yaml")])
-def test_presets_hold_known_options(preset, inputs, tmp_path, capsys):
-    """They get as far as the window, which is longer than this target's positions."""
-    own = ("--target", str(inputs / "target"), "--output_dir", str(tmp_path))
-    with pytest.raises(SystemExit):
-        main(["--config", preset, *own, "--use_cpu"])
-    assert "make windows of" in capsys.readouterr().err
-
-
-def test_the_paper_is_a_preset():
-    found = with_config(["--config", "paper"])
-    place = found.index("--budgets")
-    assert found[place + 1 : place + 5] == ["256", "512", "1024", "2048"]
-    assert "ce" in found and "16128" in found
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["no", "texts"], "nothing to train on"),
-        (["--max_steps", "-1"], "say after how many steps"),
-        (["--prefix_tokens", "4000"], "beyond the target's"),
-        (["--budgets", "4", "32"], "raise it or lower sink_tokens"),
-        (["--budgets", "32"], "one weight for each budget"),
-        (["--texts", "leaflets.jsonl"], "fewer than the 64"),
-        (["--texts", "no_such.jsonl"], "names no file"),
-        (["--drafter", "other"], "vocab_size"),
-        (["--target", "./nowhere"], "'./nowhere' cannot be loaded"),
-        (["--target_layers", "7"], "choose some of them"),
-        (["--resume_from_checkpoint", "true"], "no complete checkpoint"),
-        (["--resume_from_checkpoint", "nowhere"], "not written to its end"),
-        (["--config", "nowhere.yaml"], "a preset (paper)"),
-        (["--eval_strategy", "steps", "--eval_steps", "1"], "give held-out texts"),
-        (
-            ["--position_weights", "dpace", "--draft_tokens", "7"],
-            "no multiple of draft_tokens=7",
-        ),
-        (
-            ["--position_weights", "decay", "--loss_chunk_tokens", "12"],
-            "loss_chunk_tokens=12",
-        ),
-    ],
-    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
-)
-def test_what_cannot_be_trained_is_refused(inputs, tmp_path, capsys, more, message):
-    if "other" in more:
-        models.write_model(tmp_path / "other", models.llama(vocab_size=77))
-    files = {"leaflets.jsonl": inputs, "no_such.jsonl": inputs, "other": tmp_path}
-    more = [str(files[each] / each) if each in files else each for each in more]
-    given = options(inputs, tmp_path / "run", 1)
-    if more == ["no", "texts"]:
-        more = []
-        del given[2:4]
-    with pytest.raises(SystemExit) as stop:
-        main([*given, *more])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
