@@ -18,12 +18,14 @@ setup: ## Make .venv: vLLM for this machine, and this package.
 demo: setup ## Compare vLLM with and without BudgetDraft on a book excerpt.
 	@$(BIN)/budgetdraft demo $(ARGS)
 
-# Of two processes, each with all tests of a file: they share engines.
+# Two processes, each with whole files: the tests of a file share engines.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: setup ## Run the tests, without the slow ones.
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: setup ## Run the slow tests.
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .
