@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format docs clean
+.PHONY: help setup demo test test-slow coverage lint format docs clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ test: setup ## Run the tests, without the slow ones.
 test-slow: setup ## Run the slow tests.
 	$(PYTEST) -m slow $(ARGS)
 
+coverage: setup ## Lines of the core that tests without an engine run: 90 % at least.
+	$(PYTEST) tests/unit tests/kernel_parity tests/training --cov --cov-fail-under=90 $(ARGS)
+
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,5 +43,5 @@ docs: setup ## Build the documentation into site/.
 	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 clean: ## Remove builds and caches; .venv stays.
-	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
