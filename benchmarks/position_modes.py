@@ -100,11 +100,12 @@ def measured(
         "enforce_eager": True,
         "speculative_config": settings,
     }
+    sampling = {"temperature": 0.0, "max_tokens": new_tokens, "ignore_eos": True}
     lengths, outputs = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         with EngineProcess(engine_args, Path(folder) / "engine.log") as engine:
             for context, passages in prompts.items():
-                runs = [engine.generate(passage, new_tokens) for passage in passages]
+                runs = [engine.generate(passage, sampling) for passage in passages]
                 drafts = sum(run.num_drafts for run in runs)
                 accepted = sum(sum(run.accepted_per_position) for run in runs)
                 lengths[context] = 1 + accepted / max(drafts, 1)

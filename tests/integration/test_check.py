@@ -37,7 +37,8 @@ def test_a_pair_that_fits_is_described_and_measured() -> None:
     done = check(
         *(TARGET, DRAFTER, "--seconds", "1", "--context-tokens", "300"),
         *("--new-tokens", "24"),
-        *("--engine-args", '{"dtype": "float32", "enforce_eager": true}'),
+        "--engine-args",
+        '{"dtype": "float32", "enforce_eager": true, "max_num_seqs": 8}',
     )
     assert done.returncode == 0, done.stderr[-3000:]
     said = dict(
@@ -48,7 +49,7 @@ def test_a_pair_that_fits_is_described_and_measured() -> None:
     assert said.keys() == NAMES
     assert said["vocabulary"] == "4096 tokens in both, of equal tokenizers"
     assert said["positions"].startswith("absolute, within the 16384 tokens")
-    assert "(4 requests x 784 tokens" in said["memory"]
+    assert "(8 requests x 784 tokens" in said["memory"]
     assert "prompts of 300 tokens, 24 new ones" in said["speed-up"]
     assert 2 < float(said["acceptance"].split()[0]) < 9
     assert said["outputs"] == "equal, token for token"

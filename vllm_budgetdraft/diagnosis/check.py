@@ -51,7 +51,7 @@ def run(args: Namespace) -> None:
         "num_speculative_tokens": 8,
         **args.speculative_config,
     }
-    engine_args = {"model": args.target, "max_num_seqs": 4, **args.engine_args}
+    engine_args = {"model": args.target, **args.engine_args}
     vllm_config = _vllm_config(engine_args, speculative_config)
     target = vllm_config.model_config
     _say("target", f"{args.target}, max_model_len {target.max_model_len}")
@@ -120,7 +120,7 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
         target_dtype=model.dtype,
         device_type="cuda" if torch.cuda.is_available() else "cpu",
     )
-    is_v2 = getattr(vllm_config, "use_v2_model_runner", False)
+    is_v2 = getattr(vllm_config, "use_v2_model_runner", False)  # old vLLM has none
     facts["model runner"] = "V2" if is_v2 else "V1"
     return facts
 
@@ -161,7 +161,8 @@ def _measure(
         lengths=[context_tokens],
         count=MAX_PASSAGES,
     )
-    shared = {"enable_prefix_caching": False, **engine_args}
+    # There is one request at a time, and each pays for its own prompt.
+    shared = {"max_num_seqs": 4, "enable_prefix_caching": False, **engine_args}
     methods = [
         Method(PLAIN, engine_args=shared),
         Method(
