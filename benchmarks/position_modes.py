@@ -6,7 +6,7 @@ its native range or a cache that lacks anything, within that range and at 8 time
     python -m benchmarks.position_modes --drafter models/books-9m-native512 \
         --output benchmarks/results/position-modes.json
 
-About 6 minutes on 2 CPU cores. Result: see the drafter's card.
+About 6 minutes on 2 CPU cores.
 """
 
 import argparse
