@@ -211,3 +211,8 @@ def test_a_scheduler_step_becomes_metrics_and_a_line(stat_logger):
     )
     logger.log()
     assert len(lines) == 1  # nothing happened since
+    # A server that drafts for nobody says why.
+    step = {"gauges": {"draft_length": 0}, "counts": [["drafts_skipped", "off", 3]]}
+    logger.record(SimpleNamespace(kv_connector_stats={KEY: step}), None)
+    logger.log()
+    assert "Draft length: 0.0" in lines[1] and "3 (off 3)" in lines[1]

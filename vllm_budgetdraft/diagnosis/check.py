@@ -12,7 +12,6 @@ from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 
 #: Passages to choose from: more than half the time can be spent on.
 MAX_PASSAGES = 20
-WARM_UP_TOKENS = 16
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -99,12 +98,12 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
         read_drafter_config,
         settle,
     )
-    from vllm_budgetdraft.flexdraft.checkpoint import is_flexdraft
+    from vllm_budgetdraft.flexdraft.checkpoint import drafter_type
 
     config = vllm_config.speculative_config.settings
     model = vllm_config.model_config
     facts = {"vocabulary": _vocabulary(target, drafter, model.get_vocab_size())}
-    if is_flexdraft(drafter):
+    if drafter_type(config) == "flexdraft":
         facts["positions"] = "the target's"
     else:
         found = read_drafter_config(drafter)
@@ -204,6 +203,7 @@ def _runs_of(
     seconds: float,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One run of each prompt, as far as the time goes but of one at least."""
+    from vllm_budgetdraft.comparison.measure import WARM_UP_TOKENS
     from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
     sampling = {"temperature": 0.0, "max_tokens": new_tokens, "ignore_eos": True}

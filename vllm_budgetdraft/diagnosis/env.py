@@ -121,11 +121,15 @@ def _backend() -> str:
         return NOT_INSTALLED
     import torch
 
-    if not torch.cuda.is_available():
-        return "torch, for there is no GPU"
-    if find_spec("triton") is None:
-        return "torch, for Triton is not installed: install triton, it is much faster"
-    return "triton, for there are a GPU and Triton"
+    from budgetdraft_kernels import reference
+    from vllm_budgetdraft.attention.backend import select_operations
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if select_operations("auto", device) is not reference:
+        return "triton, for there is a GPU"
+    if device.type == "cuda":
+        return "torch, for triton is not installed: install it"
+    return "torch, for there is no GPU"
 
 
 def _model_runner(version: str | None) -> str:

@@ -7,7 +7,7 @@ import torch
 from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.flexdraft.checkpoint import is_flexdraft
+from vllm_budgetdraft.flexdraft.checkpoint import drafter_type
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 
 
@@ -19,7 +19,7 @@ def describe(
     target_dtype: torch.dtype,
     device_type: str,
 ) -> str:
-    """A line like the one that the engine logs.
+    """The line that the engine logs, but for what counts of attention take.
 
     Args:
         settings: a speculative config, less ``method``.
@@ -29,7 +29,7 @@ def describe(
             ``read_drafter_config``, ``settle`` and ``MemoryPlan.of``.
     """
     config = parse_speculative_config(settings)
-    if is_flexdraft(config.model):
+    if drafter_type(config) == "flexdraft":
         return "no draft cache: FlexDraft reads the target's own"
     drafter = read_drafter_config(config.model)
     dtype = resolve_dtype(config, device_type, target_dtype)

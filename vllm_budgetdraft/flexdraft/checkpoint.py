@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 
@@ -29,6 +30,13 @@ def is_flexdraft(folder: str | Path) -> bool:
     except (OSError, json.JSONDecodeError):
         return False
     return isinstance(raw, dict) and raw.get("model_type") == MODEL_TYPE
+
+
+def drafter_type(config: BudgetDraftConfig) -> str:
+    """What the drafter's folder holds, where the config leaves that open."""
+    if config.drafter_type != "auto":
+        return config.drafter_type
+    return "flexdraft" if is_flexdraft(config.model) else "decoder"
 
 
 def read_flexdraft_config(folder: str | Path) -> dict[str, Any]:

@@ -73,9 +73,9 @@ class BudgetDraftStatLogger(AggregateStatLoggerBase):
             self._counts[name][label] += amount
 
     def log(self) -> None:
-        """A line like vLLM's "SpecDecoding metrics", if drafts were asked for."""
+        """A line like vLLM's "SpecDecoding metrics", if there was anything to count."""
         total = {name: counts.total() for name, counts in self._counts.items()}
-        if total["draft_steps"]:
+        if any(total.values()):
             gauges = {
                 name: sum(each.get(name, 0) for each in self._gauges.values())
                 for name in GAUGES
@@ -88,7 +88,7 @@ class BudgetDraftStatLogger(AggregateStatLoggerBase):
                 "(%.1f%%), Draft cache usage: %.1f%%, Evicted: %d tokens, Without "
                 "drafts: %s, Failures: %s",
                 gauges["draft_length"] / num_engines,
-                1000 * total["draft_seconds"] / total["draft_steps"],
+                1000 * total["draft_seconds"] / max(1, total["draft_steps"]),
                 100 * total["draft_seconds"] / elapsed,
                 100 * gauges["pages_in_use"] / max(1, num_pages),
                 total["evicted_tokens"],

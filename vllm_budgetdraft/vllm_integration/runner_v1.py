@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_budgetdraft.attention.backend import select_operations
-from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
+from vllm_budgetdraft.flexdraft.checkpoint import drafter_type, load_flexdraft
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -17,7 +17,6 @@ from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import logger
 from vllm_budgetdraft.vllm_integration.patches import runner_v1, statistics
 from vllm_budgetdraft.vllm_integration.request_drafter import Request, RequestDrafter
-from vllm_budgetdraft.vllm_integration.speculative_config import drafter_type
 from vllm_budgetdraft.vllm_integration.target_drafter import TargetDrafter
 
 

@@ -28,7 +28,7 @@ from vllm_budgetdraft.errors import (
     UnsupportedVllmError,
 )
 from vllm_budgetdraft.eviction.catalogue import make_policy
-from vllm_budgetdraft.flexdraft.checkpoint import is_flexdraft, read_flexdraft_config
+from vllm_budgetdraft.flexdraft.checkpoint import drafter_type, read_flexdraft_config
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
@@ -124,13 +124,6 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
         ),
     }
     return [feature for feature, needed in needs.items() if needed]
-
-
-def drafter_type(config: BudgetDraftConfig) -> str:
-    """What the drafter's folder holds, where the config leaves that open."""
-    if config.drafter_type != "auto":
-        return config.drafter_type
-    return "flexdraft" if is_flexdraft(config.model) else "decoder"
 
 
 def _check_decoder(config: BudgetDraftConfig, target: Any) -> None:
