@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,7 +49,12 @@ class BatchGeneration:
 
 
 class EngineProcess:
-    """Runs ``LLM(**engine_args)`` in a child; its output goes to a log file."""
+    """Runs ``LLM(**engine_args)`` in a child; its output goes to a log file.
+
+    The child is on its way when this is made, so that several start at the same time.
+    What is asked of an engine waits until it is ready, as ``with`` does. Whatever asks
+    raises a RuntimeError with the engine's last words if it has died.
+    """
 
     def __init__(
         self,
@@ -64,65 +70,77 @@ class EngineProcess:
             daemon=True,
         )
         self._log_file = log_file
+        self._is_ready = False
         self._process.start()
         child_end.close()
-        self._receive()
+
+    def wait_until_ready(self) -> None:
+        """Until it can be asked; an engine that fails before that is closed."""
+        if self._is_ready:
+            return
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
+        self._is_ready = True
+
+    def fileno(self) -> int:
+        """By which ``multiprocessing.connection.wait`` tells which is ready first."""
+        return self._pipe.fileno()
 
     def generate(
         self, prompt_token_ids: list[int], sampling: dict[str, Any]
     ) -> Generation:
-        """One request with ``SamplingParams(**sampling)``.
-
-        Raises:
-            RuntimeError: the engine failed; the message has its last words.
-        """
-        self._pipe.send((_generate, prompt_token_ids, sampling))
-        return self._receive()
+        """One request with ``SamplingParams(**sampling)``."""
+        return self._ask(_generate, prompt_token_ids, sampling)
 
     def profile(
         self, prompt_token_ids: list[int], sampling: dict[str, Any]
     ) -> dict[str, float]:
-        """Where the time after the first token goes, in seconds: see ``TimedRunner``.
-
-        Raises:
-            RuntimeError: the engine failed; the message has its last words.
-        """
-        self._pipe.send((_profile, prompt_token_ids, sampling))
-        return self._receive()
+        """Seconds after the first token, by what they went to: see ``TimedRunner``."""
+        return self._ask(_profile, prompt_token_ids, sampling)
 
     def describe(self) -> dict[str, Any]:
         """Its peak memory, room for keys and values, runner and scheduling."""
-        self._pipe.send((_describe,))
-        return self._receive()
+        return self._ask(_describe)
 
     def generate_batch(
         self, prompts: list[list[int]], sampling: dict[str, Any]
     ) -> BatchGeneration:
-        """Tokens of every prompt, with the same ``SamplingParams(**sampling)``.
-
-        Raises:
-            RuntimeError: the engine failed; the message has its last words.
-        """
-        self._pipe.send((_generate_batch, prompts, sampling))
-        return self._receive()
+        """Tokens of every prompt, with the same ``SamplingParams(**sampling)``."""
+        return self._ask(_generate_batch, prompts, sampling)
 
     def close(self) -> None:
+        """Ends the child, at once where it is still starting."""
         self._pipe.close()
+        if not self._is_ready:
+            self._process.kill()
         self._process.join(timeout=30)
         if self._process.is_alive():
             self._process.kill()
+            self._process.join()
 
     def __enter__(self) -> Self:
+        self.wait_until_ready()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _ask(self, *function_and_arguments: Any) -> Any:
+        self.wait_until_ready()
+        with suppress(BrokenPipeError):  # its last words are read below
+            self._pipe.send(function_and_arguments)
+        return self._receive()
+
     def _receive(self) -> Any:
         try:
             return self._pipe.recv()
-        except EOFError:
-            log = self._log_file.read_text(encoding="utf-8", errors="replace")
+        except (EOFError, ConnectionResetError):
+            log = ""
+            if self._log_file.exists():  # the child may have died before
+                log = self._log_file.read_text(encoding="utf-8", errors="replace")
             last_words = "\n".join(log.splitlines()[-15:])
             raise RuntimeError(
                 f"the engine stopped; its log is {self._log_file}, and ends:\n"
