@@ -136,7 +136,19 @@ def _add_pad_target(commands: Any) -> None:
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     pad.add_argument("--target", default=str(MODELS / "books-9m"))
-    pad.add_argument("--size", choices=["150m", "1b", "7b", "7b-gqa"], default="150m")
+    size = pad.add_mutually_exclusive_group()
+    size.add_argument(
+        "--size",
+        choices=["150m", "1b", "7b", "7b-gqa"],
+        default="150m",
+        help="shapes for the embedded target",
+    )
+    size.add_argument(
+        "--parameters",
+        metavar="COUNT",
+        help="7b, 1.5b, 350m or a plain number: a shape, within 2 %% of that, derived "
+        "for any Llama without biases",
+    )
     pad.add_argument("--output", required=True, metavar="FOLDER")
     pad.set_defaults(run=_pad_target, takes_rest=False)
 

@@ -76,9 +76,30 @@ def test_a_shape_that_does_not_hold_the_model_is_refused(changes, message):
         pad(small_model(num_attention_heads=4), SHAPE._replace(**changes))
 
 
-def test_other_families_are_refused():
+@pytest.mark.parametrize(
+    "config", [models.qwen2(), models.llama(attention_bias=True)], ids=["qwen2", "bias"]
+)
+def test_what_is_no_llama_without_biases_is_refused(config):
     with pytest.raises(ConfigurationError, match="use a Llama"):
-        pad(models.random_model(models.qwen2()), SHAPE)
+        pad(models.random_model(config), SHAPE)
+
+
+def test_what_is_grown_is_made_where_the_small_model_is():
+    """On a GPU, then: a 7 B one takes minutes on a CPU."""
+    grown = pad(small_model().to("meta"), SHAPE)
+    tensors = [*grown.parameters(), *grown.buffers()]
+    assert tensors and {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_gpu_is_used_where_there_is_one(monkeypatch, has_gpu):
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(
+        cost_padding, "write_padded", lambda args, device: used.append(device.type)
+    )
+    main("pad-target --target small --parameters 1b --output grown".split())
+    assert used == ["cuda" if has_gpu else "cpu"]
 
 
 def test_the_command_writes_a_folder_that_says_what_it_is(
@@ -88,6 +109,8 @@ def test_the_command_writes_a_folder_that_says_what_it_is(
 
     write_target(tmp_path / "small")
     small = models.read_model(tmp_path / "small")
+    small.generation_config.eos_token_id = [1, 2, 3]
+    small.generation_config.save_pretrained(tmp_path / "small")
     heads = 2 * small.config.num_attention_heads
     width = 2 * small.config.hidden_size
     shape = Shape(width, 3, heads, 2 * small.config.num_key_value_heads, 300)
@@ -98,11 +121,34 @@ def test_the_command_writes_a_folder_that_says_what_it_is(
     assert "M parameters" in capsys.readouterr().out
     config = json.loads((folder / "config.json").read_text())
     assert config["cost_padded"] == {"from": "small", "to": "150m"}
+    grown = models.read_model(folder)
+    assert grown.generation_config.eos_token_id == [1, 2, 3]
     tokens = models.random_tokens(20)[None] % config["vocab_size"]
     torch.testing.assert_close(
-        models.read_model(folder)(tokens).logits,
+        grown(tokens).logits,
         small(tokens).logits,
         rtol=1e-4,
         atol=1e-4,
     )
     assert (folder / "tokenizer.json").is_file()
+
+
+def test_the_command_takes_a_number_of_parameters(tmp_path, capsys):
+    from tests.support.books import write_target
+
+    write_target(tmp_path / "small")
+    folder = tmp_path / "grown"
+    command = f"pad-target --target {tmp_path / 'small'} --output {folder} "
+    main([*command.split(), "--parameters", "0.01b"])
+    printed = capsys.readouterr().out
+    grown = models.read_model(folder)
+    count = sum(parameter.numel() for parameter in grown.parameters())
+    assert abs(count / 10e6 - 1) <= 0.02
+    assert f"{count / 1e6:,.0f} M parameters" in printed
+    assert grown.config.cost_padded == {"from": "small", "to": "0.01b"}
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--parameters", "1b", "--size", "1b"])
+    assert "not allowed with" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--parameters", "1k"])
+    assert "1,000 parameters, within 2%" in capsys.readouterr().err

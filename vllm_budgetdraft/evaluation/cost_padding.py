@@ -8,7 +8,7 @@ multiplied, every key really stored. Results made with one must say so.
 import copy
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,44 +20,50 @@ from transformers import (
 )
 
 from vllm_budgetdraft.errors import ConfigurationError
-
-
-class Shape(NamedTuple):
-    """What is grown, under the names of a Llama's config."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-
-
-#: Multiples of a width of 320 or 640, for heads of 64; the last one for small models
-#: whose KV heads are shared by up to five heads.
-SHAPES = {
-    "150m": Shape(1280, 8, 20, 20, 3456),
-    "1b": Shape(1920, 24, 30, 10, 5376),
-    "7b": Shape(3840, 36, 60, 60, 10752),
-    "7b-gqa": Shape(3840, 36, 60, 12, 10752),
-}
+from vllm_budgetdraft.evaluation.cost_shapes import (
+    SHAPES,
+    Shape,
+    derive_shape,
+    parse_count,
+)
 
 
 def run(args: Namespace) -> None:
-    """``budgetdraft pad-target``."""
-    small = AutoModelForCausalLM.from_pretrained(args.target, dtype="auto")
-    grown = pad(small, SHAPES[args.size])
-    grown.config.cost_padded = {"from": Path(args.target).name, "to": args.size}
+    """``budgetdraft pad-target``, on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    write_padded(args, torch.device(device))
+
+
+def write_padded(args: Namespace, device: torch.device) -> None:
+    """Writes the folder; a model of 7 B takes seconds on a GPU, minutes on a CPU.
+
+    Raises:
+        ConfigurationError: no Llama, or no shape of that size that holds it.
+    """
+    small = AutoModelForCausalLM.from_pretrained(args.target, dtype="auto").to(device)
+    size = args.parameters or args.size
+    check_can_be_padded(small.config)
+    shape = (
+        derive_shape(small.config, parse_count(args.parameters))
+        if args.parameters
+        else SHAPES[args.size]
+    )
+    grown = pad(small, shape)
+    grown.config.cost_padded = {"from": Path(args.target).name, "to": size}
+    # What ends a text is the small model's matter.
+    grown.generation_config = small.generation_config
     grown.save_pretrained(args.output)
     AutoTokenizer.from_pretrained(args.target).save_pretrained(args.output)
     count = sum(parameter.numel() for parameter in grown.parameters())
     print(
-        f"{args.output}: {count / 1e6:,.0f} M parameters, the logits of {args.target}"
+        f"{args.output}: {count / 1e6:,.0f} M parameters, the logits of {args.target}; "
+        + ", ".join(f"{name} {value}" for name, value in shape._asdict().items())
     )
 
 
 @torch.no_grad()
 def pad(small: PreTrainedModel, shape: Shape) -> PreTrainedModel:
-    """A Llama of the given shape with the logits of ``small``.
+    """A Llama of the given shape with the logits of ``small``, on its device.
 
     The residual stream holds several copies of the small one, all written and the
     first one read: their mean square, and so each RMSNorm, is the small model's to
@@ -68,7 +74,8 @@ def pad(small: PreTrainedModel, shape: Shape) -> PreTrainedModel:
         ConfigurationError: no Llama, or one that does not fit into the shape.
     """
     config = _grown_config(small.config, shape)
-    grown = AutoModelForCausalLM.from_config(config, dtype=small.dtype)
+    with small.device:
+        grown = AutoModelForCausalLM.from_config(config, dtype=small.dtype)
     factor = config.hidden_size // small.config.hidden_size
     theirs, ours = small.model, grown.model
     ours.embed_tokens.weight.copy_(theirs.embed_tokens.weight.repeat(1, factor))
@@ -110,13 +117,18 @@ def _read(new: Tensor, old: Tensor) -> None:
     new[..., : old.shape[-1]] = old
 
 
-def _grown_config(small: Any, shape: Shape) -> LlamaConfig:
+def check_can_be_padded(small: Any) -> None:
+    """Raises ConfigurationError where a model with this config cannot be padded."""
     if small.model_type != "llama" or small.attention_bias or small.mlp_bias:
         raise ConfigurationError(
             f"a {small.model_type} with attention_bias="
             f"{getattr(small, 'attention_bias', None)} cannot be padded; use a Llama "
             "without biases"
         )
+
+
+def _grown_config(small: Any, shape: Shape) -> LlamaConfig:
+    check_can_be_padded(small)
     ratios = "attention heads per KV head"
     sizes = {
         name: (getattr(small, name), getattr(shape, name)) for name in shape._fields
