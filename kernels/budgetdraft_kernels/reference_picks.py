@@ -19,6 +19,7 @@ def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tenso
 
     Returns:
         [B] int64, the first of the largest logits; and its probability, [B] float32.
+        Where the largest is not finite: any token of the vocabulary, and NaN.
 
     Raises:
         ValueError, TypeError: logits of another shape, layout or type.
@@ -50,6 +51,7 @@ def gumbel_pick(
         logits where that is 0), [B] float32; and the distribution that each token was
         drawn from, [B, V] float32. The second is no function of the draw: whoever
         decides by it whether to propose a token leaves its distribution as it is.
+        Where the largest logit is not finite: any token of the vocabulary, and NaN.
 
     Raises:
         ValueError: sizes or devices that do not fit, or a temperature below 0.
@@ -58,10 +60,12 @@ def gumbel_pick(
     if validate:
         check_logits(logits, temperatures, seeds)
     greedy = temperatures[:, None] == 0
-    scaled = logits.float() / temperatures[:, None].masked_fill(greedy, 1.0)
+    # Less the largest first: what a low temperature makes large holds no noise.
+    x = logits.float() - logits.float().amax(-1, keepdim=True)
+    x = x / temperatures[:, None].masked_fill(greedy, 1.0)
     uniform = philox_uniform(seeds, logits.shape[1])
     noise = -(-uniform.log()).log()
-    tokens = torch.where(greedy, scaled, scaled + noise).argmax(-1, keepdim=True)
-    one_hot = torch.zeros_like(scaled).scatter(1, tokens, 1.0)
-    softmax = scaled.softmax(-1)
+    tokens = torch.where(greedy, x, x + noise).argmax(-1, keepdim=True)
+    one_hot = torch.zeros_like(x).scatter(1, tokens, 1.0)
+    softmax = x.softmax(-1)
     return tokens[:, 0], softmax.amax(-1), torch.where(greedy, one_hot, softmax)

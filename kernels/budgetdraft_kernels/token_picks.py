@@ -1,6 +1,11 @@
 """The next token and how sure the model is, in one pass over the vocabulary.
 
 Each program sees a part of a row; a second, small kernel joins the parts.
+
+A device divides with an error that differs from kernel to kernel: its compiler fuses a
+division with what follows. Over a low temperature logits reach 1e8, where such an error
+is worth more than any difference that counts. So the largest logit is subtracted first:
+what is divided is 0 for the likeliest token, and small for all that may be drawn.
 """
 
 from typing import Any
@@ -15,19 +20,24 @@ from budgetdraft_kernels.checks import check_logits
 
 
 @triton.jit
-def scaled_logits(logits, temperature, row, column, row_stride, vocab_size):
-    """A tile of a row over its temperature; a temperature of 0 leaves it as it is."""
-    x = tl.load(
+def loaded_logits(logits, row, column, row_stride, vocab_size):
+    """A tile of a row; -inf behind its end."""
+    return tl.load(
         logits + row * row_stride + column,
         mask=column < vocab_size,
         other=float("-inf"),
     ).to(tl.float32)
-    return x / tl.where(temperature == 0.0, 1.0, temperature)
+
+
+@triton.jit
+def relative(x, highest, temperature):
+    """Logits less the highest, over the temperature; one of 0 counts as 1."""
+    return (x - highest) / tl.where(temperature == 0.0, 1.0, temperature)
 
 
 @triton.jit
 def pick_part_kernel(
-    part_stats,  # [3, B, parts]: the winner's key, the maximum, the sum
+    part_stats,  # [3, B, parts]: the winner's key, the largest logit, the sum
     part_tokens,  # [B, parts]
     logits,
     temperatures,  # [B], or None: greedy
@@ -41,18 +51,19 @@ def pick_part_kernel(
     plane = tl.num_programs(0) * tl.num_programs(1)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     temperature = 0.0 if temperatures is None else tl.load(temperatures + row)
-    x = scaled_logits(logits, temperature, row, column, row_stride, vocab_size)
+    x = loaded_logits(logits, row, column, row_stride, vocab_size)
+    highest = tl.max(x, 0)
+    # A part that is masked as a whole keeps weights of zero instead of NaN.
+    x = relative(x, tl.where(highest == float("-inf"), 0.0, highest), temperature)
     keys = x
     if temperatures is not None:
         noise = -tl.log(-tl.log(tl.rand(tl.load(seeds + row), column)))
         keys = tl.where(temperature == 0.0, x, x + noise)
     key, winner = tl.max(keys, 0, return_indices=True)
     token = tl.program_id(1) * TILE + winner
-    highest = tl.max(x, 0)
-    reference = tl.where(highest == float("-inf"), 0.0, highest)
     tl.store(part_stats + part, key)
     tl.store(part_stats + plane + part, highest)
-    tl.store(part_stats + 2 * plane + part, tl.sum(tl.exp(x - reference), 0))
+    tl.store(part_stats + 2 * plane + part, tl.sum(tl.exp(x), 0))
     tl.store(part_tokens + part, token)
 
 
@@ -60,9 +71,10 @@ def pick_part_kernel(
 def pick_join_kernel(
     tokens,  # [B]
     confidences,  # [B]
-    lse,  # [B], or None
+    largest,  # [B] float32, a row's largest logit; or None
     part_stats,
     part_tokens,
+    temperatures,
     num_parts,
     vocab_size,
     PARTS_BLOCK: tl.constexpr,
@@ -78,16 +90,17 @@ def pick_join_kernel(
     part_sum = tl.load(part_stats + 2 * plane + part, mask=exists, other=0.0)
     part_token = tl.load(part_tokens + part, mask=exists, other=0)
 
-    winner = index == tl.argmax(keys, 0)
+    temperature = 0.0 if temperatures is None else tl.load(temperatures + row)
     highest = tl.max(part_max, 0)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = highest + tl.log(tl.sum(part_sum * tl.exp(part_max - highest), 0))
+    x = relative(part_max, highest, temperature)
+    winner = index == tl.argmax(keys + x, 0)
     token = tl.sum(tl.where(winner, part_token, 0), 0)
     # A row of NaN has no winner, but still a token of the vocabulary.
     tl.store(tokens + row, tl.minimum(token, vocab_size - 1).to(tl.int64))
-    tl.store(confidences + row, tl.exp(highest - total))
-    if lse is not None:
-        tl.store(lse + row, total)
+    # The largest logit itself weighs 1.
+    tl.store(confidences + row, 1.0 / tl.sum(part_sum * tl.exp(x), 0))
+    if largest is not None:
+        tl.store(largest + row, highest)
 
 
 @triton.jit
@@ -96,7 +109,8 @@ def probabilities_kernel(
     logits,
     temperatures,
     tokens,
-    lse,
+    confidences,
+    largest,
     row_stride,
     vocab_size,
     TILE: tl.constexpr,
@@ -104,9 +118,10 @@ def probabilities_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     temperature = tl.load(temperatures + row)
-    x = scaled_logits(logits, temperature, row, column, row_stride, vocab_size)
+    x = loaded_logits(logits, row, column, row_stride, vocab_size)
+    x = relative(x, tl.load(largest + row), temperature)
     one_hot = (column == tl.load(tokens + row)).to(tl.float32)
-    softmax = tl.exp(x - tl.load(lse + row))
+    softmax = tl.exp(x) * tl.load(confidences + row)
     tl.store(
         probabilities + row * vocab_size + column,
         tl.where(temperature == 0.0, one_hot, softmax),
@@ -128,7 +143,7 @@ def gumbel_pick(
     """See ``reference.gumbel_pick``."""
     if validate:
         check_logits(logits, temperatures, seeds)
-    tokens, confidences, lse = _pick(logits, temperatures, seeds)
+    tokens, confidences, largest = _pick(logits, temperatures, seeds)
     probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     batch, vocab_size = logits.shape
     tile = launch_settings.settings_of(logits.device).vocabulary_tile
@@ -138,7 +153,8 @@ def gumbel_pick(
             logits,
             temperatures,
             tokens,
-            lse,
+            confidences,
+            largest,
             logits.stride(0),
             vocab_size,
             TILE=tile,
@@ -157,7 +173,7 @@ def _pick(
     part_tokens = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
     confidences = torch.empty(batch, **new)
-    lse = None if temperatures is None else torch.empty(batch, **new)
+    largest = None if temperatures is None else torch.empty(batch, **new)
     if batch:
         pick_part_kernel[(batch, parts)](
             stats,
@@ -172,11 +188,12 @@ def _pick(
         pick_join_kernel[(batch,)](
             tokens,
             confidences,
-            lse,
+            largest,
             stats,
             part_tokens,
+            temperatures,
             parts,
             vocab_size,
             PARTS_BLOCK=triton.next_power_of_2(parts),
         )
-    return tokens, confidences, lse
+    return tokens, confidences, largest

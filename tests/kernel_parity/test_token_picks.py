@@ -1,9 +1,12 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from budgetdraft_kernels import fused, launch_settings, reference
 from tests.kernel_parity.tolerances import assert_close
+from tests.support import interpreter
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 #: Around one tile of the vocabulary, and several.
@@ -18,6 +21,15 @@ both = pytest.mark.parametrize("module", [reference, fused], ids=["reference", "
 every_vocabulary = pytest.mark.parametrize("vocab_size", VOCABULARIES)
 every_type = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
+LOW_TO_HIGH = [1e-4, 1e-3, 0.01, 0.3, 1.0, 10.0]
+
+
+@pytest.fixture(params=["exact_division", "division_of_a_gpu"])
+def division(request, device, monkeypatch) -> None:
+    """What an interpreted kernel divides by; one on a GPU has the GPU's both times."""
+    if request.param == "division_of_a_gpu" and device.type == "cpu":
+        interpreter.divide_as_a_gpu(monkeypatch)
+
 
 def random_logits(
     batch: int, vocab_size: int, dtype: torch.dtype, device: torch.device
@@ -29,11 +41,11 @@ def random_logits(
     return around.to(device, dtype)[:, :vocab_size]
 
 
-def draw(module, logits: Tensor, temperatures: list[float], seeds: list[int]):
+def draw(module, logits: Tensor, temperatures: list[float], seeds: Sequence[int]):
     return module.gumbel_pick(
         logits,
         torch.tensor(temperatures, device=logits.device).float(),
-        torch.tensor(seeds, device=logits.device).long(),
+        torch.tensor(list(seeds), device=logits.device).long(),
     )
 
 
@@ -145,7 +157,15 @@ def test_what_is_masked_does_not_matter_however_low_the_rest_is(module, level, d
 
 
 @both
-def test_a_low_temperature_leaves_large_logits_finite(module, device):
+def test_a_low_temperature_leaves_large_logits_finite(module, division, device):
+    """Logits over the temperature are near 1.5e6 here, where float32 steps by 0.125.
+
+    Two kernels need not divide alike: an H100 rounds the quotient in one and fuses it,
+    unrounded, with the subtraction of a log-sum-exp in the other. The difference, half
+    a step, made a likeliest token's probability 1.058. Subtracted before the division,
+    the largest logit is 0 whatever the division does. An interpreter divides alike
+    everywhere and shows none of this, hence the second division.
+    """
     logits = random_logits(4, 5000, torch.float32, device)
     tokens, confidences, probabilities = draw(
         module, 100 * logits, [1e-3] * 4, [0, 1, 2, 3]
@@ -154,6 +174,34 @@ def test_a_low_temperature_leaves_large_logits_finite(module, device):
     ones = torch.ones(4, device=device)
     assert_close("confidences", confidences, ones, torch.float32)
     assert_close("sums", probabilities.sum(-1), ones, torch.float32)
+
+
+@both
+@every_type
+@pytest.mark.parametrize("scale", [1.0, 300.0, 1e4])
+def test_probabilities_are_right_at_every_temperature_and_scale(
+    scale, dtype, module, division, device
+):
+    """Also where several tokens share the probability.
+
+    Near 1e8, the logits over the temperature, float32 steps by 8: a log-sum-exp has no
+    room there for the logarithm of the sum, and each of three equals would get 1.
+    """
+    batch = len(LOW_TO_HIGH)
+    logits = random_logits(batch, 5000, torch.float32, device).clone()
+    logits *= scale / logits.amax(-1, keepdim=True)
+    logits[:, [7, 4096, 4999]] = scale
+    for column, distance in ((9, 0.5), (4200, 2.0)):
+        temperatures = torch.tensor(LOW_TO_HIGH, device=device)
+        logits[:, column] = scale - distance * temperatures
+    logits = logits.to(dtype)
+    _, confidences, probabilities = draw(module, logits, LOW_TO_HIGH, range(batch))
+    expected = (logits.double() / temperatures[:, None].double()).softmax(-1)
+    exact = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(probabilities.double(), expected, **exact)
+    torch.testing.assert_close(confidences.double(), expected.amax(-1), **exact)
+    sums = probabilities.double().sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), **exact)
 
 
 @both
@@ -182,24 +230,51 @@ def test_seeds_that_differ_in_any_half_draw_differently(module, device):
     assert len(set(tokens.tolist())) == 4
 
 
-def check_softmax(module, draws: int, temperature: float, device: torch.device):
-    logits = torch.linspace(-1.0, 1.0, 16, device=device).repeat(draws, 1)
-    tokens, _, _ = draw(module, logits, [temperature] * draws, list(range(draws)))
+#: Sixteen tokens of somewhat different logits; and sixteen equals, which only the noise
+#: tells apart, at a temperature that makes them 1e8.
+SLOPE, EQUALS = torch.linspace(-1.0, 1.0, 16), torch.full([16], 1e4)
+
+
+def check_softmax(module, row: Tensor, temperature: float, draws: int, device):
+    logits = row.to(device).repeat(draws, 1)
+    tokens, _, _ = draw(module, logits, [temperature] * draws, range(draws))
     observed = tokens.bincount(minlength=16).double()
     expected = draws * (logits[0].double() / temperature).softmax(-1)
     assert ((observed - expected) ** 2 / expected).sum() < CHI_SQUARE
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_draws_of_the_definition_follow_the_softmax(temperature, device):
-    check_softmax(reference, 20_000, temperature, device)
+@pytest.mark.parametrize(
+    ("row", "temperature"),
+    [(SLOPE, 0.5), (SLOPE, 1.0), (SLOPE, 3.0), (EQUALS, 1e-4)],
+    ids=["0.5", "1", "3", "equals"],
+)
+def test_draws_of_the_definition_follow_the_softmax(row, temperature, device):
+    check_softmax(reference, row, temperature, 20_000, device)
 
 
-def test_draws_of_the_kernel_follow_the_softmax(device, monkeypatch):
+@pytest.mark.parametrize(
+    ("row", "temperature"), [(SLOPE, 1.0), (EQUALS, 1e-4)], ids=["1", "equals"]
+)
+def test_draws_of_the_kernel_follow_the_softmax(row, temperature, device, monkeypatch):
     """With tiles of 8, so that each draw is joined of two parts."""
     small = launch_settings.LaunchSettings(vocabulary_tile=8)
     monkeypatch.setattr(launch_settings, "settings_of", lambda device: small)
-    check_softmax(fused, 300, 1.0, device)
+    check_softmax(fused, row, temperature, 300, device)
+
+
+@both
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize("largest", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_without_a_largest_logit_nothing_is_sure(largest, module, device):
+    """The confidence is NaN, for which no draft is proposed."""
+    logits = random_logits(2, 5000, torch.float32, device).clone()
+    logits[1, 4097 if largest > 0 else slice(None)] = largest
+    tokens, confidences, probabilities = draw(module, logits, [1.0, 1.0], [1, 2])
+    greedy_tokens, greedy_confidences = module.greedy_pick(logits)
+    for x in (confidences, greedy_confidences, probabilities.amax(-1)):
+        assert x.isfinite().tolist() == [True, False] and x[1].isnan()
+    for x in (tokens, greedy_tokens):
+        assert 0 <= int(x[1]) < 5000
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")

@@ -6,6 +6,7 @@ masks that were computed with numbers, and lacks log1p.
 """
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -90,3 +91,25 @@ def mend() -> None:
     builder.create_masked_load = load_with_bits
     builder.create_masked_store = store_with_bits
     reduction.min_max = min_max_of_any
+
+
+def divide_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quotients of float32 come out up to two units in the last place off.
+
+    Triton divides by ``div.full.f32``, which PTX allows such an error; and a quotient
+    that an assembler fuses with what follows is not rounded at all. Which of these it
+    is differs between kernels, so the error differs from call to call here.
+    """
+    generator = np.random.default_rng(0)
+
+    def divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        quotient = np.divide(x, y)
+        if quotient.dtype != np.float32:
+            return quotient
+        units = generator.integers(-2, 3, quotient.shape)
+        return quotient * (1 + units * 2.0**-23).astype(np.float32)
+
+    def create_fdiv(self, x, y):
+        return self.binary_op(x, y, divide)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fdiv", create_fdiv)

@@ -211,6 +211,16 @@ def test_gumbel_pick_returns_the_softmax_that_it_drew_from():
     assert confidences[0] == greedy_pick(logits[:1])[1]
 
 
+def test_a_low_temperature_loses_no_difference_between_large_logits():
+    """Over the temperature they are 1e7, where float32 steps by 1."""
+    logits = 1e4 + torch.tensor([[0.0, 0.0, -1.0, -3.0]]) / 1024
+    temperature = torch.tensor([1e-3])
+    _, confidences, probabilities = gumbel_pick(logits, temperature, torch.tensor([5]))
+    expected = (logits.double() / temperature.double()).softmax(-1)
+    torch.testing.assert_close(probabilities.double(), expected, rtol=1e-6, atol=0)
+    assert confidences[0] == probabilities.max()
+
+
 def test_a_gumbel_confidence_does_not_depend_on_what_is_drawn():
     """Else a draft that is withheld for its confidence would skew what is proposed."""
     logits = torch.randn(500).expand(64, -1)
