@@ -10,6 +10,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
+#: Engines are forked from a process that has imported vLLM, once for all of them; vLLM
+#: itself forks after this import, and it starts neither CUDA nor threads of its own.
+PRELOADED = ["vllm.entrypoints.llm"]
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -62,11 +66,13 @@ class EngineProcess:
         log_file: Path,
         environment: dict[str, str] | None = None,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self._pipe, child_end = context.Pipe()
+        variables = {**os.environ, **(environment or {})}
         self._process = context.Process(
             target=_serve,
-            args=(child_end, engine_args, str(log_file), environment or {}),
+            args=(child_end, engine_args, str(log_file), variables),
             daemon=True,
         )
         self._log_file = log_file
@@ -101,8 +107,14 @@ class EngineProcess:
         """Seconds after the first token, by what they went to: see ``TimedRunner``."""
         return self._ask(_profile, prompt_token_ids, sampling)
 
+    def logits(
+        self, prompt_token_ids: list[int], token_ids: list[int]
+    ) -> list[tuple[int, float]]:
+        """Logits of the target's two best next tokens and of these; best first."""
+        return self._ask(_logits, prompt_token_ids, token_ids)
+
     def describe(self) -> dict[str, Any]:
-        """Its peak memory, room for keys and values, runner and scheduling."""
+        """Its peak memory, room for keys and values, dtype, runner and scheduling."""
         return self._ask(_describe)
 
     def generate_batch(
@@ -152,9 +164,9 @@ def _serve(
     pipe: Connection,
     engine_args: dict[str, Any],
     log_file: str,
-    environment: dict[str, str],
+    variables: dict[str, str],
 ) -> None:
-    os.environ.update(environment)
+    os.environ.update(variables)
     descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -265,6 +277,39 @@ def _profile(llm: Any, prompt: list[int], sampling: dict[str, Any]) -> dict[str,
     }
 
 
+def _logits(llm: Any, prompt: list[int], tokens: list[int]) -> list[tuple[int, float]]:
+    """As the model computes them: vLLM's logprobs would not say how large they are."""
+    import torch
+    from vllm import SamplingParams
+
+    computed: list[torch.Tensor] = []
+
+    def watch(model: Any) -> None:
+        compute_logits = model.compute_logits
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            logits = compute_logits(*args, **kwargs)
+            computed.append(logits[-1].to("cpu", torch.float32, copy=True))
+            return logits
+
+        model.compute_logits = watched
+
+    llm.apply_model(watch)
+    try:
+        llm.generate(
+            [{"prompt_token_ids": prompt}],
+            SamplingParams(temperature=0, max_tokens=1),
+            use_tqdm=False,
+        )
+    finally:
+        llm.apply_model(lambda model: delattr(model, "compute_logits"))
+    logits = computed[-1]
+    found = {*logits.topk(2).indices.tolist(), *tokens}
+    return sorted(
+        ((token, logits[token].item()) for token in found), key=lambda each: -each[1]
+    )
+
+
 def _describe(llm: Any) -> dict[str, Any]:
     import resource
 
@@ -280,6 +325,7 @@ def _describe(llm: Any) -> dict[str, Any]:
     return {
         "peak_memory_bytes": peak,
         "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "model_runner": f"{runners[0].__module__}.{runners[0].__qualname__}",
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
     }
