@@ -37,6 +37,60 @@ def test_what_is_linked_to_is_there() -> None:
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_the_table_of_the_gpu_is_what_was_measured() -> None:
+    folder = ROOT / "benchmarks/results/h100-2026-11"
+    runs, batches = (
+        json.loads((folder / f"smollm2-padded-7b-{name}.json").read_text())[kind]
+        for name, kind in (("batch1", "runs"), ("batches", "batches"))
+    )
+
+    def rate(context: int, name: str) -> float:
+        own = [run for run in runs if (run["c"], run["n"]) == (context, name)]
+        return sum(run["tokens"] - 1 for run in own) / sum(run["d"] for run in own)
+
+    def length(rounds: float, accepted: int) -> str:
+        return f"{1 + accepted / rounds:.2f}"
+
+    rows = []
+    for context in (1024, 4096, 7600):
+        plain = rate(context, "vllm")
+        speedups = [
+            f"{rate(context, name) / plain:.2f}x"
+            for name in ("ngram:6", "draft_model:6", "ours:6")
+        ]
+        own = [run for run in runs if (run["c"], run["n"]) == (context, "ours:6")]
+        rounds, accepted = (
+            sum(run["drafts"] for run in own),
+            sum(sum(run["acc"]) for run in own),
+        )
+        rows.append(
+            [f"{context:,} tokens", f"{plain:.0f}", *speedups, length(rounds, accepted)]
+        )
+    for size in (4, 16, 32):
+        plain, ours = (
+            next(each for each in batches if (each["b"], each["n"]) == (size, name))
+            for name in ("vllm", "ours:4")
+        )
+        seconds, own = (each["s"] - each["first"] for each in (plain, ours))
+        rows.append(
+            [
+                f"4,096 tokens, batch of {size}",
+                f"{128 * size / seconds:,.0f}",
+                "",
+                "",
+                f"{seconds / own:.2f}x",
+                length(ours["drafted"] / 4, ours["accepted"]),
+            ]
+        )
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if "on one H100" in line)
+    shown = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines[start + 2 : start + 2 + len(rows)]
+    ]
+    assert shown == rows
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_the_first_table_is_what_was_measured(page: str) -> None:
     file = ROOT / "benchmarks/results/paper-2-cores/results.json"
