@@ -61,7 +61,8 @@ def main() -> None:
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     texts = read_texts(args.texts, tokenizer, unwraps_lines=True)
-    args.run(args, target.eval(), texts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.run(args, target.eval().to(device), texts)
 
 
 def measure_acceptance(args: argparse.Namespace, target: Any, texts: Any) -> None:

@@ -1,17 +1,22 @@
 r"""Everything that only a GPU can show, in one command, for a machine without network.
 
-    python -m benchmarks.gpu_session OUTPUT --texts 'books/train-*.jsonl.xz' \
-        --held-out books/validation.jsonl.xz --minutes 25
+    python -m benchmarks.gpu_session OUTPUT --target SMOLLM2 --drafter ITS_DRAFTER \
+        --held-out books/validation.jsonl.xz --minutes 12
 
-It trains a target of 58 M parameters at 16K positions and its drafter, pads the target
-to the cost of 7 B parameters, checks and times the kernels and drafts, and runs the
-comparison with plain vLLM, ngram and draft_model. Each stage is a process with a bound
-on its time; what a stage has done it is not asked to do again, and a stage that failed
-or ran out of time does not keep others from running. Models are saved in files below 16
-MiB; what training would go on from, and the padded target, which is made again in a
-minute, are larger. Needs vLLM and this package's requirements on the path.
+It checks and times the kernels and drafts, measures acceptance by budget, pads the
+target to the cost of 7 B parameters, and compares with plain vLLM, ngram and
+draft_model: one request at a time, greedy and drawn, and batches. TARGET is the folder
+of a small Llama without biases that has 8,192 positions, such as SmolLM2-135M-Instruct,
+and DRAFTER one of its vocabulary.
 
-``--tiny`` runs all of it in small on a CPU, which shows that it works and nothing else.
+Each stage is a process with a bound on its time; what a stage has done it is not asked
+to do again, and a stage that failed or ran out of time does not keep others from
+running. What is in OUTPUT are files below 16 MiB. The padded target, of 14 GB, lies
+beside it, in OUTPUT-padded, and is made again where it is gone. Needs vLLM and this
+package's requirements, those for benchmarks and tests too, on the path.
+
+``--tiny`` runs all of it in small on a CPU, with ``models/books-9m`` for one, which
+shows that it works and nothing else.
 """
 
 import argparse
@@ -30,31 +35,29 @@ DONE = "stages.json"
 
 #: Options of stages by name, and those of a run in small.
 FULL = {
-    "kernels": "",
-    "target": "--minutes 4",
-    # Half as wide as the target.
-    "drafter": "--hidden_size 320 --intermediate_size 896 --num_hidden_layers 2 "
-    "--num_attention_heads 5 --num_key_value_heads 1 --max_steps 3000 "
-    "--prefix_tokens 3840 15872 --bf16 true",
-    "padded": "--size 7b-gqa",
-    "evaluate": "--context-tokens 4096 8192 16384 --kv-budgets 512 --prompts 2 "
-    "--num-speculative-tokens 8 --engines-at-once 2 --dtype bfloat16",
-    "batched": "--context-tokens 16384 --batch-sizes 16 32",
+    "kernels": "-n 12",
+    "attention": "--time-limit-s 45",
+    "acceptance": "--contexts 1024 4096 --budgets 64 256 512 1024 --prompts 2",
+    "padded": "--parameters 7b",
+    "evaluate": "--context-tokens 1024 4096 7600 --prompts 2",
+    "sampled": "--context-tokens 4096 --prompts 2 --temperature 1",
+    "compared": "--kv-budgets 512 --num-speculative-tokens 6 --dtype bfloat16",
+    "batched": "--context-tokens 4096 --batch-sizes 16 32 --repeats 1",
 }
 TINY = {
     "kernels": "-k signatures",
-    "target": "--minutes 0.5 --context-tokens 512 --tokens-per-step 2048 --layers 2 "
-    "--hidden-size 64 --intermediate-size 128 --heads 2 --kv-heads 2",
-    "drafter": "--hidden_size 64 --intermediate_size 64 --num_attention_heads 2 "
-    "--num_key_value_heads 1 --max_steps 20 --prefix_tokens 128 "
-    "--continuation_tokens 32 --budgets 32 64 --budget_weights 0.5 0.5 --chunk_size 8 "
-    "--use_cpu true",
-    "padded": "--size 150m",
-    "evaluate": "--context-tokens 128 --kv-budgets 64 --prompts 1 --new-tokens 16 "
-    "--num-speculative-tokens 3 --engines-at-once 3",
-    "batched": "--context-tokens 128 --batch-sizes 2 --new-tokens 16 --repeats 1 "
-    "--dtype float32",
+    "attention": "--time-limit-s 10",
+    "acceptance": "--contexts 128 --budgets 32 64 --prompts 1",
+    "padded": "--parameters 30m",
+    "evaluate": "--context-tokens 96 128 160 --prompts 1",
+    "sampled": "--context-tokens 128 --prompts 1 --temperature 1",
+    "compared": "--kv-budgets 64 --num-speculative-tokens 3 --new-tokens 16",
+    "batched": "--context-tokens 128 --batch-sizes 2 3 --new-tokens 16 --repeats 1 "
+    "--kv-budget 64 --dtype float32",
 }
+#: Of vLLM's LLM. vLLM's Triton attention does not split the keys of several queries.
+FULL_ENGINE = {"attention_config": {"backend": "FLASH_ATTN"}}
+TINY_ENGINE = {"enforce_eager": True}
 
 
 @dataclass(frozen=True)
@@ -65,87 +68,103 @@ class Stage:
         minutes: after which it is ended.
         command: arguments of Python, as a shell has them.
         needs: stages without whose success it cannot run.
+        makes: a folder without which it has to run again.
     """
 
     name: str
     minutes: float
     command: str
     needs: tuple[str, ...] = ()
+    makes: Path | None = None
 
 
 def stages(args: argparse.Namespace) -> list[Stage]:
-    """What is to be run, in an order in which each can be."""
-    options = TINY if args.tiny else FULL
-    output = shlex.quote(str(args.output))
-    texts, held_out = shlex.join(args.texts), shlex.quote(args.held_out)
-    # Engines that are compared share a GPU; a batch of long requests has it alone.
-    shared, alone = (
-        shlex.quote(json.dumps({"gpu_memory_utilization": share, **args.engine_args}))
-        for share in (0.29, 0.85)
+    """What is to be run, in an order in which each can be.
+
+    Bounds make twelve minutes together. They are of what an H100 with 16 cores took:
+    two minutes for the tests of kernels in 7 processes, 70 s until engines that start
+    together answer, 20 s to pad. On a CPU each stage has six times as long.
+    """
+    slower = 6 if args.tiny else 1
+    options, engine = (TINY, TINY_ENGINE) if args.tiny else (FULL, FULL_ENGINE)
+    padded = args.output.with_name(f"{args.output.name}-padded")
+    output, target, drafter, held_out, grown = (
+        shlex.quote(str(each))
+        for each in (args.output, args.target, args.drafter, args.held_out, padded)
     )
-    has_begun = any((args.output / "drafter").glob("checkpoint-*"))
-    goes_on = "--resume_from_checkpoint true" if has_begun else ""
-    models = f"--target {output}/padded --drafter {output}/drafter"
+    # A cache for one request is what lets four engines of 7 B be there at once.
+    alone, batch = (
+        shlex.quote(json.dumps({**engine, **each, **args.engine_args}))
+        for each in ({"max_num_seqs": 1}, {})
+    )
+    compare = (
+        f"-m vllm_budgetdraft evaluate --target {grown} --drafter {drafter} "
+        f"--data books={held_out} --unwrap-lines --engines-at-once 3 "
+        f"--engine-args {alone} {options['compared']}"
+    )
     return [
-        Stage("kernels", 4, f"-m pytest -q tests/kernel_parity {options['kernels']}"),
+        Stage(
+            "kernels",
+            1.9 * slower,
+            f"-m pytest -q tests/kernel_parity {options['kernels']}",
+        ),
         Stage(
             "draft_steps",
-            3,
+            0.6 * slower,
             f"-m benchmarks.draft_steps --output {output}/draft-steps.json",
         ),
         Stage(
             "attention",
-            4,
-            f"-m benchmarks.micro.attention_report --output {output}/attention.json",
+            1.0 * slower,
+            f"-m benchmarks.micro.attention_report --output {output}/attention.json "
+            f"{options['attention']}",
         ),
         Stage(
-            "target",
-            6,
-            f"-m benchmarks.train_target --texts {texts} --output {output}/target "
-            f"{options['target']}",
-        ),
-        Stage(
-            "drafter",
-            6,
-            f"-m vllm_budgetdraft train --target {output}/target --texts {texts} "
-            f"--unwrap_lines true --objective kl {goes_on} "
-            "--save_steps 500 --save_total_limit 1 --report_to none "
-            f"--output_dir {output}/drafter {options['drafter']}",
-            needs=("target",),
+            "acceptance",
+            1.2 * slower,
+            f"-m benchmarks.flexdraft --target {target} --texts {held_out} "
+            f"--output {output}/acceptance --local-tokens 256 --new-tokens 64 "
+            f"acceptance --drafters {drafter} {options['acceptance']}",
         ),
         Stage(
             "padded",
-            2,
-            f"-m vllm_budgetdraft pad-target --target {output}/target "
-            f"--output {output}/padded {options['padded']}",
-            needs=("target",),
+            0.7 * slower,
+            f"-m vllm_budgetdraft pad-target --target {target} --output {grown} "
+            f"{options['padded']}",
+            makes=padded,
         ),
         Stage(
             "evaluate",
-            9,
-            f"-m vllm_budgetdraft evaluate {models} --unwrap-lines "
-            "--methods vllm ngram draft_model budgetdraft "
-            f"--data books={held_out} --engine-args {shared} "
+            2.5 * slower,
+            f"{compare} --methods vllm ngram draft_model budgetdraft "
             f"--output {output}/evaluate {options['evaluate']}",
-            needs=("drafter", "padded"),
+            needs=("padded",),
+        ),
+        Stage(
+            "sampled",
+            1.6 * slower,
+            f"{compare} --methods vllm ngram budgetdraft "
+            f"--output {output}/sampled {options['sampled']}",
+            needs=("padded",),
         ),
         Stage(
             "batched",
-            9,
-            f"-m benchmarks.batched_decoding {models} --texts {held_out} "
-            f"--engine-args {alone} --output {output}/batched.json "
-            f"{options['batched']}",
-            needs=("drafter", "padded"),
+            2.5 * slower,
+            f"-m benchmarks.batched_decoding --target {grown} --drafter {drafter} "
+            f"--texts {held_out} --methods vllm budgetdraft --engine-args {batch} "
+            f"--output {output}/batched.json {options['batched']}",
+            needs=("padded",),
         ),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--texts", nargs="+", required=True, help="to train on")
-    parser.add_argument("--held-out", required=True)
-    parser.add_argument("--minutes", type=float, default=25.0, help="for all of it")
+    parser.add_argument("output", type=Path, help="folder")
+    parser.add_argument("--target", required=True, help="folder of the small model")
+    parser.add_argument("--drafter", required=True, help="folder")
+    parser.add_argument("--held-out", required=True, help="texts, as evaluate has them")
+    parser.add_argument("--minutes", type=float, default=12.0, help="for all of it")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="and no other")
     parser.add_argument(
         "--engine-args", type=json.loads, default={}, help="JSON, of vLLM's LLM"
@@ -173,7 +192,8 @@ def run(chosen: list[Stage], output: Path, deadline: float) -> dict[str, Any]:
         return found.get(name, {}).get("status") == "done"
 
     for stage in chosen:
-        if succeeded(stage.name):
+        is_there = stage.makes is None or stage.makes.exists()
+        if succeeded(stage.name) and is_there:
             continue
         if missing := [name for name in stage.needs if not succeeded(name)]:
             found[stage.name] = {"status": f"needs {', '.join(missing)}"}

@@ -2,7 +2,11 @@
 
 import argparse
 import json
+import runpy
+import shlex
+import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -74,13 +78,65 @@ def test_nothing_begins_after_the_deadline(folder):
     assert not Path("count").exists()
 
 
+def test_what_is_made_is_made_again_where_it_is_gone(folder):
+    made = folder / "made"
+    makes = Stage("makes", 1, f'{COUNTS[:-1]}; open("made", "w")\'', makes=made)
+    for _ in range(2):
+        assert run([makes], folder / "out", soon())["makes"]["status"] == "done"
+    assert Path("count").read_text() == "x"
+    made.unlink()
+    run([makes], folder / "out", soon())
+    assert Path("count").read_text() == "xx" and made.exists()
+
+
+def all_stages(folder: Path, **changes) -> list[Stage]:
+    values = {"target": "a b", "drafter": "c", "held_out": "d"}
+    values |= {"engine_args": {}, "tiny": False, "output": folder / "out"} | changes
+    return stages(argparse.Namespace(**values))
+
+
 @pytest.mark.parametrize("tiny", [False, True])
 def test_stages_need_only_what_comes_before_them(folder, tiny):
-    args = argparse.Namespace(
-        output=folder, texts=["a b"], held_out="c", engine_args={}, tiny=tiny
-    )
     seen: set[str] = set()
-    for stage in stages(args):
+    for stage in all_stages(folder, tiny=tiny):
         assert set(stage.needs) <= seen
         seen.add(stage.name)
-    assert {"kernels", "draft_steps", "target", "drafter", "evaluate"} <= seen
+    assert {"kernels", "draft_steps", "acceptance", "evaluate", "batched"} <= seen
+
+
+def test_all_of_it_takes_twelve_minutes_at_most(folder):
+    assert sum(stage.minutes for stage in all_stages(folder)) <= 12.0001
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_every_command_is_one_that_its_module_takes(folder, tiny, monkeypatch):
+    """As far as its options go: nothing is run."""
+    parse, depth = ArgumentParser.parse_known_args, 0
+
+    def parse_and_leave(parser: ArgumentParser, *args, **kwargs):
+        nonlocal depth
+        depth += 1
+        found, rest = parse(parser, *args, **kwargs)
+        depth -= 1
+        if depth:  # a subcommand's
+            return found, rest
+        raise SystemExit(f"{len(rest)} options are unknown")
+
+    monkeypatch.setattr(ArgumentParser, "parse_known_args", parse_and_leave)
+    for stage in all_stages(folder, tiny=tiny, engine_args={"seed": 1}):
+        _, module, *options = shlex.split(stage.command)
+        if module != "pytest":
+            monkeypatch.setattr(sys, "argv", [module, *options])
+            with pytest.raises(SystemExit, match="0 options are unknown"):
+                runpy.run_module(module, run_name="__main__")
+
+
+def test_the_padded_target_is_not_among_what_comes_back(folder):
+    by_name = {stage.name: stage for stage in all_stages(folder)}
+    made = by_name["padded"].makes
+    assert made == folder / "out-padded"
+    for name in ("evaluate", "sampled", "batched"):
+        words = shlex.split(by_name[name].command)
+        assert words[words.index("--target") + 1] == str(made)
+        engine = json.loads(words[words.index("--engine-args") + 1])
+        assert engine["attention_config"] == {"backend": "FLASH_ATTN"}
