@@ -8,11 +8,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.support.books import write_books
-from tests.support.engines import TARGET
+from tests.support.engines import DRAFTER, TARGET
+from tests.support.stub_engine import StubEngine
 from vllm_budgetdraft.cli import main
 from vllm_budgetdraft.comparison import methods as methods_module
 from vllm_budgetdraft.comparison.evaluate import PROTOCOLS
-from vllm_budgetdraft.comparison.measure import RoundsFile, groups_of, measure
+from vllm_budgetdraft.comparison.measure import RoundsFile, measure
 from vllm_budgetdraft.comparison.methods import all_methods
 from vllm_budgetdraft.comparison.prompts import EXCERPT, Prompt, build_prompts
 from vllm_budgetdraft.comparison.summary import best_lengths, summarise, to_csv
@@ -54,14 +55,6 @@ def test_a_method_that_is_not_there_is_an_error(kind, message, monkeypatch):
     monkeypatch.setattr(methods_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=message):
         methods_of([kind])
-
-
-def test_groups_hold_so_many_engines_beside_plain_vllm():
-    groups = list(groups_of(methods_of(), 2))
-    assert [len(group) for group in groups] == [3, 3, 3, 3]
-    assert all(group[0].name == "vllm" for group in groups)
-    assert [m for group in groups for m in group[1:]] == methods_of()[1:]
-    assert list(groups_of(methods_of([]), 3)) == [methods_of([])]
 
 
 @pytest.fixture(scope="module")
@@ -202,71 +195,43 @@ def test_a_line_that_was_cut_short_is_written_again(tmp_path):
     assert RoundsFile(path).read() == []
 
 
-class Engine:
-    """Answers at once, and remembers who asked."""
-
-    asked: list[tuple[str, int]] = []
-
-    def __init__(self, engine_args, log_file, environment):
-        self.config = engine_args.get("speculative_config") or {"method": "vllm"}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def generate(self, prompt, sampling):
-        from vllm_budgetdraft.vllm_integration.engine_process import Generation
-
-        if sampling["max_tokens"] == 8:
-            length = self.config.get("num_speculative_tokens", 0)
-            self.asked.append((self.config["method"], length, prompt[0]))
-        return Generation(list(range(8)), "", 2.0, 1.0, 0, [])
-
-    def profile(self, prompt, sampling):
-        return {"draft": 0.1, "verify": 0.2, "rest": 0.3}
-
-    def describe(self):
-        return {"peak_memory_bytes": 1, "kv_cache_tokens": 1}
-
-
 def test_only_what_is_missing_is_measured_and_turns_alternate(tmp_path, monkeypatch):
-    from vllm_budgetdraft.comparison import measure as module
-    from vllm_budgetdraft.vllm_integration import engine_process
-
-    monkeypatch.setattr(engine_process, "EngineProcess", Engine)
-    monkeypatch.setattr(module, "PAUSE_SECONDS", 0)
-    monkeypatch.setattr(Engine, "asked", [])
-    methods = methods_of(budgets=[64], policies=["sink_window"])
+    StubEngine.install(monkeypatch)
+    methods = methods_of(budgets=[64], policies=["sink_window"], drafter=DRAFTER)
     prompts = [Prompt("books", 5, i, [i] * 5) for i in range(2)]
     options = {"new_tokens": 8, "temperature": 0.0, "engines_at_once": 4}
 
     def go_on(some):
         file = RoundsFile(tmp_path / "rounds.jsonl")
-        measure(methods, some, {}, file, **options)
+        measure(methods, some, {"model": TARGET}, file, **options)
         return file.read()
 
     (first,) = go_on(prompts[:1])
     assert set(first["runs"]) == {method.name for method in methods}
     assert set(first["profiles"]) == set(first["runs"])
-    asked = list(Engine.asked)
+    asked = list(StubEngine.asked)
     assert [method for method, _, _ in asked] == [m.kind for m in methods]
     assert [length for _, length, _ in asked[-2:]] == [2, 4]
     first_again, second = go_on(prompts)
     assert first_again == first and second["index"] == 1
     assert not second["profiles"]
-    assert {prompt for _, _, prompt in Engine.asked[len(asked) :]} == {1}
+    assert {prompt for _, _, prompt in StubEngine.asked[len(asked) :]} == {1}
     assert len(summarise(methods, go_on(prompts))) == len(methods)
     both = measure_order(methods, tmp_path, options)
     assert both[0][0] == "vllm" and both[len(methods)][0] == "ngram"
 
 
 def measure_order(methods, folder, options):
-    Engine.asked.clear()
+    StubEngine.asked.clear()
     prompts = [Prompt("books", 5, i, [i] * 5) for i in range(2)]
-    measure(methods, prompts, {}, RoundsFile(folder / "others.jsonl"), **options)
-    return Engine.asked
+    measure(
+        methods,
+        prompts,
+        {"model": TARGET},
+        RoundsFile(folder / "others.jsonl"),
+        **options,
+    )
+    return StubEngine.asked
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests.support.drafting import build_proposer
 from tests.support.models import VOCAB_SIZE
 from vllm_budgetdraft import __version__
 from vllm_budgetdraft.cli import main
+from vllm_budgetdraft.comparison.races import race
 from vllm_budgetdraft.diagnosis import check, env
 from vllm_budgetdraft.diagnosis.memory import describe
 from vllm_budgetdraft.vllm_integration.compatibility import NEWEST
@@ -105,9 +107,20 @@ def test_outputs_that_differ_are_said_to():
         "decode_speedup": 2.0,
         "num_runs": 4,
         "acceptance_length": None,
-        "output_identical": 0.75,
+        "output_identical": 0.5,
+        "output_ties": 1,
     }
-    verdict = check._verdict(row, 1024, 128)
-    assert verdict["outputs"].startswith("75% equal")
+    verdict = check._verdict(row, [], 1024, 128)
+    assert verdict["outputs"].startswith("50% equal")
+    assert verdict["outputs"].endswith("no tie explains the others")
     assert verdict["acceptance"].startswith("1.00 tokens")
     assert verdict["speed-up"].startswith("1.50x of a request, 2.00x after the first")
+    target = SimpleNamespace(logits=lambda prompt, tokens: [(5, 3.0), (6, 2.0)])
+    wide = race(target, "bfloat16", [], [5], [6])
+    target = SimpleNamespace(logits=lambda prompt, tokens: [(5, 3.0), (6, 3.0)])
+    close = race(target, "bfloat16", [], [5], [6])
+    verdict = check._verdict(row, [close, wide, close], 1024, 128)
+    assert "1 of 3 others part at a tie within rounding" in verdict["outputs"]
+    assert verdict["outputs"].endswith(
+        "a gap of 1 is NOT a tie within rounding (0.0156)"
+    )

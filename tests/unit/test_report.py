@@ -99,8 +99,15 @@ def test_the_same_numbers_give_the_same_page(document):
 def test_an_output_that_differs_is_said_so(document):
     rows = [{**row, "output_identical": 0.8} for row in document["results"]]
     html = page({"run": {**document, "results": rows}})
-    assert '<td class="no">NO</td>' in html
+    assert '<td class="no">NO (1)</td>' in html
     assert '<td class="no">' not in page({"run": document})
+
+
+def test_a_tie_is_no_fault(document):
+    changes = {"output_identical": 0.6, "output_ties": 2}
+    rows = [{**row, **changes} for row in document["results"]]
+    html = page({"run": {**document, "results": rows}})
+    assert "<td>2 ties</td>" in html and '<td class="no">' not in html
 
 
 def test_the_command_puts_several_runs_on_one_page(document, tmp_path, capsys):

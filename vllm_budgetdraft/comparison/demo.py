@@ -9,7 +9,7 @@ from typing import Any
 from vllm_budgetdraft.comparison import measure
 from vllm_budgetdraft.comparison.methods import Method, all_methods
 from vllm_budgetdraft.comparison.prompts import EXCERPT, build_prompts
-from vllm_budgetdraft.comparison.summary import summarise
+from vllm_budgetdraft.comparison.summary import same, summarise
 from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.evaluation import provenance
 
@@ -79,7 +79,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
     """The results as people read them."""
     titles = (
         f"{'context':>7}  {'method':<44}{'tok/s':>7}{'speed-up':>10}{'decode':>8}"
-        f"{'accept.':>9}  {'draft KV':>9}{'of full':>8}  {'same':<5}per position"
+        f"{'accept.':>9}  {'draft KV':>9}{'of full':>8}  {'same':<8}per position"
     )
     print(f"\n{titles}\n{'-' * len(titles)}")
     for row in results:
@@ -87,14 +87,14 @@ def print_table(results: list[dict[str, Any]]) -> None:
             f"{row['context_tokens']:>7}  {row['method']:<44}"
             f"{row['output_throughput']:>7.0f}{row['speedup']:>9.2f}x"
             f"{row['decode_speedup']:>7.2f}x{_draft_columns(row):<26}   "
-            f"{'yes' if row['output_identical'] == 1 else 'NO':<5}"
+            f"{same(row):<8}"
             + " ".join(f"{rate:.2f}" for rate in row["acceptance_per_position"])
         )
     print(
         "\ntok/s: new tokens over the whole time of a request, prompt included; "
         "speed-up: of the same,\nmedian over passages; decode: speed-up after the "
         "first token; accept.: acceptance length, with\nthe bonus token; same: every "
-        "token equals plain vLLM's."
+        "token equals plain vLLM's, or how many outputs part at a tie within rounding."
     )
 
 

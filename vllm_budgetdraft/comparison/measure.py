@@ -3,16 +3,17 @@
 import json
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_budgetdraft.comparison.methods import Method
+from vllm_budgetdraft.comparison.engines import groups_that_fit, needed_bytes, running
+from vllm_budgetdraft.comparison.methods import PLAIN, Method
 from vllm_budgetdraft.comparison.prompts import Prompt
+from vllm_budgetdraft.comparison.races import describe, races_of
+from vllm_budgetdraft.comparison.room import memory_at_hand
 
 #: OpenMP keeps threads waiting actively for 0.2 s after an engine's last operation, at
 #: the cost of the engine whose turn comes next.
@@ -60,13 +61,6 @@ class RoundsFile:
             file.write(json.dumps(a_round) + "\n")
 
 
-def groups_of(methods: list[Method], engines_at_once: int) -> Iterator[list[Method]]:
-    """Plain vLLM, and the methods of so many other engines; each comes once."""
-    plain, *others = methods
-    for first in range(0, max(1, len(others)), engines_at_once):
-        yield [plain, *others[first : first + engines_at_once]]
-
-
 def measure(
     methods: list[Method],
     prompts: list[Prompt],
@@ -81,99 +75,126 @@ def measure(
     """Runs what the file does not have yet.
 
     The first prompt of each task and length is also profiled, after it is measured.
-    Within a group all engines are alive, and take turns on each prompt, another one
-    first each time; each speed-up is of two runs of the same turn.
+    Within a group all engines are alive, and take turns on each prompt; each speed-up
+    is of two runs of the same turn. A group is smaller than asked for where there is no
+    room for its engines.
+
+    Raises:
+        ConfigurationError: there is no room for two.
+        BudgetDraftError: an engine did not start.
     """
     from tqdm import tqdm
 
+    engine_args = {**SHARED_ENGINE_ARGS, **engine_args}
+    memory = memory_at_hand()
+    needs = needed_bytes(methods, engine_args, memory)
+    groups = groups_that_fit(methods, needs, memory.free_bytes, engines_at_once)
+    if len(groups[0]) < min(len(methods), 1 + engines_at_once):
+        _tell(f"there is room for {len(groups[0])} engines at once")
     done = {_key(each["group"], each) for each in file.read()}
-    groups = list(groups_of(methods, engines_at_once))
     missing = [
         [p for p in prompts if _key(_names(group), asdict(p)) not in done]
         for group in groups
     ]
     total = sum(len(g) * len(p) for g, p in zip(groups, missing, strict=True))
+    sampling = {
+        "temperature": temperature,
+        "max_tokens": new_tokens,
+        "ignore_eos": True,
+        "seed": 0 if temperature else None,
+    }
     with tqdm(total=total, unit="run") as progress:
         for group, left in zip(groups, missing, strict=True):
             if left:
-                sampling = {
-                    "temperature": temperature,
-                    "max_tokens": new_tokens,
-                    "ignore_eos": True,
-                    "seed": 0 if temperature else None,
-                }
-                _measure_group(
-                    group, left, engine_args, sampling, file, progress, profiles
-                )
+                progress.set_description(f"starting {len(group)} engines")
+                with running(group, engine_args, memory, _tell) as engines:
+                    _measure_group(engines, left, sampling, file, progress, profiles)
+
+
+def _tell(text: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
 
 
 def _measure_group(
-    group: list[Method],
+    engines: dict[str, Any],
     prompts: list[Prompt],
-    engine_args: dict[str, Any],
     sampling: dict[str, Any],
     file: RoundsFile,
     progress: Any,
-    is_profiled: bool,
+    profiles: bool,
 ) -> None:
-    names = _names(group)
-    with ExitStack() as stack:
-        engines = _start(group, engine_args, stack, progress.set_description)
-        warm: set[int] = set()
-        order = list(group)
-        for prompt in prompts:
-            progress.set_description(f"{prompt.task}, {prompt.context_tokens} tokens")
-            if prompt.context_tokens not in warm:
-                warm.add(prompt.context_tokens)
-                for method in group:
-                    engines[method.name].generate(
-                        prompt.token_ids,
-                        {**sampling, "max_tokens": WARM_UP_TOKENS},
-                    )
-            runs = {}
-            for method in order:
-                time.sleep(PAUSE_SECONDS)
-                run = engines[method.name].generate(prompt.token_ids, sampling)
-                runs[method.name] = asdict(run)
-                progress.update()
-            order.append(order.pop(0))
-            profiles = {}
-            if is_profiled and prompt.index == 0:
-                for method in group:
-                    profiles[method.name] = engines[method.name].profile(
-                        prompt.token_ids, sampling
-                    )
-            place = asdict(prompt)
-            del place["token_ids"]
-            file.append(
-                {
-                    **place,
-                    "group": names,
-                    "runs": runs,
-                    "profiles": profiles,
-                    "engines": {n: each.describe() for n, each in engines.items()},
-                }
-            )
+    warm: set[int] = set()
+    for turn, prompt in enumerate(prompts):
+        progress.set_description(f"{prompt.task}, {prompt.context_tokens} tokens")
+        if prompt.context_tokens not in warm:
+            warm.add(prompt.context_tokens)
+            warm_up(engines, prompt, sampling)
+        is_profiled = profiles and prompt.index == 0
+        found = a_round(engines, prompt, turn, sampling, is_profiled=is_profiled)
+        for name, race in found["races"].items():
+            _tell(f"{name}, {prompt.task} {prompt.index}: {describe(race)}")
+        file.append(found)
+        progress.update(len(engines))
 
 
-def _start(
-    group: list[Method],
-    engine_args: dict[str, Any],
-    stack: ExitStack,
-    tell: Callable[[str], None],
+def warm_up(engines: dict[str, Any], prompt: Prompt, sampling: dict[str, Any]) -> None:
+    """A few tokens of each engine, which are not measured."""
+    for engine in engines.values():
+        engine.generate(prompt.token_ids, {**sampling, "max_tokens": WARM_UP_TOKENS})
+
+
+def take_turns(
+    engines: dict[str, Any], turn: int, ask: Callable[[Any], Any]
 ) -> dict[str, Any]:
-    """The engine of each method, by its name."""
-    from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
+    """One run of each engine, by name; in every turn another one is first."""
+    names = list(engines)
+    first = turn % len(names)
+    runs = {}
+    for name in names[first:] + names[:first]:
+        time.sleep(PAUSE_SECONDS)
+        runs[name] = ask(engines[name])
+    return runs
 
-    logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    engines: dict[str, Any] = {}
-    for method in group:
-        tell(f"starting {method.name}")
-        arguments = {**SHARED_ENGINE_ARGS, **engine_args, **method.engine_args}
-        log = logs / f"{len(engines)}.log"
-        engine = EngineProcess(arguments, log, method.environment)
-        engines[method.name] = stack.enter_context(engine)
-    return engines
+
+def a_round(
+    engines: dict[str, Any],
+    prompt: Prompt,
+    turn: int,
+    sampling: dict[str, Any],
+    *,
+    is_profiled: bool = False,
+    earlier: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One prompt's run of each engine, as plain data.
+
+    Args:
+        turn: see ``take_turns``.
+        earlier: round of this prompt by engines that are gone, to be one with this.
+    """
+    tokens = prompt.token_ids
+    runs = take_turns(engines, turn, lambda each: each.generate(tokens, sampling))
+    found: dict[str, Any] = {
+        "group": list(engines),
+        "runs": {name: asdict(run) for name, run in runs.items()},
+        "profiles": {
+            name: engine.profile(tokens, sampling)
+            for name, engine in engines.items()
+            if is_profiled
+        },
+        "engines": {name: engine.describe() for name, engine in engines.items()},
+    }
+    if earlier:
+        found |= {key: {**earlier[key], **found[key]} for key in ("runs", "engines")}
+    found["races"] = {}
+    if PLAIN in engines and not sampling["temperature"]:
+        outputs = {name: run["token_ids"] for name, run in found["runs"].items()}
+        dtype = found["engines"][PLAIN]["dtype"]
+        found["races"] = races_of(engines[PLAIN], dtype, tokens, outputs)
+    place = asdict(prompt)
+    del place["token_ids"]
+    return {**place, **found}
 
 
 def _names(group: list[Method]) -> list[str]:

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from vllm_budgetdraft.comparison.summary import best_lengths, to_csv
+from vllm_budgetdraft.comparison.summary import best_lengths, same, to_csv
 from vllm_budgetdraft.errors import ConfigurationError
 
 RESULTS = "results.json"
@@ -135,7 +135,7 @@ COLUMNS = [
     ("TPOT ms", _number("tpot_ms", ".2f")),
     ("acceptance", _number("acceptance_length", ".2f")),
     ("distinct", _number("distinct_4grams", ".2f")),
-    ("same", lambda row: "yes" if row["output_identical"] == 1 else "NO"),
+    ("same", same),
     ("peak GiB", lambda row: f"{row['peak_memory_bytes'] / 2**30:.2f}"),
 ]
 

@@ -20,8 +20,9 @@ def summarise(
     """Rows, of plain data.
 
     Throughputs and latencies are medians over prompts. Speed-ups are over the plain run
-    of the same turn: median, 20th and 80th percentile. Where a figure does not apply to
-    a method it is None.
+    of the same turn: median, 20th and 80th percentile. ``output_gap`` is the widest of
+    the races where an output differs (see ``races``), ``output_ties`` how many of them
+    are ties. Where a figure does not apply to a method it is None.
     """
     found = defaultdict(list)
     for each in rounds:
@@ -47,6 +48,7 @@ def summarise(
 def _row(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     pairs = [(each["runs"][name], each["runs"][PLAIN]) for each in rounds]
     runs = [run for run, _ in pairs]
+    races = [r["races"][name] for r in rounds if name in r.get("races", {})]
     drafts = sum(run["num_drafts"] for run in runs)
     accepted = np.sum([run["accepted_per_position"] for run in runs], 0)
     return {
@@ -72,6 +74,8 @@ def _row(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "output_identical": float(
             np.mean([a["token_ids"] == b["token_ids"] for a, b in pairs])
         ),
+        "output_ties": sum(race["is_tie"] for race in races),
+        "output_gap": max((race["gap"] for race in races), default=None),
         "distinct_4grams": float(
             np.mean([_distinct(run["token_ids"]) for run in runs])
         ),
@@ -105,6 +109,18 @@ def _shares(profiles: list[dict[str, float]]) -> dict[str, float | None]:
 
 def _engine(described: dict[str, Any]) -> dict[str, Any]:
     return {key: described[key] for key in ("peak_memory_bytes", "kv_cache_tokens")}
+
+
+def same(row: dict[str, Any]) -> str:
+    """Whether outputs equal plain vLLM's: yes, or how many ties and faults there are.
+
+    A difference without a race, as in float32, is a fault.
+    """
+    different = round(row["num_runs"] * (1 - row["output_identical"]))
+    ties = row.get("output_ties", 0)  # older results have none
+    said = [f"NO ({different - ties})"] if different > ties else []
+    said += [f"{ties} tie{'s' if ties > 1 else ''}"] if ties else []
+    return ", ".join(said) or "yes"
 
 
 def best_lengths(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

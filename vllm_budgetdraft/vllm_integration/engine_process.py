@@ -91,9 +91,10 @@ class EngineProcess:
             raise
         self._is_ready = True
 
-    def fileno(self) -> int:
-        """By which ``multiprocessing.connection.wait`` tells which is ready first."""
-        return self._pipe.fileno()
+    @property
+    def connection(self) -> Connection:
+        """Can be read from when the engine is ready, or has died."""
+        return self._pipe
 
     def generate(
         self, prompt_token_ids: list[int], sampling: dict[str, Any]

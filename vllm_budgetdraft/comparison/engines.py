@@ -1,0 +1,109 @@
+"""The engines of several methods, which start together where there is room."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from vllm_budgetdraft.comparison.methods import Method
+from vllm_budgetdraft.comparison.room import GIB, Memory, Need, side_by_side
+from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
+
+
+def needed_bytes(
+    methods: list[Method], engine_args: dict[str, Any], memory: Memory
+) -> list[int]:
+    """Of each method's engine, estimated."""
+    return [
+        Need.of({**engine_args, **method.engine_args}, memory).total_bytes
+        for method in methods
+    ]
+
+
+def groups_that_fit(
+    methods: list[Method], needs: list[int], free_bytes: int, engines_at_once: int
+) -> list[list[Method]]:
+    """Plain vLLM, and the methods of so many other engines or fewer; each comes once.
+
+    Args:
+        needs: bytes of each method's engine.
+
+    Raises:
+        ConfigurationError: one engine does not fit beside plain vLLM's.
+    """
+    plain, *others = zip(methods, needs, strict=True)
+    if not others:
+        return [[methods[0]]]
+    for size in range(engines_at_once, 0, -1):
+        groups = [
+            [plain, *others[first : first + size]]
+            for first in range(0, len(others), size)
+        ]
+        if all(sum(need for _, need in group) <= free_bytes for group in groups):
+            return [[method for method, _ in group] for group in groups]
+    largest, need = max(others, key=lambda each: each[1])
+    raise ConfigurationError(
+        f"{plain[0].name} and {largest.name} side by side need about "
+        f"{(plain[1] + need) / GIB:.1f} GiB, and {free_bytes / GIB:.1f} GiB are free; "
+        "free memory, use shorter contexts or smaller models, or give vLLM a smaller "
+        "cache, as with --engine-args '{\"kv_cache_memory_bytes\": 1000000000}'"
+    )
+
+
+def together_or_in_turn(
+    methods: list[Method],
+    engine_args: dict[str, Any],
+    memory: Memory,
+    tell: Callable[[str], None],
+) -> list[list[Method]]:
+    """All of them, or where there is no room each by itself: plain vLLM comes last."""
+    needs = needed_bytes(methods, engine_args, memory)
+    if sum(needs) <= memory.free_bytes:
+        return [methods]
+    tell(
+        f"one engine after the other: together they need about {sum(needs) / GIB:.1f} "
+        f"GiB, and {memory.free_bytes / GIB:.1f} GiB are free"
+    )
+    return [[method] for method in reversed(methods)]
+
+
+@contextmanager
+def running(
+    methods: list[Method],
+    engine_args: dict[str, Any],
+    memory: Memory,
+    tell: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """The engine of each method by its name, all ready; they start at the same time.
+
+    Raises:
+        BudgetDraftError: an engine did not start; the others are closed.
+    """
+    from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
+
+    begun = time.monotonic()
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engines: dict[str, EngineProcess] = {}
+        for method in methods:
+            arguments = {**engine_args, **method.engine_args}
+            if len(methods) > 1:
+                arguments = side_by_side(arguments, memory)
+            log = logs / f"{len(engines)}.log"
+            engine = EngineProcess(arguments, log, method.environment)
+            engines[method.name] = stack.enter_context(closing(engine))
+        starting: dict[Any, str] = {
+            engine.connection: name for name, engine in engines.items()
+        }
+        while starting:
+            for connection in wait(list(starting)):
+                name = starting.pop(connection)
+                try:
+                    engines[name].wait_until_ready()
+                except RuntimeError as error:
+                    raise BudgetDraftError(f"{name} did not start: {error}") from error
+                tell(f"{name} is ready after {time.monotonic() - begun:.0f} s")
+        yield engines
