@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow coverage lint format docs clean
+.PHONY: help setup demo test test-slow coverage gpu-check lint format docs clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ test-slow: setup ## Run the slow tests.
 
 coverage: setup ## Lines of the core that tests without an engine run: 90 % at least.
 	$(PYTEST) tests/unit tests/kernel_parity tests/training --cov --cov-fail-under=90 $(ARGS)
+
+gpu-check: setup ## Check on a GPU that it does what it promises: 6 minutes at most.
+	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .

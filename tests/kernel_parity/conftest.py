@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("triton") is None:
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if not HAS_TRITON:
     collect_ignore_glob = ["test_*.py"]
-elif os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.support import interpreter
 
-    interpreter.mend()
+
+def pytest_configure() -> None:
+    """After that of all tests, which says whether kernels are interpreted."""
+    if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.support import interpreter
+
+        interpreter.mend()
 
 
 @pytest.fixture(scope="session")
