@@ -32,11 +32,31 @@ class FakeGraph:
     As a CUDA graph it holds operations and addresses, and no Python: a replay reads the
     tensors that capturing read, and writes those that it wrote, whatever the function
     would look at or allocate now.
+
+    Attributes:
+        num_open: graphs that are being recorded now, of any thread.
     """
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    num_open = 0
+
+    def __init__(self, function: Callable[[], None] | None = None) -> None:
+        """
+        Args:
+            function: what is to be recorded; without it ``record`` does.
+        """
         self._work: list[Callable[[], None]] = []
         self._is_paused = False
+        if function is not None:
+            with self.record():
+                function()
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Records what is done meanwhile, as it is done.
+
+        Raises:
+            GraphError: a CUDA graph could not hold it.
+        """
         graph = self
 
         class Functions(TorchFunctionMode):
@@ -58,7 +78,11 @@ class FakeGraph:
                 return result
 
         with Functions(), Operations(), self._kernels():
-            function()
+            FakeGraph.num_open += 1
+            try:
+                yield
+            finally:
+                FakeGraph.num_open -= 1
 
     def __call__(self) -> None:
         with torch.inference_mode():

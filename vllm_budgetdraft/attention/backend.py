@@ -1,4 +1,4 @@
-"""Which implementation of the operations runs."""
+"""Where tensors live, and which implementation of the operations runs there."""
 
 import importlib.util
 import os
@@ -8,6 +8,17 @@ import torch
 
 from budgetdraft_kernels import reference
 from vllm_budgetdraft.errors import ConfigurationError
+
+#: Types of devices that are taken for GPUs. Tests add "cpu", to go where GPUs go.
+GPU_TYPES = {"cuda"}
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether work on a device is queued, and takes graphs, events and pinned copies.
+
+    Whatever is done on GPUs alone asks this, so that a machine without one can try it.
+    """
+    return device.type in GPU_TYPES
 
 
 def select_operations(attention_backend: str, device: torch.device) -> ModuleType:
@@ -21,11 +32,11 @@ def select_operations(attention_backend: str, device: torch.device) -> ModuleTyp
     """
     installed = importlib.util.find_spec("triton") is not None
     if attention_backend == "auto":
-        attention_backend = "triton" if installed and device.type == "cuda" else "torch"
+        attention_backend = "triton" if installed and is_gpu(device) else "torch"
     if attention_backend == "torch":
         return reference
     # Triton's interpreter runs kernels on a CPU, slowly, for tests.
-    if not installed or not (device.type == "cuda" or _interprets()):
+    if not installed or not (is_gpu(device) or _interprets()):
         raise ConfigurationError(
             "attention_backend='triton' needs a GPU and the package triton; the device "
             f"is {device.type!r} and triton is {'' if installed else 'not '}installed; "

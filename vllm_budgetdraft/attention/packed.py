@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from vllm_budgetdraft.attention.backend import is_gpu
+
 #: ``attend(queries [Q, H, D], keys [K, G, D], values [K, G, D], query_lengths,
 #: key_lengths)`` returns [Q, H, D]. Prompts follow each other; the query tokens of one
 #: are the last of its key tokens, and each sees the keys up to and with its own.
@@ -32,7 +34,7 @@ def select_packed_attention(
     That it is installed says little: its kernels are built for one release of PyTorch,
     and for GPUs.
     """
-    if device.type == "cpu":
+    if not is_gpu(device):
         return attend_with_torch
     queries = torch.zeros(3, num_heads, head_dim, dtype=dtype, device=device)
     keys = torch.zeros(4, num_kv_heads, head_dim, dtype=dtype, device=device)
@@ -62,7 +64,7 @@ def attend_with_torch(
 
 
 def _causal_blocks(queries: Tensor, keys: Tensor, values: Tensor) -> list[Tensor]:
-    whole = len(queries) == len(keys) or queries.is_cuda
+    whole = len(queries) == len(keys) or is_gpu(queries.device)
     rows = max(len(queries), 1) if whole else MASKED_ROWS
     blocks, last = [], len(keys) - len(queries)
     for block in queries.split(rows):

@@ -17,6 +17,7 @@ from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.memory import resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -279,13 +280,11 @@ class HeldOutAcceptance:
             self._settings | {"model": str(drafter), "kv_budget": self._budgets[-1]}
         )
         device = self._target.device
-        # On a GPU as in serving; on a CPU float32 is the fastest.
-        dtype = self._target.dtype if device.type == "cuda" else torch.float32
         return DraftProposer.build(
             config,
             num_slots=1,
             max_model_len=self._longest,
-            dtype=dtype,
+            dtype=resolve_dtype(config, device.type, self._target.dtype),
             device=device,
             seed=self._seed,
         )

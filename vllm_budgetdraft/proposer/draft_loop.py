@@ -134,7 +134,11 @@ class DraftLoop:
         self._drafter(
             tokens.flatten(),
             attention.step(
-                (cos, sin), cells.flatten(), lengths[:, -1], query_starts, width
+                (cos, sin),
+                cells.flatten(),
+                lengths[:, -1].contiguous(),
+                query_starts,
+                width,
             ),
         )
         self._count(slots, attention)

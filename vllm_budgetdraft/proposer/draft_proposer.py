@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from budgetdraft_kernels import reference
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.attention.prompt import PromptAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
@@ -279,7 +280,8 @@ class DraftProposer:
     def warm_up(self) -> None:
         """Runs every operation once, on slot 0, which must be idle.
 
-        On a GPU it does so at every batch size that another kernel may be compiled for.
+        Kernels are compiled for sizes: it launches them at every batch size and width
+        for which they may be others.
         """
         length = min(self.config.draft_prefill_chunk, self.reader.prompt.max_tokens)
         length = max(length, FIRST_WIDTH)  # no context that drafts is shorter
@@ -288,7 +290,7 @@ class DraftProposer:
         self.ingest(0, tokens[:-FIRST_WIDTH])
         self._try_all(torch.zeros_like(tokens[:1]), length, [1])
         self.release_request(0)
-        if self.device.type == "cuda":
+        if self.operations is not reference:
             widths = range(1, self.max_append + 1)
             for size in ladder(self.cache.num_slots):
                 spare = tokens.new_full((size,), self.cache.spare_slot)

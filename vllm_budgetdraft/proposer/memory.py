@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from vllm_budgetdraft.attention.backend import GPU_TYPES
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.configuration import head_dim
 from vllm_budgetdraft.errors import ConfigurationError
@@ -109,4 +110,4 @@ def resolve_dtype(
     if config.draft_dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.draft_dtype)
         return dtype
-    return torch.float32 if device_type == "cpu" else target_dtype
+    return target_dtype if device_type in GPU_TYPES else torch.float32

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.drafter.configuration import range_warning
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -31,7 +32,7 @@ def load_core(vllm_config: VllmConfig, target: nn.Module) -> DraftProposer:
         seed=vllm_config.model_config.seed,
     )
     core.warm_up()
-    if device.type == "cuda" and not vllm_config.model_config.enforce_eager:
+    if is_gpu(device) and not vllm_config.model_config.enforce_eager:
         capture_graphs(core, CudaGraphCapture())
     _log_memory(core, num_slots, max_model_len, dtype)
     if warning := range_warning(core.config, core.drafter.config, max_model_len):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 
@@ -18,8 +19,9 @@ class CoreObserver:
     def __init__(self, core: DraftProposer, statistics: DraftStatistics) -> None:
         self._core = core
         self._statistics = statistics
-        is_gpu = core.device.type == "cuda"
-        self._evicted = torch.zeros(1, dtype=torch.int64, pin_memory=is_gpu)
+        self._evicted = torch.zeros(
+            1, dtype=torch.int64, pin_memory=is_gpu(core.device)
+        )
         self._evicted_now = self._evicted.numpy()  # the same memory
         self._num_evicted = 0
 
@@ -46,7 +48,7 @@ class DraftTimer:
             make_event: what takes the time of a GPU; ``torch.cuda.Event`` if None.
         """
         self._make_event = make_event
-        if device.type == "cuda" and make_event is None:
+        if is_gpu(device) and make_event is None:
             self._make_event = lambda: torch.cuda.Event(enable_timing=True)
         self._pending: deque[tuple[Any, Any]] = deque()
         self._seconds = 0.0

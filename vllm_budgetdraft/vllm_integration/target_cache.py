@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.errors import UnsupportedVllmError
 
 #: Instruction sets whose blocks on a CPU hold plain numbers: keys by dimension, values
@@ -36,7 +37,7 @@ def pages_of(attention: Any) -> tuple[Tensor, Tensor]:
         keys = halves[:, :, 0].unflatten(-1, (head_size, page_size))
         values = halves[:, :, 1].unflatten(-1, (page_size, head_size))
         return keys.permute(0, 3, 1, 2), values.permute(0, 2, 1, 3)
-    if isa is None and cache.is_cuda:
+    if isa is None and is_gpu(cache.device):
         if cache.ndim == 4 and cache.shape[-1] == 2 * head_size:
             keys, values = cache.transpose(1, 2).split(head_size, -1)
             return keys, values

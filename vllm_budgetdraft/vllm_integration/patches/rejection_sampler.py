@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 
 #: Where vLLM expects no token.
@@ -31,6 +32,31 @@ def apply() -> None:
     )
 
 
+def verify_all_kinds(
+    verify: Callable[..., Any],
+    metadata: Any,
+    probabilities: Any,
+    logits: Tensor,
+    sampling_metadata: Any,
+) -> None:
+    """Verifies dummy drafts with and without probabilities, greedily and not.
+
+    Args:
+        verify: vLLM's rejection sampler; the rest is what it was given by a dummy run.
+    """
+    num_drafts = sum(metadata.num_draft_tokens)
+    drawn_from = torch.full_like(
+        logits[:num_drafts], 1 / logits.shape[1], dtype=torch.float32
+    )
+    # Batches have it in this type, which the dummy run forgets.
+    top_k = sampling_metadata.top_k.to(torch.int32)
+    drawn = replace(sampling_metadata, top_k=top_k)
+    greedy = replace(drawn, all_greedy=True, all_random=False, temperature=None)
+    for given in (None, drawn_from):
+        for sampling in (drawn, greedy):
+            verify(metadata, given, logits.clone(), sampling)
+
+
 def _expand_every_type(original: Function) -> Function:
     """Symptom: on a CPU, output at temperatures above 0 has another distribution under
     any speculation (vLLM issue 55005).
@@ -46,7 +72,7 @@ def _expand_every_type(original: Function) -> Function:
         replace_from: int = 0,
         replace_to: int = 0,
     ) -> Tensor:
-        if x.device.type != "cpu":
+        if is_gpu(x.device):
             return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
         counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
         expanded = x.repeat_interleave(counts, output_size=num_tokens)
@@ -176,7 +202,7 @@ def _take_placeholders_for_drafts(original: Function) -> Function:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if draft_token_ids.device.type == "cpu" and (draft_token_ids < 0).any():
+        if not is_gpu(draft_token_ids.device) and (draft_token_ids < 0).any():
             # Drafts without probabilities are exact whatever they are.
             draft_token_ids, draft_probs = draft_token_ids.clamp(min=0), None
         return original(

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 
 
@@ -93,7 +94,7 @@ def apply(proposer_class: type) -> None:
         def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
             hidden: dict[int, Any] = {}
             generators = self.input_batch.generators
-            if generators and ours(self) and self.device.type == "cpu":
+            if generators and ours(self) and not is_gpu(self.device):
                 prefills = self.discard_request_mask.np
                 hidden = {row: generators[row] for row in generators if prefills[row]}
             for row in hidden:
@@ -169,9 +170,39 @@ def apply(proposer_class: type) -> None:
 
         return profile_run
 
+    def verify_all_kinds(original: Function) -> Function:
+        """Symptom: the first drafts of a server wait for kernels of vLLM's rejection
+        sampler to be compiled (its JIT monitor warns of three).
+
+        Reason: the dummy run verifies as if no drafter told its probabilities, and in
+        older versions no batch that is greedy as a whole. Remove when it verifies with
+        and without both.
+        """
+
+        def _dummy_sampler_run(self: Any, hidden_states: Any) -> Any:
+            if not ours(self):
+                return original(self, hidden_states)
+            verify, calls = self.rejection_sampler, []
+
+            def note(*arguments: Any) -> Any:
+                calls.append(arguments)
+                return verify(*arguments)
+
+            self.rejection_sampler = note
+            try:
+                result = original(self, hidden_states)
+            finally:
+                self.rejection_sampler = verify
+            if calls:
+                rejection_sampler.verify_all_kinds(verify, *calls[0])
+            return result
+
+        return _dummy_sampler_run
+
     wrap_method(GPUModelRunner, "propose_draft_token_ids", bind_runner)
     wrap_method(GPUModelRunner, "_input_fits_in_drafter", per_request_limit)
     wrap_method(GPUModelRunner, "profile_run", profile_drafter)
+    wrap_method(GPUModelRunner, "_dummy_sampler_run", verify_all_kinds)
     wrap_method(GPUModelRunner, "_sample", sample_without_drafts)
     wrap_method(GPUModelRunner, "sample_tokens", keep_noise_while_prefilling)
     wrap_method(GPUModelRunner, "_calc_spec_decode_metadata", prepare_without_drafts)

@@ -1,0 +1,102 @@
+"""What an engine does on a GPU alone, on a CPU, in both model runners.
+
+Graphs, events, pinned copies, the kernels and what they are compiled for: see
+``tests.support.fake_gpu``. Every argument of every kernel is checked.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support import fake_gpu
+from tests.support.engines import (
+    DRAFTER,
+    NATIVE_512,
+    EngineProcess,
+    SteppedEngine,
+    engine_process,
+)
+from tests.support.scripts import all_at_once, check, of_book
+from vllm_budgetdraft.proposer.draft_length import ladder
+
+pytestmark = pytest.mark.vllm
+
+NUM_SLOTS, NUM_DRAFTS = 3, 3
+COMMON: dict[str, Any] = {
+    "max_model_len": 400,
+    "max_num_seqs": NUM_SLOTS,
+    # vLLM compiles nothing, and drafting captures nevertheless.
+    "enforce_eager": False,
+    "compilation_config": {"mode": 0, "cudagraph_mode": "NONE"},
+}
+DRAFTING = {
+    "method": "budgetdraft",
+    "model": DRAFTER,
+    "num_speculative_tokens": NUM_DRAFTS,
+    "attention_backend": "triton",
+    "kv_budget": 64,
+    "recent_window": 48,
+}
+RUNNERS = {
+    "v1": (fake_gpu.prepare_v1, {"eviction_policy": "heavy_hitter"}),
+    "v2": (
+        fake_gpu.prepare_v2,
+        {"model": NATIVE_512, "position_mode": "cache_relative"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[EngineProcess]:
+    with engine_process({"max_model_len": 400, "max_num_seqs": NUM_SLOTS}) as engine:
+        yield engine
+
+
+def finish_start_up(engine: SteppedEngine) -> None:
+    """What vLLM does on a GPU before it takes requests, and on a CPU leaves out."""
+    import torch
+
+    worker = engine._engine.model_executor.driver_worker.worker
+    if hasattr(engine._runner, "speculator"):
+        from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+        warmup_kernels(engine._runner, worker.execute_model, worker.sample_tokens)
+    else:
+        width = worker.model_config.get_hidden_size()
+        with torch.inference_mode():
+            engine._runner._dummy_sampler_run(torch.zeros(NUM_SLOTS, width))
+
+
+def as_on_a_gpu(engine: SteppedEngine, greedy: list, drawn: list) -> None:
+    finish_start_up(engine)
+    drafter = engine._drafter
+    num_graphs = 2 * len(ladder(NUM_SLOTS))  # greedy and drawn
+    assert drafter._core.num_graphs == num_graphs, drafter._core.num_graphs
+    known = set(fake_gpu.engine_launches.keys)
+    for requests in (drawn, greedy):
+        engine.courses.clear()
+        all_at_once(engine, requests)
+        engine.finish()
+    compiled = fake_gpu.engine_launches.since(
+        known, "budgetdraft_kernels", "rejection_sampler"
+    )
+    assert not compiled, "compiled while requests waited"
+    counted = engine.metrics()
+    assert counted["draft_seconds_total"] > 0, counted  # by events
+    assert counted["evicted_tokens_total"] > 0
+    assert counted["draft_faults_total"] == 0
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_an_engine_goes_where_gpus_go(runner, plain):
+    """Fails at arguments that a kernel would misread, and at late compilation."""
+    prepare, settings = RUNNERS[runner]
+    speculation = {"speculative_config": DRAFTING | settings}
+    greedy = [of_book(30 + 60 * i, 70 - 15 * i, 300 * i) for i in range(4)]
+    drawn = [of_book(20 + 70 * i, 12, 300 * i) for i in range(3)]
+    for request in drawn:
+        request.sampling["temperature"] = 1.0
+    with engine_process(COMMON | speculation, prepare) as engine:
+        played = engine.play(as_on_a_gpu, greedy, drawn)
+    check(played, plain)
