@@ -20,7 +20,7 @@ from benchmarks.gpu_check.sizes import Sizes
 from vllm_budgetdraft.vllm_integration.engine_process import BatchGeneration
 
 #: Largest difference of two logits that float32 may see the other way: its error is
-#: about 1e-6 here, and the two best are as close as this after one token in a thousand.
+#: below 1e-5 here, and the two best are as close as this after one token in a thousand.
 TIE = 1e-4
 #: Least share of its own drafts that a target accepts.
 SELF_ACCEPTANCE = 0.99

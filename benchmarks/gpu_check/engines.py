@@ -28,8 +28,8 @@ def write_models(folder: Path, shape: dict[str, int]) -> tuple[str, str]:
     model = LlamaForCausalLM(LlamaConfig(**shape))
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.q_proj.weight *= 3
-            layer.self_attn.k_proj.weight *= 3
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight.normal_(std=1.4 / shape["hidden_size"] ** 0.5)
     model.save_pretrained(folder / "target")
     model.model.layers = model.model.layers[:-1]
     model.config.num_hidden_layers -= 1

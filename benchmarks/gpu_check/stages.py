@@ -70,7 +70,7 @@ def engines(runner: str, args: Namespace, *, has_half: bool) -> Part:
     result = args.output / f"{name}.jsonl"
     output = shlex.quote(str(result))
     command = f"-m benchmarks.gpu_check.engines {output} --runner {runner}{options}"
-    return Part(name, 3.6, command, result, lambda: read(result))
+    return Part(name, 3.9, command, result, lambda: read(result))
 
 
 def kernels(args: Namespace) -> Part:
@@ -86,7 +86,7 @@ def kernels(args: Namespace) -> Part:
         f"-m pytest -q -p no:cacheprovider {shlex.join(NATIVE_TESTS)} {chosen} "
         f"{parallel} --junitxml={shlex.quote(str(result))}"
     )
-    return _of_one_row("kernels", 3.6, command, result, lambda file: _tests(file, how))
+    return _of_one_row("kernels", 3.9, command, result, lambda file: _tests(file, how))
 
 
 def _tests(file: Path, how: str) -> str:
@@ -109,7 +109,7 @@ def draft_steps(args: Namespace) -> Part:
     if args.tiny:
         sizes = "--contexts 600 --batch-sizes 1 --repeats 2"
     command = f"-m benchmarks.draft_steps --output {shlex.quote(str(file))} {sizes}"
-    return _of_one_row("draft-steps", 0.8, command, file, _draft_times)
+    return _of_one_row("draft-steps", 0.9, command, file, _draft_times)
 
 
 def _draft_times(file: Path) -> str:
@@ -137,7 +137,7 @@ def attention(args: Namespace) -> Part:
         "-m benchmarks.micro.attention_report "
         f"--output {shlex.quote(str(file))} --time-limit-s 35 {sizes}"
     )
-    return _of_one_row("attention", 0.9, command, file, _bandwidth)
+    return _of_one_row("attention", 1.0, command, file, _bandwidth)
 
 
 def _bandwidth(file: Path) -> str:

@@ -179,3 +179,22 @@ def test_the_gap_is_that_of_the_targets_logits(tmp_path):
     assert gap == -engines.gap_of(target)([1, 2, 3], 8, 7)
     shorter = LlamaForCausalLM.from_pretrained(drafter)
     assert len(shorter.model.layers) == len(model.model.layers) - 1
+
+
+@pytest.mark.parametrize("sizes", [TINY, FULL])
+def test_a_wrong_position_would_show_and_rounding_does_not(tmp_path, sizes):
+    from transformers import LlamaForCausalLM
+
+    target, _ = engines.write_models(tmp_path, sizes.target)
+    model = LlamaForCausalLM.from_pretrained(target)
+    torch.manual_seed(0)
+    tokens = torch.randint(sizes.target["vocab_size"], (1, 200))
+    positions = torch.arange(200)
+    off_by_one = (positions + (positions >= 100))[None]
+    with torch.inference_mode():
+        logits = model(tokens).logits[0, 100:]
+        others = model(tokens, position_ids=off_by_one).logits[0, 100:]
+        exact = model.double()(tokens).logits[0, 100:]
+    agree = logits.argmax(-1) == others.argmax(-1)
+    assert agree.float().mean() < 0.8
+    assert (logits - exact).abs().max() < TIE / 10
