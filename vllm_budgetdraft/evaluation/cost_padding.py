@@ -157,9 +157,6 @@ def _grown_config(small: Any, shape: Shape) -> LlamaConfig:
     config = copy.deepcopy(small)
     config.update(
         {name: new for name, (_, new) in sizes.items() if name != ratios}
-        | {
-            "head_dim": small.head_dim,
-            "tie_word_embeddings": False,
-        }
+        | {"tie_word_embeddings": False}
     )
     return config
