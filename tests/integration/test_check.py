@@ -47,6 +47,8 @@ def test_a_pair_that_fits_is_described_and_measured() -> None:
         if line.partition(" ")[0] in NAMES
     )
     assert said.keys() == NAMES
+    for engine in ("vllm", "budgetdraft"):
+        assert f"{engine} is ready after" in done.stdout
     assert said["vocabulary"] == "4096 tokens in both, of equal tokenizers"
     assert said["positions"].startswith("absolute, within the 16384 tokens")
     assert "(8 requests x 784 tokens" in said["memory"]

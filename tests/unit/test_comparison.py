@@ -249,8 +249,11 @@ def test_what_is_wrong_is_said_before_an_engine_starts(
     given, message, tmp_path, capsys, monkeypatch
 ):
     from vllm_budgetdraft.comparison import measure as module
+    from vllm_budgetdraft.vllm_integration import engine_process
 
     monkeypatch.setattr(module, "measure", None)
+    monkeypatch.setattr(module, "prepare_environment", lambda: None)
+    monkeypatch.setattr(engine_process, "preload", lambda: None)
     (tmp_path / "run.json").write_text('{"target": "other"}')
     command = f"evaluate --output {tmp_path} {given}"
     with pytest.raises(SystemExit) as stop:

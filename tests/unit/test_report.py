@@ -104,10 +104,10 @@ def test_an_output_that_differs_is_said_so(document):
 
 
 def test_a_tie_is_no_fault(document):
-    changes = {"output_identical": 0.6, "output_ties": 2}
+    changes = {"output_identical": 0.6, "output_ties": 2, "output_gap": 0.0625}
     rows = [{**row, **changes} for row in document["results"]]
     html = page({"run": {**document, "results": rows}})
-    assert "<td>2 ties</td>" in html and '<td class="no">' not in html
+    assert "<td>2 ties, gap 0.0625</td>" in html and '<td class="no">' not in html
 
 
 def test_the_command_puts_several_runs_on_one_page(document, tmp_path, capsys):

@@ -12,10 +12,13 @@ from vllm_budgetdraft.comparison.prompts import EXCERPT, build_prompts
 from vllm_budgetdraft.comparison.summary import same, summarise
 from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft.vllm_integration.engine_process import preload
 
 
 def run(args: Namespace) -> None:
     """Measures, prints the table, and writes ``args.json``."""
+    measure.prepare_environment()
+    preload()
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.target)
@@ -37,7 +40,6 @@ def run(args: Namespace) -> None:
         "dtype": args.dtype,
         "max_model_len": max(args.context_tokens) + args.new_tokens,
     }
-    measure.prepare_environment()
     with tempfile.TemporaryDirectory() as folder:
         file = measure.RoundsFile(Path(folder) / "rounds.jsonl")
         measure.measure(

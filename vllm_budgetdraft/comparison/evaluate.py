@@ -72,7 +72,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--engines-at-once",
         type=int,
         default=4,
-        help="that take turns with plain vLLM's; all of them are in memory",
+        help="that take turns with plain vLLM's; fewer where memory is short",
     )
     parser.add_argument(
         "--concurrency",
@@ -92,12 +92,17 @@ def run(args: Namespace) -> None:
     """Writes rounds as they are done, then results.json, results.csv, report.html.
 
     Raises:
-        ConfigurationError: see ``all_methods`` and ``build_prompts``; or the folder
-            holds what other settings wrote.
+        ConfigurationError: see ``all_methods``, ``build_prompts`` and ``measure``; or
+            the folder holds what other settings wrote.
     """
+    from vllm_budgetdraft.comparison import measure
+    from vllm_budgetdraft.vllm_integration.engine_process import preload
+
+    measure.prepare_environment()
+    preload()
     from transformers import AutoConfig, AutoTokenizer
 
-    from vllm_budgetdraft.comparison import measure, report
+    from vllm_budgetdraft.comparison import report
     from vllm_budgetdraft.comparison.methods import all_methods
     from vllm_budgetdraft.comparison.prompts import EXCERPT, build_prompts
     from vllm_budgetdraft.comparison.serving import measure_serving
@@ -144,7 +149,6 @@ def run(args: Namespace) -> None:
     provenance.check_settings(output / SETTINGS, settings)
     file = measure.RoundsFile(output / ROUNDS)
     begun = provenance.collect(settings)
-    measure.prepare_environment()
     engine_args = {
         "model": args.target,
         "dtype": args.dtype,

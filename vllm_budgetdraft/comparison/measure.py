@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_budgetdraft.comparison.engines import groups_that_fit, needed_bytes, running
 from vllm_budgetdraft.comparison.methods import PLAIN, Method
-from vllm_budgetdraft.comparison.prompts import Prompt
 from vllm_budgetdraft.comparison.races import describe, races_of
 from vllm_budgetdraft.comparison.room import memory_at_hand
+
+if TYPE_CHECKING:  # its import takes seconds, in which engines can start
+    from vllm_budgetdraft.comparison.prompts import Prompt
 
 #: OpenMP keeps threads waiting actively for 0.2 s after an engine's last operation, at
 #: the cost of the engine whose turn comes next.
@@ -63,7 +65,7 @@ class RoundsFile:
 
 def measure(
     methods: list[Method],
-    prompts: list[Prompt],
+    prompts: list["Prompt"],
     engine_args: dict[str, Any],
     file: RoundsFile,
     *,
@@ -119,7 +121,7 @@ def _tell(text: str) -> None:
 
 def _measure_group(
     engines: dict[str, Any],
-    prompts: list[Prompt],
+    prompts: list["Prompt"],
     sampling: dict[str, Any],
     file: RoundsFile,
     progress: Any,
@@ -139,7 +141,9 @@ def _measure_group(
         progress.update(len(engines))
 
 
-def warm_up(engines: dict[str, Any], prompt: Prompt, sampling: dict[str, Any]) -> None:
+def warm_up(
+    engines: dict[str, Any], prompt: "Prompt", sampling: dict[str, Any]
+) -> None:
     """A few tokens of each engine, which are not measured."""
     for engine in engines.values():
         engine.generate(prompt.token_ids, {**sampling, "max_tokens": WARM_UP_TOKENS})
@@ -160,7 +164,7 @@ def take_turns(
 
 def a_round(
     engines: dict[str, Any],
-    prompt: Prompt,
+    prompt: "Prompt",
     turn: int,
     sampling: dict[str, Any],
     *,

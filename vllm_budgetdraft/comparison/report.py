@@ -124,6 +124,11 @@ def _spread(key: str) -> Any:
     )
 
 
+def _same(row: dict[str, Any]) -> str:
+    gap = row.get("output_gap")  # older results have none
+    return same(row) + ("" if gap is None else f", gap {gap:.3g}")
+
+
 COLUMNS = [
     ("task", lambda row: row["task"]),
     ("method", lambda row: row["method"]),
@@ -135,7 +140,7 @@ COLUMNS = [
     ("TPOT ms", _number("tpot_ms", ".2f")),
     ("acceptance", _number("acceptance_length", ".2f")),
     ("distinct", _number("distinct_4grams", ".2f")),
-    ("same", same),
+    ("same", _same),
     ("peak GiB", lambda row: f"{row['peak_memory_bytes'] / 2**30:.2f}"),
 ]
 

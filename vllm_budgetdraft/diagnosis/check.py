@@ -41,8 +41,11 @@ def run(args: Namespace) -> None:
         BudgetDraftError: the two do not go together, and why.
     """
     from vllm_budgetdraft.comparison.measure import prepare_environment
+    from vllm_budgetdraft.vllm_integration.engine_process import preload
 
     prepare_environment()
+    if args.seconds > 0:
+        preload()
     speculative_config = {
         "method": "budgetdraft",
         "model": args.drafter,
@@ -204,6 +207,10 @@ def _verdict(
                 f"{row['output_ties']} of {len(races)} others part at a tie within "
                 f"rounding; the widest gap: {describe(widest)}"
             )
+            if row["output_ties"] < len(races):
+                verdict["outputs"] += (
+                    '; compare with --engine-args \'{"dtype": "float32"}\''
+                )
         else:
             verdict["outputs"] += "in this precision no tie explains the others"
     return verdict

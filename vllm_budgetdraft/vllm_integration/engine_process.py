@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -52,6 +53,15 @@ class BatchGeneration:
     num_accepted_tokens: int
 
 
+def preload() -> None:
+    """Begins to import vLLM for the engines to come, and returns at once.
+
+    The environment must be theirs by then: libraries read some of it when imported.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+
+
 class EngineProcess:
     """Runs ``LLM(**engine_args)`` in a child; its output goes to a log file.
 
@@ -66,8 +76,8 @@ class EngineProcess:
         log_file: Path,
         environment: dict[str, str] | None = None,
     ) -> None:
+        preload()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
         self._pipe, child_end = context.Pipe()
         variables = {**os.environ, **(environment or {})}
         self._process = context.Process(

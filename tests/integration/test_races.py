@@ -1,0 +1,70 @@
+"""Real engines: those that start together, and the logits of a race."""
+
+import multiprocessing
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.support.books import write_target
+from vllm_budgetdraft.comparison.engines import running
+from vllm_budgetdraft.comparison.methods import PLAIN, Method
+from vllm_budgetdraft.comparison.races import races_of
+from vllm_budgetdraft.comparison.room import memory_at_hand
+from vllm_budgetdraft.errors import BudgetDraftError
+
+pytestmark = pytest.mark.vllm
+
+#: A token whose logit is never below another's, and its twin, which always ties.
+TOKEN, TWIN = 10, 20
+
+
+@pytest.fixture
+def engine_args(tmp_path, monkeypatch) -> dict:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    folder = write_target(tmp_path / "target", head_dim=32)
+    weights = load_file(folder / "model.safetensors")
+    head = weights["lm_head.weight"]
+    head[TWIN] = head[TOKEN]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return {
+        "model": str(folder),
+        "dtype": "bfloat16",
+        "max_model_len": 128,
+        "max_num_seqs": 1,
+        "enforce_eager": True,
+    }
+
+
+def test_a_tie_is_told_from_a_fault_by_the_targets_own_logits(engine_args) -> None:
+    sampling = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
+    prompt = [3, 1, 4, 1, 5]
+    said: list[str] = []
+    with running([Method(PLAIN)], engine_args, memory_at_hand(), said.append) as found:
+        plain = found[PLAIN]
+        tokens = plain.generate(prompt, sampling).token_ids
+        dtype = plain.describe()["dtype"]
+        ranked = plain.logits(prompt + tokens[:5], [TOKEN, TWIN])
+        worst = next(t for t in range(30, 40) if t != tokens[5])
+        outputs = {PLAIN: tokens, "other": [*tokens[:5], worst, *tokens[6:]]}
+        races = races_of(plain, dtype, prompt, outputs)
+        again = plain.generate(prompt, sampling).token_ids
+    assert dtype == "bfloat16" and said[0].startswith("vllm is ready after")
+    assert again == tokens
+    logits = dict(ranked)
+    assert logits[TOKEN] == logits[TWIN]
+    assert ranked[0][0] == tokens[5]
+    assert races["other"]["position"] == 5
+    best, lower = races["other"]["logits"][0], dict(races["other"]["logits"])[worst]
+    assert best == ranked[0] and races["other"]["gap"] == best[1] - lower > 0
+
+
+def test_an_engine_that_fails_is_named_and_leaves_no_process(engine_args) -> None:
+    methods = [Method(PLAIN), Method("ngram", engine_args={"max_model_len": 10**6})]
+    memory = memory_at_hand()
+    with (
+        pytest.raises(BudgetDraftError, match="(?s)ngram did not start.*max_model_len"),
+        running(methods, engine_args, memory, lambda line: None),
+    ):
+        pass
+    assert not multiprocessing.active_children()
