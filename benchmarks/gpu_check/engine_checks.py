@@ -111,7 +111,8 @@ class Checks:
             figure = f"{len(expected) - len(gaps)} of {len(expected)} prompts"
             if gaps:
                 figure += f"; otherwise after {what}"
-            if len(gaps) > len(expected) // 2 or any(g > TIE for g in gaps.values()):
+            are_ties = all(abs(gap) <= TIE for gap in gaps.values())
+            if len(gaps) > len(expected) // 2 or not are_ties:
                 raise CheckFailedError(f"{figure}, where {TIE} is a tie")
             return f"{figure}; {_accepted(found)}"
 

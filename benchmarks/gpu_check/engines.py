@@ -1,6 +1,8 @@
 """Engines of one model runner on random weights, beside each other on the GPU.
 
-python -m benchmarks.gpu_check.engines RESULT.jsonl --runner V1
+    python -m benchmarks.gpu_check.engines RESULT.jsonl --runner V1
+
+Each check is a line of the result as soon as it is known.
 """
 
 import argparse
@@ -68,7 +70,7 @@ def engine_args(
     if is_gpu:
         common |= {
             # Each takes that and no more: they start beside each other.
-            "kv_cache_memory_bytes": 1 << 30,
+            "kv_cache_memory_bytes": 1 << 29,
             "gpu_memory_utilization": 0.05,
             # FLASH_ATTN takes no float32.
             "attention_config": {"backend": "TRITON_ATTN"},

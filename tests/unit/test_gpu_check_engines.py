@@ -97,6 +97,12 @@ def test_a_tie_is_none_and_the_target_is_asked_what_it_is():
     assert any("3 of 4 prompts" in row.figure for row in found)
 
 
+@pytest.mark.parametrize("gap", [1.01 * TIE, -1.0, float("nan")])
+def test_what_is_no_tie_fails(gap):
+    found = failed(checked(lambda *_: gap, budgeted=with_tokens(1, 7, 99)))
+    assert list(found) == ["V1 budgeted is greedy"]
+
+
 def test_most_prompts_do_not_end_in_ties():
     engine = with_tokens(0, 1, 99)
     for prompt in (1, 2):
