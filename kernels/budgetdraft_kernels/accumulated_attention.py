@@ -191,10 +191,8 @@ def accumulated_attention(
     settings = launch_settings.settings_of(keys.device)
     element_bytes = keys.element_size()
     dim_block = max(16, triton.next_power_of_2(head_dim))
-    # Tensor cores do not multiply float32: threads hold rows of both operands instead.
-    share = 2 if keys.dtype == torch.float32 else 1
-    tile = settings.attention_tile_bytes // (share * dim_block * element_bytes)
-    tile = min(max(tile, MIN_TILE), MAX_TILE // share)
+    tile = launch_settings.tile_rows(dim_block, element_bytes, keys.device)
+    tile = min(max(tile, MIN_TILE), MAX_TILE)
     row_tiles, key_tiles = triton.cdiv(num_rows, tile), triton.cdiv(num_keys, tile)
     operands = (queries, keys, head_dim**-0.5, num_queries, num_keys)
     strides = (*queries.stride()[:2], *keys.stride()[:2])

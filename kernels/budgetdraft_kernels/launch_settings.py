@@ -14,7 +14,8 @@ class LaunchSettings:
     """How the kernels cut their work on one kind of device.
 
     Attributes:
-        attention_tile_bytes: keys, and as many values, that a program holds at a time.
+        attention_tile_bytes: keys, and as many values, that a program holds at a time;
+            half as many of float32.
         attention_stages: tiles in flight.
         programs_per_multiprocessor: splits are added until there are so many.
         cache_write_heads: heads of one token per program, at most.
@@ -51,9 +52,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def tile_rows(dim_block: int, element_bytes: int, device: torch.device) -> int:
+    """Rows of so many numbers that a program of an attention kernel holds at a time."""
+    # Tensor cores do not multiply float32: threads keep operands in registers instead.
+    row_bytes = dim_block * element_bytes * (2 if element_bytes == 4 else 1)
+    return settings_of(device).attention_tile_bytes // row_bytes
+
+
 def warps(dim_block: int, element_bytes: int) -> int:
     """Warps per program that holds rows of so many numbers: more where they spill."""
-    return 8 if dim_block * element_bytes >= 512 else 4
+    return 8 if element_bytes >= 4 or dim_block * element_bytes >= 512 else 4
 
 
 def attention_splits(programs: int, tiles: int, device: torch.device) -> int:

@@ -287,7 +287,7 @@ def paged_sparse_attention(
     dim_block = max(32, triton.next_power_of_2(head_dim))
     page_block = triton.next_power_of_2(page_size)
     element_bytes = queries.element_size()
-    tile_tokens = settings.attention_tile_bytes // (dim_block * element_bytes)
+    tile_tokens = launch_settings.tile_rows(dim_block, element_bytes, queries.device)
     tile_pages = max(1, min(max(tile_tokens, MIN_ROWS), MAX_TOKENS) // page_block)
     rows = max_query_tokens * group
     max_rows = MAX_ROW_BYTES // element_bytes

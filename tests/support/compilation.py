@@ -5,6 +5,13 @@
 Prints one JSON object by case: for each kernel that it needed, what the GPU's assembler
 says of it. Arguments have no memory, so that nothing can be read back on the way. Runs
 by itself, for a process that interprets cannot compile.
+
+Registers differ between versions of Triton. To look at another than the installed one:
+
+    pip install --no-deps --target OTHER triton==3.6.0
+    PYTHONPATH=OTHER:kernels:. python -m tests.support.compilation 90
+
+With ``PYTHONPATH=OTHER`` the tests of ``tests/kernel_parity`` use that one as well.
 """
 
 import json
@@ -23,7 +30,7 @@ import torch
 
 from budgetdraft_kernels import launch_settings
 
-FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
+FP8, BF16, FLOAT32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
 #: Tokens that a request may hold.
 CAPACITY = 2048
 
@@ -142,13 +149,15 @@ def prompts_of_any_length() -> None:
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DECODING: dict[str, Attention] = {
     **{f"attention-{dim}": Attention(dim) for dim in HEAD_DIMS},
-    "attention-float32": Attention(dtype=torch.float32),
+    "attention-float32": Attention(dtype=FLOAT32),
+    "attention-float32-32": Attention(32, FLOAT32),
     "attention-float16": Attention(dtype=torch.float16),
     "attention-fp8": Attention(fp8=True),
     "attention-mha": Attention(group=1),
     "attention-rotary": Attention(rotary=True),
     "attention-rotary-80": Attention(80, rotary=True),
     "attention-mass": Attention(mass=True),
+    "attention-mass-float32": Attention(dtype=FLOAT32, mass=True),
     "attention-pages-of-64": Attention(page_size=64),
     "attention-pages-of-24": Attention(page_size=24),
     "attention-one-split": Attention(batch=256),
@@ -157,14 +166,21 @@ ATTENTION: dict[str, Attention] = {
     **DECODING,
     "attention-wide": Attention(width=32, group=16),
     "attention-wide-256": Attention(256, width=32, group=16),
+    "attention-rotary-fp8-256": Attention(256, rotary=True, fp8=True),
+    "attention-wide-float32": Attention(dtype=FLOAT32, width=32, group=16),
+    "attention-float32-rotary-64": Attention(64, FLOAT32, rotary=True),
 }
 CASES: dict[str, Callable[[], None]] = {
     **ATTENTION,
     **{f"companions-{dim}": Companions(dim) for dim in HEAD_DIMS},
     "batches": batches_of_any_size,
     "prompts": prompts_of_any_length,
-    "companions-float32": Companions(dtype=torch.float32),
+    "companions-float32": Companions(dtype=FLOAT32),
+    "companions-float32-64": Companions(64, FLOAT32),
+    "companions-float16": Companions(dtype=torch.float16),
     "companions-fp8": Companions(fp8=True),
+    # Heads of 256 would spill 256 bytes here, and nowhere else.
+    "attention-float32-fp8": Attention(dtype=FLOAT32, fp8=True),
 }
 
 
@@ -186,6 +202,18 @@ class AbsentGPU:
         return 0
 
 
+def spills_in_loops(assembly: str) -> int:
+    """Loads and stores of spilled registers between a backward jump and its target."""
+    found = re.findall(r"/\*(\w+)\*/ +(?:@!?\w+ )?(STL|LDL|BRA)(.*?);", assembly)
+    spills, loops = [], []
+    for address, name, operands in found:
+        if name == "BRA":
+            loops.append((int(operands.split()[-1], 16), int(address, 16)))
+        else:
+            spills.append(int(address, 16))
+    return sum(any(first <= at <= last for first, last in loops) for at in spills)
+
+
 def resources(kernel: Any) -> dict[str, Any]:
     """What one compiled kernel takes of a multiprocessor, and how it reads memory."""
     import triton
@@ -194,19 +222,20 @@ def resources(kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name],
+        dump = subprocess.run(
+            [tool, "--dump-resource-usage", "--dump-sass", file.name],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-    found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
     copies = r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)"
     return {
         "kernel": kernel.metadata.name,
         "threads": 32 * kernel.metadata.num_warps,
         "registers": found["REG"],
         "stack_bytes": found["STACK"] + found["LOCAL"],
+        "spills_in_loops": spills_in_loops(dump),
         "shared_bytes": kernel.metadata.shared,
         "async_copy_bytes": sorted(
             {int(n, 16) for n in re.findall(copies, kernel.asm["ptx"])}
