@@ -251,7 +251,9 @@ def main() -> None:
     from triton.runtime.jit import JITFunction
 
     driver.set_active(AbsentGPU(capability))
-    settings = launch_settings.SETTINGS[divmod(capability, 10)]
+    settings = launch_settings.SETTINGS.get(
+        divmod(capability, 10), launch_settings.DEFAULT
+    )
     launch_settings.settings_of = lambda device: settings
     launch_settings.multiprocessors = lambda device: 132  # of an H100 or H200
 
