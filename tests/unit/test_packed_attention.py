@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.fake_gpu import cpus_are_gpus
 from vllm_budgetdraft.attention import packed
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 16
@@ -91,13 +92,26 @@ def test_where_xformers_does_not_run_torch_does(error, monkeypatch):
     def unavailable(*arguments):
         raise error("no kernel")
 
-    shape = (NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, torch.float32)
-    meta = torch.device("meta")  # any that is not a CPU
+    def selected():
+        shape = (NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, torch.float32)
+        with cpus_are_gpus():
+            return packed.select_packed_attention(*shape, torch.device("cpu"))
+
     monkeypatch.setattr(packed, "attend_with_xformers", unavailable)
-    assert packed.select_packed_attention(*shape, meta) is packed.attend_with_torch
+    assert selected() is packed.attend_with_torch
 
     monkeypatch.setattr(packed, "attend_with_xformers", lambda *arguments: None)
-    assert packed.select_packed_attention(*shape, meta) is packed.attend_with_xformers
+    assert selected() is packed.attend_with_xformers
+
+
+@prompts
+def test_torch_attends_on_a_gpu_as_on_a_cpu(lengths):
+    """There a prompt that was read in part before is not cut into blocks."""
+    batch = random_batch(lengths, torch.float32, "cpu")
+    expected = packed.attend_with_torch(*batch, *lengths)
+    with cpus_are_gpus():
+        attended = packed.attend_with_torch(*batch, *lengths)
+    torch.testing.assert_close(attended, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_on_a_cpu_xformers_is_not_even_imported(monkeypatch):

@@ -113,11 +113,12 @@ def test_an_observer_counts_evictions_once(drafter_folder):
     assert observed()[1] == 30
 
 
-def test_seconds_of_a_gpu_count_when_it_has_passed_both_events():
+def test_seconds_of_a_gpu_count_when_it_has_passed_both_events(monkeypatch):
     class Event:
         passed = False
 
-        def __init__(self) -> None:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
             events.append(self)
 
         def record(self) -> None:
@@ -130,7 +131,8 @@ def test_seconds_of_a_gpu_count_when_it_has_passed_both_events():
             return end.time - self.time + 10
 
     events: list[Event] = []
-    timer = DraftTimer(torch.device("cpu"), Event)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timer = DraftTimer(torch.device("cuda"))
     for _ in range(2):
         with timer.measure():
             pass

@@ -21,6 +21,11 @@ def is_gpu(device: torch.device) -> bool:
     return device.type in GPU_TYPES
 
 
+def default_device() -> torch.device:
+    """A GPU where PyTorch has one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def select_operations(attention_backend: str, device: torch.device) -> ModuleType:
     """What ``attention_backend`` means on a device.
 

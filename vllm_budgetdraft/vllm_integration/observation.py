@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,27 +40,19 @@ class CoreObserver:
 class DraftTimer:
     """Seconds of the device between a beginning and an end, once it has passed both."""
 
-    def __init__(
-        self, device: torch.device, make_event: Callable[[], Any] | None = None
-    ) -> None:
-        """
-        Args:
-            make_event: what takes the time of a GPU; ``torch.cuda.Event`` if None.
-        """
-        self._make_event = make_event
-        if is_gpu(device) and make_event is None:
-            self._make_event = lambda: torch.cuda.Event(enable_timing=True)
-        self._pending: deque[tuple[Any, Any]] = deque()
+    def __init__(self, device: torch.device) -> None:
+        self._by_events = is_gpu(device)
+        self._pending: deque[tuple[Any, ...]] = deque()
         self._seconds = 0.0
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        if self._make_event is None:
+        if not self._by_events:
             start = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - start
             return
-        events = self._make_event(), self._make_event()
+        events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
         events[0].record()
         yield
         events[1].record()
