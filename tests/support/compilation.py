@@ -208,7 +208,8 @@ def spills_in_loops(assembly: str) -> int:
     spills, loops = [], []
     for address, name, operands in found:
         if name == "BRA":
-            loops.append((int(operands.split()[-1], 16), int(address, 16)))
+            (target,) = re.findall(r"0x\w+", operands)
+            loops.append((int(target, 16), int(address, 16)))
         else:
             spills.append(int(address, 16))
     return sum(any(first <= at <= last for first, last in loops) for at in spills)
