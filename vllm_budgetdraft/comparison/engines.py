@@ -1,5 +1,6 @@
 """The engines of several methods, which start together where there is room."""
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -93,7 +94,8 @@ def running(
             if len(methods) > 1:
                 arguments = side_by_side(arguments, memory)
             log = logs / f"{len(engines)}.log"
-            engine = EngineProcess(arguments, log, method.environment)
+            environment = {**_environment(memory), **method.environment}
+            engine = EngineProcess(arguments, log, environment)
             engines[method.name] = stack.enter_context(closing(engine))
         starting: dict[Any, str] = {
             engine.connection: name for name, engine in engines.items()
@@ -107,3 +109,11 @@ def running(
                     raise BudgetDraftError(f"{name} did not start: {error}") from error
                 tell(f"{name} is ready after {time.monotonic() - begun:.0f} s")
         yield engines
+
+
+def _environment(memory: Memory) -> dict[str, str]:
+    """On a CPU vLLM 0.32 cannot load the code that it saves, and compiles it at each
+    start; with this, torch's own cache serves instead. What is set already stays.
+    """
+    name = "VLLM_USE_AOT_COMPILE"
+    return {name: os.environ.get(name, "0")} if memory.device == "cpu" else {}
