@@ -19,12 +19,12 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from vllm_budgetdraft.comparison.engines import running, together_or_in_turn
-from vllm_budgetdraft.comparison.measure import take_turns
+from vllm_budgetdraft.comparison.measure import prepare_environment, take_turns
 from vllm_budgetdraft.comparison.methods import PLAIN, Method, all_methods
 from vllm_budgetdraft.comparison.prompts import build_prompts
 from vllm_budgetdraft.comparison.room import memory_at_hand
 from vllm_budgetdraft.evaluation import provenance
-from vllm_budgetdraft.vllm_integration.engine_process import BatchGeneration
+from vllm_budgetdraft.vllm_integration.engine_process import BatchGeneration, preload
 
 #: By method: a turn's requests with one new token, and with all.
 Turns = dict[str, list[tuple[BatchGeneration, BatchGeneration]]]
@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--engine-args", type=json.loads, default={})
     args = parser.parse_args()
+    prepare_environment()
+    preload()
     prompts = build_prompts(
         AutoTokenizer.from_pretrained(args.target),
         {"books": args.texts},

@@ -28,6 +28,7 @@ class StubEngine:
         self, engine_args: dict[str, Any], log_file: Path, environment: dict[str, str]
     ) -> None:
         self.engine_args = engine_args
+        self.environment = environment
         self.config = engine_args.get("speculative_config") or {"method": "vllm"}
         self.connection, other = Pipe()
         other.close()  # readable at once
@@ -43,6 +44,7 @@ class StubEngine:
 
         monkeypatch.setattr(engine_process, "EngineProcess", cls)
         monkeypatch.setattr(measure, "PAUSE_SECONDS", 0)
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         memory = Memory("cpu", 2**40, 2**40)
         monkeypatch.setattr(measure, "memory_at_hand", lambda: memory)
         for name, value in ({"asked": [], "made": []} | changes).items():

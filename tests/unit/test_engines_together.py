@@ -79,6 +79,8 @@ def test_on_a_cpu_the_cache_is_what_vllm_is_told(sizes, monkeypatch):
     told = TARGET_ARGS | {"kv_cache_memory_bytes": GIB}
     assert Need.of(told, CPU) == Need(GIB, 12 * GIB)
     assert side_by_side(TARGET_ARGS, CPU) == TARGET_ARGS
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    assert Need.of(TARGET_ARGS, CPU).kv_cache_bytes == CPU.total_bytes
 
 
 def test_on_a_gpu_vllm_is_told_its_cache_and_a_share_that_is_free(sizes):
@@ -165,6 +167,20 @@ def test_each_engine_is_named_as_it_becomes_ready(sizes, monkeypatch):
     # One alone keeps what vLLM takes by itself.
     with engines.running(METHODS[:1], TARGET_ARGS, GPU, said.append) as found:
         assert found["vllm"].engine_args == TARGET_ARGS
+
+
+def test_on_a_cpu_compiled_code_comes_from_the_cache_that_works(monkeypatch):
+    StubEngine.install(monkeypatch)
+    monkeypatch.delenv("VLLM_USE_AOT_COMPILE", raising=False)
+    for memory, told, expected in (
+        (GPU, None, None),
+        (CPU, None, "0"),
+        (CPU, "1", "1"),
+    ):
+        if told:
+            monkeypatch.setenv("VLLM_USE_AOT_COMPILE", told)
+        with engines.running(METHODS[:1], TARGET_ARGS, memory, print) as found:
+            assert found["vllm"].environment.get("VLLM_USE_AOT_COMPILE") == expected
 
 
 def test_an_engine_that_dies_is_named_and_the_others_are_closed(sizes, monkeypatch):

@@ -159,7 +159,7 @@ def take_turns(
     for name in names[first:] + names[:first]:
         time.sleep(PAUSE_SECONDS)
         runs[name] = ask(engines[name])
-    return runs
+    return {name: runs[name] for name in names}
 
 
 def a_round(

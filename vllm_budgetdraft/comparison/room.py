@@ -136,8 +136,9 @@ class Need:
         per_token = target.kv_bytes_per_token
         per_token += drafter.kv_bytes_per_token if is_shared else 0
         cache = int(tokens * per_token * (1 + SPARE_SHARE))
-        if memory.device == "cpu":
-            cache = int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 4) * GIB)
+        if memory.device == "cpu":  # where vLLM takes most of it if it is told nothing
+            told = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+            cache = int(float(told) * GIB) if told else memory.total_bytes
         cache = engine_args.get("kv_cache_memory_bytes") or cache
         total = (
             cache
