@@ -1,0 +1,98 @@
+"""What runs for requests has been compiled for them: kernels, interpreted.
+
+The drafter has heads of 16 numbers, for all drafters have a multiple of that. With
+others, the strides of a prompt may be a multiple of 16 or not.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.drafting import Requests, build_proposer
+from tests.support.fake_gpu import Launches, every_argument_is_checked
+from tests.support.fake_graph import FakeGraph
+from tests.support.models import llama, write_model
+from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
+
+NUM_SLOTS, NUM_DRAFTS = 2, 2
+SETTINGS = {
+    "default": {},
+    "a_chunk_below_the_budget": {"draft_prefill": "streaming"},
+    "last_queries": {"chunk_score": "last_queries"},
+    "observation_window_relative": {
+        "eviction_policy": "observation_window",
+        "position_mode": "cache_relative",
+    },
+    "heavy_hitter": {"eviction_policy": "heavy_hitter"},
+    "keep_all_greedy": {
+        "eviction_policy": "keep_all",
+        "draft_sample_method": "greedy",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = llama(
+        head_dim=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2
+    )
+    return write_model(tmp_path_factory.mktemp("drafter"), config)
+
+
+def serve(proposer: DraftProposer) -> None:
+    """Prompts of all lengths, tokens without drafts, and drafts of every kind."""
+    requests = Requests(proposer)
+    for slot, num_tokens in enumerate((33, 71)):
+        requests.start(slot, num_tokens, seed=slot)
+    draws = proposer.config.draft_sample_method == "probabilistic"
+    for batch in ([0], [1, 0]):
+        for width in range(1, proposer.max_append + 1):
+            starts = {}
+            for slot in batch:
+                context = requests.contexts[slot]
+                starts[slot] = len(context) - FIRST_WIDTH
+                context += [7] * width
+            requests.append(starts, width)
+        for num_drafts in range(1, NUM_DRAFTS + 1):
+            for temperatures in [None, [0.0] * len(batch)] if draws else [None]:
+                requests.drafts(batch, num_drafts, temperatures)
+    requests.release(1)
+    requests.start(1, 52, seed=9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "graphs"),
+    [
+        *((settings, False) for settings in SETTINGS.values()),
+        (SETTINGS["default"], True),
+    ],
+    ids=[*SETTINGS, "graphs"],
+)
+def test_warm_up_reaches_every_kernel_that_requests_need(
+    drafter, settings, graphs, monkeypatch
+):
+    """And no kernel is given what it would misread."""
+    fused = pytest.importorskip("budgetdraft_kernels.fused", reason="needs Triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    proposer = build_proposer(
+        drafter,
+        num_slots=NUM_SLOTS,
+        max_model_len=160,
+        num_speculative_tokens=NUM_DRAFTS,
+        attention_backend="triton",
+        kv_budget=40,
+        page_size=8,
+        recent_window=24,
+        sink_tokens=8,
+        local_tokens=8,
+        draft_prefill_chunk=30,
+        **settings,
+    )
+    with every_argument_is_checked(fused), Launches().record() as launches:
+        proposer.warm_up()
+        if graphs:
+            proposer.capture_graphs(FakeGraph)
+        known = set(launches.keys)
+        assert known
+        serve(proposer)
+    assert not launches.since(known, "budgetdraft_kernels")
