@@ -9,8 +9,10 @@ import torch
 
 from tests.support.drafting import build_proposer
 from tests.support.models import VOCAB_SIZE
+from tests.support.stub_engine import StubEngine
 from vllm_budgetdraft import __version__
 from vllm_budgetdraft.cli import main
+from vllm_budgetdraft.comparison import room
 from vllm_budgetdraft.comparison.races import race
 from vllm_budgetdraft.diagnosis import check, env
 from vllm_budgetdraft.diagnosis.memory import describe
@@ -123,3 +125,24 @@ def test_outputs_that_differ_are_said_to():
     assert "1 of 3 others part at a tie within rounding" in verdict["outputs"]
     assert "a gap of 1 is NOT a tie within rounding (0.0156)" in verdict["outputs"]
     assert "float32" in verdict["outputs"]
+
+
+@pytest.mark.parametrize(("free_bytes", "is_together"), [(2**40, True), (2**31, False)])
+def test_engines_without_room_for_both_are_compared_all_the_same(
+    free_bytes, is_together, monkeypatch, capsys
+):
+    outputs = {"budgetdraft": [0, 1, 2, 9, 9, 9, 9, 9]}
+    StubEngine.install(monkeypatch, dtype="bfloat16", outputs=outputs)
+    memory = room.Memory("cpu", free_bytes, 2**41)
+    monkeypatch.setattr(room, "memory_at_hand", lambda: memory)
+    args = SimpleNamespace(target=TARGET, new_tokens=8, seconds=0.0)
+    speculative_config = {"method": "budgetdraft", "model": DRAFTER}
+    row, races = check._measure(args, {"model": TARGET}, speculative_config, 50)
+    assert (row["kind"], row["num_runs"]) == ("budgetdraft", 1)
+    assert (row["output_identical"], row["output_ties"]) == (0, 1)
+    assert [race["position"] for race in races] == [3]
+    said = capsys.readouterr().out
+    assert ("one engine after the other" in said) != is_together
+    assert [engine.config["method"] for engine in StubEngine.made] == (
+        ["vllm", "budgetdraft"] if is_together else ["budgetdraft", "vllm"]
+    )
