@@ -23,7 +23,7 @@ from vllm_budgetdraft.proposer.draft_length import ladder
 
 pytestmark = pytest.mark.vllm
 
-NUM_SLOTS, NUM_DRAFTS = 3, 3
+NUM_SLOTS, NUM_DRAFTS = 3, 2
 COMMON: dict[str, Any] = {
     "max_model_len": 400,
     "max_num_seqs": NUM_SLOTS,
@@ -37,7 +37,8 @@ DRAFTING = {
     "num_speculative_tokens": NUM_DRAFTS,
     "attention_backend": "triton",
     "kv_budget": 64,
-    "recent_window": 48,
+    "page_size": 8,
+    "recent_window": 24,
 }
 #: Of each runner, settings by which tokens come without drafts, and are appended later:
 #: V1 drafts nothing for three requests, V2 reads less of prompts than it is given.
@@ -121,8 +122,8 @@ def test_an_engine_goes_where_gpus_go(runner, plain):
     """Fails at arguments that a kernel would misread, and at late compilation."""
     prepare, settings = RUNNERS[runner]
     speculation = {"speculative_config": DRAFTING | settings}
-    greedy = [of_book(30 + 60 * i, 70 - 15 * i, 300 * i) for i in range(4)]
-    drawn = [of_book(20 + 70 * i, 12, 300 * i) for i in range(3)]
+    greedy = [of_book(30 + 60 * i, 50 - 15 * i, 300 * i) for i in range(3)]
+    drawn = [of_book(20 + 70 * i, 9, 300 * i) for i in range(3)]
     for request in drawn:
         request.sampling["temperature"] = 1.0
     drawn[1].sampling["seed"] = 3
