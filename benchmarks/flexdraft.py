@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_budgetdraft.attention.backend import default_device
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance, passages
@@ -61,8 +62,7 @@ def main() -> None:
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     texts = read_texts(args.texts, tokenizer, unwraps_lines=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.run(args, target.eval().to(device), texts)
+    args.run(args, target.eval().to(default_device()), texts)
 
 
 def measure_acceptance(args: argparse.Namespace, target: Any, texts: Any) -> None:

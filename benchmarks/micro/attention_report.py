@@ -25,6 +25,7 @@ from benchmarks.micro.report_file import Deadline, ReportFile, Row
 from benchmarks.micro.targets import time_us
 from benchmarks.micro.workloads import PAGE_SIZE, SEED, SHAPES, draft_dtype
 from budgetdraft_kernels import launch_settings
+from vllm_budgetdraft.attention.backend import default_device
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device",
         choices=tuple(SIZES),
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        default=default_device().type,
     )
     parser.add_argument(
         "--time-limit-s",

@@ -33,7 +33,7 @@ class LaunchSettings:
     vocabulary_tile: int = 4096
 
 
-#: By compute capability; none of these has been measured yet.
+#: By compute capability, of what has been measured.
 SETTINGS = {(9, 0): LaunchSettings()}
 DEFAULT = LaunchSettings(attention_tile_bytes=8192, attention_stages=2)
 

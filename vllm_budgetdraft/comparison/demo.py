@@ -118,6 +118,7 @@ def _draft_kv_bytes(
     """
     import torch
 
+    from vllm_budgetdraft.attention.backend import default_device
     from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
     from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 
@@ -128,8 +129,7 @@ def _draft_kv_bytes(
     config = parse_speculative_config(settings)
     dtype = getattr(torch, engine_args["dtype"])
     if method.kind == "budgetdraft":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = resolve_dtype(config, device, dtype)
+        dtype = resolve_dtype(config, default_device().type, dtype)
     drafter_config = read_drafter_config(drafter)
     max_model_len = engine_args["max_model_len"]
     plan = MemoryPlan.of(

@@ -92,8 +92,7 @@ def _vllm_config(
 
 def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
     """What can be said without loading weights; those that do not fit have failed."""
-    import torch
-
+    from vllm_budgetdraft.attention.backend import default_device
     from vllm_budgetdraft.diagnosis.memory import describe
     from vllm_budgetdraft.drafter.configuration import (
         range_warning,
@@ -119,7 +118,7 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
         max_model_len=model.max_model_len,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         target_dtype=model.dtype,
-        device_type="cuda" if torch.cuda.is_available() else "cpu",
+        device_type=default_device().type,
     )
     is_v2 = getattr(vllm_config, "use_v2_model_runner", False)  # old vLLM has none
     facts["model runner"] = "V2" if is_v2 else "V1"

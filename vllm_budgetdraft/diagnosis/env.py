@@ -119,15 +119,17 @@ def _gpu(driver_says: str | None) -> str:
 def _backend() -> str:
     if find_spec("torch") is None:
         return NOT_INSTALLED
-    import torch
-
     from budgetdraft_kernels import reference
-    from vllm_budgetdraft.attention.backend import select_operations
+    from vllm_budgetdraft.attention.backend import (
+        default_device,
+        is_gpu,
+        select_operations,
+    )
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     if select_operations("auto", device) is not reference:
         return "triton, for there is a GPU"
-    if device.type == "cuda":
+    if is_gpu(device):
         return "torch, for triton is not installed: install it"
     return "torch, for there is no GPU"
 
@@ -143,14 +145,14 @@ def _model_runner(version: str | None) -> str:
 def _memory(args: Namespace) -> str:
     import torch
 
+    from vllm_budgetdraft.attention.backend import default_device
     from vllm_budgetdraft.diagnosis.memory import describe
 
-    is_gpu = torch.cuda.is_available()
     return describe(
         {"model": args.drafter, "num_speculative_tokens": 8, **args.speculative_config},
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         # What most targets are served in.
         target_dtype=torch.bfloat16,
-        device_type="cuda" if is_gpu else "cpu",
+        device_type=default_device().type,
     )

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from vllm_budgetdraft.attention.backend import default_device
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation.cost_shapes import (
     SHAPES,
@@ -30,8 +31,7 @@ from vllm_budgetdraft.evaluation.cost_shapes import (
 
 def run(args: Namespace) -> None:
     """``budgetdraft pad-target``, on a GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    write_padded(args, torch.device(device))
+    write_padded(args, default_device())
 
 
 def write_padded(args: Namespace, device: torch.device) -> None:
