@@ -36,6 +36,8 @@ BRANCHES = {
     + "test_torch_attends_on_a_gpu_as_on_a_cpu",
     f"{OURS}.attention.packed.select_packed_attention": PACKED
     + "test_where_xformers_does_not_run_torch_does",
+    f"{OURS}.comparison.engines._environment": TOGETHER
+    + "test_on_a_cpu_compiled_code_comes_from_the_cache_that_works",
     f"{OURS}.comparison.evaluate._notes": SMALL
     + "test_results_of_a_gpu_do_not_speak_of_cpus",
     f"{OURS}.comparison.methods.default_kinds": SMALL
