@@ -202,14 +202,14 @@ def run(chosen: list[Stage], output: Path, deadline: float) -> dict[str, Any]:
         else:
             begun = time.monotonic()
             seconds = min(60 * stage.minutes, deadline - begun)
-            found[stage.name] = {"status": _run(stage, output, seconds)}
+            found[stage.name] = {"status": run_stage(stage, output, seconds)}
             found[stage.name]["seconds"] = round(time.monotonic() - begun, 1)
         print(stage.name, found[stage.name], flush=True)
         file.write_text(json.dumps(found, indent=1))
     return found
 
 
-def _run(stage: Stage, output: Path, seconds: float) -> str:
+def run_stage(stage: Stage, output: Path, seconds: float) -> str:
     """Runs a stage, with all that it starts; returns its status."""
     if seconds <= 0:
         return "no time was left"

@@ -119,7 +119,6 @@ def main() -> None:
 
     os.environ |= {
         "VLLM_USE_V2_MODEL_RUNNER": "1" if args.runner == "V2" else "0",
-        "TRITON_F32_DEFAULT": "ieee",  # not tf32, which vLLM's attention would take
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # which is compiled at first use
         "VLLM_LOGGING_LEVEL": "INFO",  # which says how many graphs there are
         "HF_HUB_OFFLINE": "1",

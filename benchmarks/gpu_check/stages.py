@@ -21,7 +21,7 @@ from benchmarks.gpu_check.rows import (
 )
 
 # How a GPU session runs its stages: bounded, and ended with all that they started.
-from benchmarks.gpu_session import Stage, _run
+from benchmarks.gpu_session import Stage, run_stage
 
 #: Tests that run natively where there is a GPU.
 NATIVE_TESTS = ("tests/kernel_parity", "tests/unit/test_packed_attention.py")
@@ -51,7 +51,7 @@ def run(part: Part, seconds: float) -> list[Row]:
     for old in (part.result, log):
         old.unlink(missing_ok=True)
     begun = time.monotonic()
-    status = _run(Stage(part.name, part.minutes, part.command), folder, seconds)
+    status = run_stage(Stage(part.name, part.minutes, part.command), folder, seconds)
     took = round(time.monotonic() - begun, 1)
     rows = part.rows() if part.result.is_file() else []
     if [row.name for row in rows] == [part.name]:  # one for all of the command

@@ -38,6 +38,9 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # On a GPU vLLM's attention in float32 would round to TF32, each kernel in its way,
+    # so that outputs differed though nothing is wrong.
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     # vLLM recommends Intel's OpenMP runtime on CPUs, and refuses to run with two.
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     preloaded = os.environ.get("LD_PRELOAD", "")
