@@ -87,8 +87,8 @@ def run_all(together: list[Part], alone: list[Part], minutes: float) -> list[Row
     rows: list[Row] = []
 
     def run(part: Part) -> list[Row]:
-        seconds = 60 * part.minutes * minutes / MINUTES
-        print(f"gpu-check: {part.name}, at most {seconds:.0f} s", flush=True)
+        seconds = 60 * part.stage.minutes * minutes / MINUTES
+        print(f"gpu-check: {part.stage.name}, at most {seconds:.0f} s", flush=True)
         return stages.run(part, min(seconds, deadline - time.monotonic()))
 
     with ThreadPoolExecutor(len(together)) as threads:

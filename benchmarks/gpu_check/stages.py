@@ -29,38 +29,36 @@ NATIVE_TESTS = ("tests/kernel_parity", "tests/unit/test_packed_attention.py")
 
 @dataclass(frozen=True)
 class Part:
-    """A command of Python, bounded in time.
+    """A stage of this check.
 
     Attributes:
-        minutes: after which it is ended, where the whole check has six.
+        stage: with its minutes where the whole check has six.
         result: the file that it writes.
         rows: what that file says was found.
     """
 
-    name: str
-    minutes: float
-    command: str
+    stage: Stage
     result: Path
     rows: Callable[[], list[Row]]
 
 
 def run(part: Part, seconds: float) -> list[Row]:
     """Runs a part; its rows, with one that failed if the command did."""
-    folder = part.result.parent
-    log = folder / f"{part.name}.log"
+    folder, name = part.result.parent, part.stage.name
+    log = folder / f"{name}.log"
     for old in (part.result, log):
         old.unlink(missing_ok=True)
     begun = time.monotonic()
-    status = run_stage(Stage(part.name, part.minutes, part.command), folder, seconds)
+    status = run_stage(part.stage, folder, seconds)
     took = round(time.monotonic() - begun, 1)
     rows = part.rows() if part.result.is_file() else []
-    if [row.name for row in rows] == [part.name]:  # one for all of the command
+    if [row.name for row in rows] == [name]:  # one for all of the command
         rows = [replace(rows[0], seconds=took)]
     says_why = status.startswith("failed") and not all_hold(rows)
     if (status == "done" and rows) or says_why:
         return rows
     reason = status if status != "done" else "it found nothing"
-    return [*rows, Row(part.name, FAILED, f"{reason}; see {log}", took)]
+    return [*rows, Row(name, FAILED, f"{reason}; see {log}", took)]
 
 
 def engines(runner: str, args: Namespace, *, has_half: bool) -> Part:
@@ -70,7 +68,7 @@ def engines(runner: str, args: Namespace, *, has_half: bool) -> Part:
     result = args.output / f"{name}.jsonl"
     output = shlex.quote(str(result))
     command = f"-m benchmarks.gpu_check.engines {output} --runner {runner}{options}"
-    return Part(name, 3.9, command, result, lambda: read(result))
+    return Part(Stage(name, 3.9, command), result, lambda: read(result))
 
 
 def kernels(args: Namespace) -> Part:
@@ -86,7 +84,8 @@ def kernels(args: Namespace) -> Part:
         f"-m pytest -q -p no:cacheprovider {shlex.join(NATIVE_TESTS)} {chosen} "
         f"{parallel} --junitxml={shlex.quote(str(result))}"
     )
-    return _of_one_row("kernels", 3.9, command, result, lambda file: _tests(file, how))
+    stage = Stage("kernels", 3.9, command)
+    return _of_one_row(stage, result, lambda file: _tests(file, how))
 
 
 def _tests(file: Path, how: str) -> str:
@@ -109,7 +108,7 @@ def draft_steps(args: Namespace) -> Part:
     if args.tiny:
         sizes = "--contexts 600 --batch-sizes 1 --repeats 2"
     command = f"-m benchmarks.draft_steps --output {shlex.quote(str(file))} {sizes}"
-    return _of_one_row("draft-steps", 0.9, command, file, _draft_times)
+    return _of_one_row(Stage("draft-steps", 0.9, command), file, _draft_times)
 
 
 def _draft_times(file: Path) -> str:
@@ -137,7 +136,7 @@ def attention(args: Namespace) -> Part:
         "-m benchmarks.micro.attention_report "
         f"--output {shlex.quote(str(file))} --time-limit-s 35 {sizes}"
     )
-    return _of_one_row("attention", 1.0, command, file, _bandwidth)
+    return _of_one_row(Stage("attention", 1.0, command), file, _bandwidth)
 
 
 def _bandwidth(file: Path) -> str:
@@ -159,9 +158,5 @@ def _bandwidth(file: Path) -> str:
     return f"of {copying:,.0f} GB/s: {shares}{rest}"
 
 
-def _of_one_row(
-    name: str, minutes: float, command: str, result: Path, check: Callable[[Path], str]
-) -> Part:
-    return Part(
-        name, minutes, command, result, lambda: [row_of(name, lambda: check(result))]
-    )
+def _of_one_row(stage: Stage, result: Path, check: Callable[[Path], str]) -> Part:
+    return Part(stage, result, lambda: [row_of(stage.name, lambda: check(result))])

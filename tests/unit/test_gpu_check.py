@@ -11,6 +11,7 @@ from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import rows, stages
 from benchmarks.gpu_check.rows import FAILED, OK, Row
 from benchmarks.gpu_check.stages import Part
+from benchmarks.gpu_session import Stage
 
 SLEEPS = "-c 'import time; time.sleep(60)'"
 
@@ -19,7 +20,9 @@ def part(folder: Path, command: str) -> Part:
     """Of one row, which is what the command writes."""
     file = folder / "result"
     return Part(
-        "part", 1, command, file, lambda: [Row("part", *file.read_text().split(), 0.0)]
+        Stage("part", 1, command),
+        file,
+        lambda: [Row("part", *file.read_text().split(), 0.0)],
     )
 
 
@@ -50,7 +53,7 @@ def test_what_was_found_before_the_end_of_time_is_kept(tmp_path):
     )
     imports = "import pathlib, time; from benchmarks.gpu_check import rows"
     command = f'-c "{imports}; {code}; time.sleep(60)"'
-    slow = Part("slow", 1, command, file, lambda: rows.read(file))
+    slow = Part(Stage("slow", 1, command), file, lambda: rows.read(file))
     *kept, last = stages.run(slow, 8)
     assert kept == found
     assert (last.name, last.status) == ("slow", FAILED)
@@ -74,7 +77,7 @@ def test_tests_are_counted(tmp_path, counts, status):
 def test_a_machine_without_xdist_is_told_that_tests_take_long(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = stages.kernels(Namespace(output=tmp_path, tiny=False))
-    assert " -n " not in found.command
+    assert " -n " not in found.stage.command
     found.result.write_text(f"{XML.format(9, 0, 0)}</testsuites>")
     assert "install pytest-xdist" in found.rows()[0].figure
 
@@ -122,7 +125,7 @@ def stubbed(monkeypatch, tmp_path):
             stages,
             "run",
             lambda part, seconds: [
-                found.get(part.name, Row(part.name, OK, "", seconds))
+                found.get(part.stage.name, Row(part.stage.name, OK, "", seconds))
             ],
         )
         return gpu_check.main(["--output", str(tmp_path), *argv])

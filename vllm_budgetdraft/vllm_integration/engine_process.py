@@ -91,13 +91,13 @@ class EngineProcess:
         child_end.close()
 
     def wait_until_ready(self) -> None:
-        """Until it can be asked; an engine that fails before that is closed."""
+        """Until it can be asked; an engine that fails before that is ended."""
         if self._is_ready:
             return
         try:
             self._receive()
         except BaseException:
-            self.close()
+            self._end()  # and can be asked again, what its last words were
             raise
         self._is_ready = True
 
@@ -137,6 +137,9 @@ class EngineProcess:
     def close(self) -> None:
         """Ends the child, at once where it is still starting."""
         self._pipe.close()
+        self._end()
+
+    def _end(self) -> None:
         if not self._is_ready:
             self._process.kill()
         self._process.join(timeout=30)
