@@ -1,6 +1,10 @@
 """Real engines: those that start together, and the logits of a race."""
 
 import multiprocessing
+import re
+import shutil
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,6 +15,7 @@ from vllm_budgetdraft.comparison.methods import PLAIN, Method
 from vllm_budgetdraft.comparison.races import races_of
 from vllm_budgetdraft.comparison.room import memory_at_hand
 from vllm_budgetdraft.errors import BudgetDraftError
+from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
 pytestmark = pytest.mark.vllm
 
@@ -63,8 +68,22 @@ def test_an_engine_that_fails_is_named_and_leaves_no_process(engine_args) -> Non
     methods = [Method(PLAIN), Method("ngram", engine_args={"max_model_len": 10**6})]
     memory = memory_at_hand()
     with (
-        pytest.raises(BudgetDraftError, match="(?s)ngram did not start.*max_model_len"),
+        pytest.raises(BudgetDraftError, match="ngram did not start") as failed,
         running(methods, engine_args, memory, lambda line: None),
     ):
         pass
     assert not multiprocessing.active_children()
+    (log,) = re.findall(r"its log is (\S+),", str(failed.value))
+    assert "max_model_len" in Path(log).read_text()
+    shutil.rmtree(Path(log).parent)
+
+
+def test_a_dead_engine_has_the_same_last_words_whenever_it_is_asked(
+    engine_args, tmp_path
+) -> None:
+    dead = engine_args | {"max_model_len": 10**6}
+    with closing(EngineProcess(dead, tmp_path / "engine.log")) as engine:
+        for ask in (engine.wait_until_ready, engine.describe, engine.describe):
+            with pytest.raises(RuntimeError, match="(?s)stopped.*max_model_len"):
+                ask()
+        assert not multiprocessing.active_children()

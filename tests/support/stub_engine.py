@@ -28,6 +28,8 @@ class StubEngine:
         self, engine_args: dict[str, Any], log_file: Path, environment: dict[str, str]
     ) -> None:
         self.engine_args = engine_args
+        self.log_file = log_file
+        log_file.touch()
         self.environment = environment
         self.config = engine_args.get("speculative_config") or {"method": "vllm"}
         self.connection, other = Pipe()
@@ -52,7 +54,7 @@ class StubEngine:
 
     def wait_until_ready(self) -> None:
         if self.config["method"] in self.broken:
-            raise RuntimeError("the engine stopped")
+            raise RuntimeError(f"the engine stopped; its log is {self.log_file}")
 
     def close(self) -> None:
         self.is_closed = True

@@ -221,6 +221,34 @@ def test_only_what_is_missing_is_measured_and_turns_alternate(tmp_path, monkeypa
     assert both[0][0] == "vllm" and both[len(methods)][0] == "ngram"
 
 
+def test_a_run_goes_on_whatever_engines_there_is_room_for(tmp_path, monkeypatch):
+    StubEngine.install(monkeypatch)
+    methods = methods_of(["ngram"], lengths=[1, 2, 3])
+    prompts = [Prompt("books", 5, i, [i] * 5) for i in range(3)]
+    file = RoundsFile(tmp_path / "rounds.jsonl")
+
+    def go_on(some, engines_at_once):
+        StubEngine.asked.clear()
+        options = {"new_tokens": 8, "temperature": 0.0, "profiles": False}
+        args = {"model": TARGET}
+        measure(methods, some, args, file, engines_at_once=engines_at_once, **options)
+        return sorted(StubEngine.asked)
+
+    go_on(prompts[:1], 3)
+    go_on(prompts[:2], 1)
+    # The file of one that was cut short has two methods' runs of the second prompt.
+    lines = (tmp_path / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rounds.jsonl").write_text("".join(lines[:-1]))
+    plain, ngram = [("vllm", 0, i) for i in range(3)], "ngram"
+    assert go_on(prompts[:2], 2) == [(ngram, 3, 1), plain[1]]
+    third = [(ngram, length, 2) for length in (1, 2, 3)]
+    assert go_on(prompts, 2) == [*third, plain[2], plain[2]]
+    assert go_on(prompts, 3) == []
+    assert all("vllm" in each["runs"] for each in file.read())
+    rows = {row["method"]: row for row in summarise(methods, file.read())}
+    assert [rows[each.name]["num_runs"] for each in methods[1:]] == [3, 3, 3]
+
+
 def measure_order(methods, folder, options):
     StubEngine.asked.clear()
     prompts = [Prompt("books", 5, i, [i] * 5) for i in range(2)]

@@ -1,6 +1,7 @@
 """The engines of several methods, which start together where there is room."""
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -81,13 +82,14 @@ def running(
     """The engine of each method by its name, all ready; they start at the same time.
 
     Raises:
-        BudgetDraftError: an engine did not start; the others are closed.
+        BudgetDraftError: an engine did not start; the others are closed, and the logs
+            are kept.
     """
     from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
     begun = time.monotonic()
+    logs = Path(tempfile.mkdtemp(prefix="budgetdraft-"))
     with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines: dict[str, EngineProcess] = {}
         for method in methods:
             arguments = {**engine_args, **method.engine_args}
@@ -109,6 +111,7 @@ def running(
                     raise BudgetDraftError(f"{name} did not start: {error}") from error
                 tell(f"{name} is ready after {time.monotonic() - begun:.0f} s")
         yield engines
+    shutil.rmtree(logs)  # only if nothing failed, for errors name files in it
 
 
 def _environment(memory: Memory) -> dict[str, str]:

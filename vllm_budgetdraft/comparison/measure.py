@@ -77,12 +77,12 @@ def measure(
     engines_at_once: int,
     profiles: bool = True,
 ) -> None:
-    """Runs what the file does not have yet.
+    """Runs each method on each prompt of which the file has no run yet.
 
     The first prompt of each task and length is also profiled, after it is measured.
     Within a group all engines are alive, and take turns on each prompt; each speed-up
-    is of two runs of the same turn. A group is smaller than asked for where there is no
-    room for its engines.
+    is of two runs of the same turn, so that every round has plain vLLM. A group is
+    smaller than asked for where there is no room for its engines at that moment.
 
     Raises:
         ConfigurationError: there is no room for two.
@@ -92,16 +92,19 @@ def measure(
 
     engine_args = {**SHARED_ENGINE_ARGS, **engine_args}
     memory = memory_at_hand()
+    done = {
+        (name, each["task"], each["context_tokens"], each["index"])
+        for each in file.read()
+        for name in each["runs"]
+    }
+    plain, *others = methods
+    methods = [plain, *(each for each in others if _left([each], prompts, done))]
     needs = needed_bytes(methods, engine_args, memory)
     groups = groups_that_fit(methods, needs, memory.free_bytes, engines_at_once)
     if len(groups[0]) < min(len(methods), 1 + engines_at_once):
         _tell(f"there is room for {len(groups[0])} engines at once")
-    done = {_key(each["group"], each) for each in file.read()}
-    missing = [
-        [p for p in prompts if _key(_names(group), asdict(p)) not in done]
-        for group in groups
-    ]
-    total = sum(len(g) * len(p) for g, p in zip(groups, missing, strict=True))
+    rounds = [_left(group, prompts, done) for group in groups]
+    total = sum(len(names) for each in rounds for _, names in each)
     sampling = {
         "temperature": temperature,
         "max_tokens": new_tokens,
@@ -109,11 +112,24 @@ def measure(
         "seed": 0 if temperature else None,
     }
     with tqdm(total=total, unit="run") as progress:
-        for group, left in zip(groups, missing, strict=True):
+        for group, left in zip(groups, rounds, strict=True):
             if left:
                 progress.set_description(f"starting {len(group)} engines")
                 with running(group, engine_args, memory, _tell) as engines:
                     _measure_group(engines, left, sampling, file, progress, profiles)
+
+
+def _left(
+    group: list[Method], prompts: list["Prompt"], done: set[tuple[str, str, int, int]]
+) -> list[tuple["Prompt", list[str]]]:
+    """Prompts that any method lacks, each with those that do, and plain vLLM."""
+    found = []
+    for prompt in prompts:
+        place = prompt.task, prompt.context_tokens, prompt.index
+        names = [each.name for each in group if (each.name, *place) not in done]
+        if names:
+            found.append((prompt, list(dict.fromkeys([PLAIN, *names]))))
+    return found
 
 
 def _tell(text: str) -> None:
@@ -124,24 +140,25 @@ def _tell(text: str) -> None:
 
 def _measure_group(
     engines: dict[str, Any],
-    prompts: list["Prompt"],
+    rounds: list[tuple["Prompt", list[str]]],
     sampling: dict[str, Any],
     file: RoundsFile,
     progress: Any,
     profiles: bool,
 ) -> None:
     warm: set[int] = set()
-    for turn, prompt in enumerate(prompts):
+    for turn, (prompt, names) in enumerate(rounds):
         progress.set_description(f"{prompt.task}, {prompt.context_tokens} tokens")
         if prompt.context_tokens not in warm:
             warm.add(prompt.context_tokens)
             warm_up(engines, prompt, sampling)
         is_profiled = profiles and prompt.index == 0
-        found = a_round(engines, prompt, turn, sampling, is_profiled=is_profiled)
+        some = {name: engines[name] for name in names}
+        found = a_round(some, prompt, turn, sampling, is_profiled=is_profiled)
         for name, race in found["races"].items():
             _tell(f"{name}, {prompt.task} {prompt.index}: {describe(race)}")
         file.append(found)
-        progress.update(len(engines))
+        progress.update(len(names))
 
 
 def warm_up(
@@ -202,11 +219,3 @@ def a_round(
     place = asdict(prompt)
     del place["token_ids"]
     return {**place, **found}
-
-
-def _names(group: list[Method]) -> list[str]:
-    return [method.name for method in group]
-
-
-def _key(names: list[str], place: dict[str, Any]) -> tuple[Any, ...]:
-    return (*names, place["task"], place["context_tokens"], place["index"])

@@ -14,7 +14,10 @@ OVERHEAD_BYTES = {"cuda": 3 * GIB, "cpu": GIB}
 SPARE_TOKENS = 256
 #: vLLM pads its cache where a drafter in it has other layers than the target.
 SPARE_SHARE = 0.1
-ITEM_BYTES = {"float32": 4, "F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+#: Given its cache's size, vLLM only asks whether this share of the memory is free when
+#: it starts. Whether there is room has been estimated by then: it should not refuse.
+GPU_SHARE = 0.01
+ITEM_BYTES = {"float32": 4, "float": 4, "F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,11 @@ class Memory:
 
 
 def memory_at_hand() -> Memory:
-    """Of the first GPU, or of the machine where there is none."""
+    """Of the first GPU, or of the machine where there is none.
+
+    On a GPU, asking gives this process a CUDA context, about 0.5 GiB, for as long as it
+    lives: what is free is counted after that.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -84,16 +91,14 @@ class ModelSize:
 
 
 def _weight_bytes(model: str, item_bytes: int) -> int:
-    """Of the safetensors; what is quantised in them stays so."""
+    """Of the safetensors, where what is quantised stays so; else of PyTorch's files."""
     from safetensors import safe_open
 
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(model, allow_patterns=["*.safetensors"]))
+    files = _files(model, "*.safetensors")
+    if not files:
+        return sum(f.stat().st_size for f in _files(model, "pytorch_model*.bin"))
     # Some models come in two layouts, of which vLLM loads this one.
-    files = list(folder.glob("model*.safetensors")) or folder.glob("*.safetensors")
+    files = [file for file in files if file.name.startswith("model")] or files
     total = 0
     for file in files:
         with safe_open(file, "pt") as tensors:
@@ -103,6 +108,15 @@ def _weight_bytes(model: str, item_bytes: int) -> int:
                 size = item_bytes if is_float else 1
                 total += size * math.prod(stored.get_shape())
     return total
+
+
+def _files(model: str, pattern: str) -> list[Path]:
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, allow_patterns=[pattern]))
+    return list(folder.glob(pattern))
 
 
 @dataclass(frozen=True)
@@ -163,9 +177,8 @@ def side_by_side(engine_args: dict[str, Any], memory: Memory) -> dict[str, Any]:
     """
     if memory.device == "cpu":
         return engine_args
-    need = Need.of(engine_args, memory)
     return {
-        "kv_cache_memory_bytes": need.kv_cache_bytes,
-        "gpu_memory_utilization": round(need.total_bytes / memory.total_bytes, 4),
+        "kv_cache_memory_bytes": Need.of(engine_args, memory).kv_cache_bytes,
+        "gpu_memory_utilization": GPU_SHARE,
         **engine_args,
     }

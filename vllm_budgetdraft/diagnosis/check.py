@@ -167,7 +167,10 @@ def _measure(
     ours = Method("budgetdraft", engine_args={"speculative_config": speculative_config})
     methods = [Method(PLAIN), ours]
     sampling = {"temperature": 0.0, "max_tokens": args.new_tokens, "ignore_eos": True}
-    shared = measure.SHARED_ENGINE_ARGS | engine_args
+    # As long as the prompts need: a cache for more would leave no room for two engines.
+    # How the drafter reads and counts positions does not depend on it (see ``settle``).
+    longest = {"max_model_len": context_tokens + args.new_tokens}
+    shared = measure.SHARED_ENGINE_ARGS | longest | engine_args
     memory = memory_at_hand()
     rounds: dict[int, dict[str, Any]] = {}
     for group in together_or_in_turn(methods, shared, memory, partial(_say, "engines")):
