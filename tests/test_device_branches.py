@@ -2,7 +2,8 @@
 
 A place is a function, class or module that asks where it runs, or calls what a GPU
 alone has. A new one fails here until somebody has written its test, for which
-``tests.support.fake_gpu`` has what a GPU has.
+``tests.support.fake_gpu`` has what a GPU has. Whether that test goes there is for its
+author to see: this one sees that it exists.
 """
 
 import ast

@@ -56,6 +56,7 @@ RUNNERS = {
             "model": NATIVE_512,
             "position_mode": "cache_relative",
             "draft_prefill_chunk": 40,
+            "draft_dtype": "bfloat16",
         },
     ),
 }
@@ -78,8 +79,7 @@ def finish_start_up(engine: SteppedEngine) -> None:
         warmup_kernels(engine._runner, worker.execute_model, worker.sample_tokens)
     else:
         width = worker.model_config.get_hidden_size()
-        with torch.inference_mode():
-            engine._runner._dummy_sampler_run(torch.zeros(NUM_SLOTS, width))
+        engine._runner._dummy_sampler_run(torch.zeros(NUM_SLOTS, width))
 
 
 def two_and_then_others(engine: SteppedEngine, requests: list[Request]) -> None:

@@ -76,7 +76,11 @@ def test_after_tokens_without_drafts_drafts_are_greedy_generation(
 def test_tokens_leave_the_same_keys_and_values_fed_or_drafted(drafter_folder, width):
     """The context goes on the same, whatever is drafted."""
     tokens = random_tokens(60)
-    drafted, fed = (build_proposer(drafter_folder, num_slots=2) for _ in range(2))
+    # In float64, for products of other shapes round in other ways.
+    drafted, fed = (
+        build_proposer(drafter_folder, num_slots=2, dtype=torch.float64)
+        for _ in range(2)
+    )
     for proposer in (drafted, fed):
         ingested(proposer, tokens[:30], slot=1)
     requests = Requests(drafted)
@@ -88,7 +92,7 @@ def test_tokens_leave_the_same_keys_and_values_fed_or_drafted(drafter_folder, wi
     for start in range(30, 60, width):
         requests.append({1: start}, width)
     for one, other in zip(held_by(drafted, 1, 60), held_by(fed, 1, 60), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 SETTINGS = {

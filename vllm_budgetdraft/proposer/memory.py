@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from vllm_budgetdraft.attention.backend import GPU_TYPES
+from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.configuration import head_dim
 from vllm_budgetdraft.errors import ConfigurationError
@@ -110,4 +110,4 @@ def resolve_dtype(
     if config.draft_dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.draft_dtype)
         return dtype
-    return target_dtype if device_type in GPU_TYPES else torch.float32
+    return target_dtype if is_gpu(torch.device(device_type)) else torch.float32

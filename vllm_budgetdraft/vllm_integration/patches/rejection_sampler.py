@@ -32,12 +32,9 @@ def apply() -> None:
     )
 
 
+@torch.inference_mode()
 def verify_all_kinds(
-    verify: Callable[..., Any],
-    metadata: Any,
-    probabilities: Any,
-    logits: Tensor,
-    sampling_metadata: Any,
+    verify: Callable[..., Any], metadata: Any, logits: Tensor, sampling_metadata: Any
 ) -> None:
     """Verifies dummy drafts with and without probabilities, greedily and not.
 
@@ -54,7 +51,7 @@ def verify_all_kinds(
     greedy = replace(drawn, all_greedy=True, all_random=False, temperature=None)
     for given in (None, drawn_from):
         for sampling in (drawn, greedy):
-            verify(metadata, given, logits.clone(), sampling)
+            verify(metadata, given, logits, sampling)
 
 
 def _expand_every_type(original: Function) -> Function:

@@ -194,7 +194,10 @@ def apply(proposer_class: type) -> None:
             finally:
                 self.rejection_sampler = verify
             if calls:
-                rejection_sampler.verify_all_kinds(verify, *calls[0])
+                metadata, _, logits, sampling_metadata = calls[0]
+                rejection_sampler.verify_all_kinds(
+                    verify, metadata, logits, sampling_metadata
+                )
             return result
 
         return _dummy_sampler_run
