@@ -26,7 +26,7 @@ from tests.support.engines import (
 )
 from tests.support.policies import FAILS_ON_LONG_PROMPTS, POISONS_LONG_PROMPTS
 from tests.support.runner_v2 import interpret_kernels, schedule_ahead
-from tests.support.scripts import all_at_once, check, of_book
+from tests.support.scripts import all_at_once, check, counted_metrics, of_book
 
 pytestmark = pytest.mark.vllm
 
@@ -90,7 +90,7 @@ def test_these_engines_are_what_they_say(self_drafting):
 def checking_what_is_counted(engine: SteppedEngine, requests: list) -> None:
     all_at_once(engine, requests)
     engine.finish()
-    counted = engine.metrics()
+    counted = counted_metrics()
     pool = engine._drafter._core.cache.pool
     assert counted["pages_in_use"] + counted["pages_free"] == pool.num_pages
     assert counted["draft_length"] == NUM_DRAFTS

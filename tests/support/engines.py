@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -266,16 +265,6 @@ class SteppedEngine:
         """Draft tokens and accepted ones since the engine started."""
         drafted, accepted = _counters(self._llm)
         return {"drafted": drafted, "accepted": accepted}
-
-    def metrics(self) -> Counter[str]:
-        """Ours, of the server that this engine would be part of, summed over labels."""
-        from prometheus_client import REGISTRY
-
-        found: Counter[str] = Counter()
-        for family in REGISTRY.collect():
-            for metric in family.samples:
-                found[metric.name.removeprefix("vllm_budgetdraft:")] += metric.value
-        return found
 
     def check_draft_cache(self) -> None:
         """Raises if a page is not free once every request is over, or drafting failed.

@@ -1,6 +1,7 @@
 """Scripts of requests that engines play, and what must come of them."""
 
 import random
+from collections import Counter
 
 from tests.support.engine_settings import NUM_DRAFTS
 from tests.support.engines import (
@@ -41,6 +42,17 @@ def check(played: Played, plain: EngineProcess, *, refused: float = 1.0) -> None
         assert course.finish_reason == plain_course.finish_reason, course.name
     assert played.accepted > 0
     assert played.drafted - played.accepted <= refused * played.drafted
+
+
+def counted_metrics() -> Counter[str]:
+    """Ours, of the server that an engine here would be part of, summed over labels."""
+    from prometheus_client import REGISTRY
+
+    found: Counter[str] = Counter()
+    for family in REGISTRY.collect():
+        for metric in family.samples:
+            found[metric.name.removeprefix("vllm_budgetdraft:")] += metric.value
+    return found
 
 
 def has_generated(course: Course, num_tokens: int):

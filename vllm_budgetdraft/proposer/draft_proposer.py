@@ -283,10 +283,10 @@ class DraftProposer:
         Kernels are compiled for sizes: it launches them at every batch size and width
         for which they may be others.
         """
-        length = self.config.draft_prefill_chunk
+        least = FIRST_WIDTH  # no context that drafts is shorter
         if self.config.eviction_policy != "keep_all":
-            # More than is kept, so that the policy has to choose.
-            length = max(length, self.kv_budget + FIRST_WIDTH + 1)
+            least += self.kv_budget + 1  # the policy has to choose
+        length = max(self.config.draft_prefill_chunk, least)
         length = min(length, self.max_model_len)
         tokens = torch.zeros(length, dtype=torch.int64, device=self.device)
         self.start_request(0)
