@@ -316,6 +316,11 @@ def test_warming_up_leaves_no_trace(
     assert is_greedy(hugging_face_drafter, requests.contexts[0], drafts)
 
 
+def test_an_engine_too_short_for_a_draft_starts_nevertheless(drafter_folder):
+    """It generates no token after which there would be room for one."""
+    build_proposer(drafter_folder, max_model_len=1).warm_up()
+
+
 def test_an_unusable_drafter_or_policy_is_refused_before_anything_is_allocated(
     drafter_folder, tmp_path
 ):

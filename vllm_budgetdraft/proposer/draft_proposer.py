@@ -283,11 +283,11 @@ class DraftProposer:
         Kernels are compiled for sizes: it launches them at every batch size and width
         for which they may be others.
         """
-        least = FIRST_WIDTH  # no context that drafts is shorter
-        if self.config.eviction_policy != "keep_all":
-            least += self.kv_budget + 1  # the policy has to choose
-        length = max(self.config.draft_prefill_chunk, least)
+        length = self.config.draft_prefill_chunk
+        if self.config.eviction_policy != "keep_all":  # else there is nothing to choose
+            length = max(length, self.kv_budget + FIRST_WIDTH + 1)
         length = min(length, self.max_model_len)
+        length = max(length, FIRST_WIDTH)  # no context that drafts is shorter
         tokens = torch.zeros(length, dtype=torch.int64, device=self.device)
         self.start_request(0)
         self.ingest(0, tokens[:-FIRST_WIDTH])
