@@ -32,7 +32,15 @@ MAY_IMPORT_OURS |= {
     "evaluation": CORE | {"proposer", "flexdraft"},
     "vllm_integration": CORE | {"proposer", "flexdraft"},
 }
-USER_FACING = ("cli", "comparison", "diagnosis", "generation", "__main__")
+USER_FACING = (
+    "cli",
+    "comparison",
+    "diagnosis",
+    "generation",
+    "fetch",
+    "pretrained",
+    "__main__",
+)
 EVERYTHING = set(MAY_IMPORT_OURS) | set(USER_FACING)
 MAY_IMPORT_OURS |= dict.fromkeys(USER_FACING, EVERYTHING)
 

@@ -15,6 +15,7 @@ MODELS = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "models"))
 #: Commands that a module of their own defines, which imports nothing heavy before it
 #: runs: where it is, and what it is for.
 MODULES = {
+    "fetch": ("fetch", "make a pretrained target and its drafter, once"),
     "generate": ("generation", "have a target write on from texts, for training"),
     "evaluate": (
         "comparison.evaluate",
