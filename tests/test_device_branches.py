@@ -55,6 +55,8 @@ BRANCHES = {
     f"{OURS}.proposer.draft_graphs.CudaGraphCapture.__call__": ENGINES,
     f"{OURS}.proposer.draft_graphs.CudaGraphCapture.__init__": ENGINES,
     f"{OURS}.proposer.draft_proposer.DraftProposer.warm_up": ENGINES,
+    f"{OURS}.proposer.memory.packs_matrices": "unit/test_packing.py::"
+    "test_check_bills_what_will_be_packed",
     f"{OURS}.proposer.memory.resolve_dtype": SMALL
     + "test_drafters_have_the_targets_type_on_a_gpu",
     f"{SEAM}.core_loader.load_core": ENGINES,

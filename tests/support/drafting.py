@@ -26,9 +26,9 @@ def build_proposer(
     seed: int = 0,
     **settings: Any,
 ) -> DraftProposer:
-    config = BudgetDraftConfig(
-        model=str(folder), **{"num_speculative_tokens": 4, **settings}
-    )
+    """A proposer in ``dtype`` throughout, unless ``draft_dtype`` says otherwise."""
+    settings = {"num_speculative_tokens": 4, "draft_dtype": "float32", **settings}
+    config = BudgetDraftConfig(model=str(folder), **settings)
     return DraftProposer.build(
         config,
         num_slots=num_slots,

@@ -72,8 +72,9 @@ def test_env_names_what_is_wrong_with_vllm():
 
 
 def test_the_bill_is_that_of_the_tensors(drafter_folder):
+    settings = {"num_speculative_tokens": 4, "kv_budget": 40, "draft_dtype": "float32"}
     text = describe(
-        {"model": str(drafter_folder), "num_speculative_tokens": 4, "kv_budget": 40},
+        {"model": str(drafter_folder), **settings},
         max_model_len=2048,
         max_num_seqs=3,
         target_dtype=torch.bfloat16,

@@ -6,9 +6,9 @@ import torch
 
 from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
-from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.flexdraft.checkpoint import drafter_type
-from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
+from vllm_budgetdraft.proposer.memory import MemoryPlan, packs_matrices, resolve_dtype
 
 
 def describe(
@@ -40,9 +40,8 @@ def describe(
         max_model_len=max_model_len,
         dtype=dtype,
     )
-    with torch.device("meta"):
-        num_parameters = sum(p.numel() for p in Drafter(drafter, 1).parameters())
+    is_packed = packs_matrices(config, device_type)
     return plan.describe(
-        weights=num_parameters * dtype.itemsize,
+        weights=weight_bytes(drafter, dtype, is_packed),
         scratch=plan.prompt_scratch + plan.probabilities,
     )

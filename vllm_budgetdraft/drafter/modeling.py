@@ -9,6 +9,7 @@ Letters in shapes: B sequences, T tokens, H query heads, G KV heads, D head size
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from vllm_budgetdraft.drafter.configuration import head_dim, rotary_frequencies
 #: ``attend(layer, qkv [B, T, H + 2 * G, D])``, the query, key and value heads of each
 #: token, returns [B, T, H, D], or None where the layer's output has no reader.
 Attend = Callable[[int, Tensor], Tensor | None]
+#: ``multiply(x, weight, bias)``: ``F.linear``, or that of ``packing``.
+Multiply = Callable[[Tensor, Any, Tensor | None], Tensor]
 
 
 class AttentionProjections(nn.Module):
@@ -32,6 +35,7 @@ class AttentionProjections(nn.Module):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
+        self.multiply: Multiply = F.linear
         self.head_dim = head_dim(config)
         self.heads = (config.num_attention_heads, config.num_key_value_heads)
         self.eps = config.rms_norm_eps
@@ -50,7 +54,7 @@ class AttentionProjections(nn.Module):
 
     def project(self, h: Tensor) -> Tensor:
         """Normed hidden states [..., hidden_size] to heads [..., H + 2 * G, D]."""
-        h = F.linear(h, self.qkv_weight, self.qkv_bias)
+        h = self.multiply(h, self.qkv_weight, self.qkv_bias)
         qkv: Tensor = h.unflatten(-1, (-1, self.head_dim))
         if self.has_qk_norms:
             num_heads, num_kv_heads = self.heads
@@ -62,7 +66,7 @@ class AttentionProjections(nn.Module):
 
     def output(self, attended: Tensor) -> Tensor:
         """[..., H, D] to [..., hidden_size]."""
-        return F.linear(attended.flatten(-2), self.o_weight, self.o_bias)
+        return self.multiply(attended.flatten(-2), self.o_weight, self.o_bias)
 
 
 class DecoderLayer(AttentionProjections):
@@ -87,8 +91,9 @@ class DecoderLayer(AttentionProjections):
         x = x + self.output(attended)
 
         h = rms_norm(x, self.mlp_norm, self.eps)
-        gate, up = F.linear(h, self.gate_up_weight, self.gate_up_bias).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, self.down_weight, self.down_bias)
+        h = self.multiply(h, self.gate_up_weight, self.gate_up_bias)
+        gate, up = h.chunk(2, -1)
+        return x + self.multiply(F.silu(gate) * up, self.down_weight, self.down_bias)
 
 
 def _matrix(rows: int, columns: int) -> nn.Parameter:
@@ -120,6 +125,8 @@ class Drafter(nn.Module):
             max_positions: rows of the rotary table; positions stay below.
         """
         super().__init__()
+        self.multiply: Multiply = F.linear
+        self.is_packed = False
         self.config = config
         self.num_layers = config.num_hidden_layers
         self.num_heads = config.num_attention_heads
@@ -181,7 +188,7 @@ class Drafter(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] to [..., vocab_size]."""
-        return F.linear(hidden, self.head)
+        return self.multiply(hidden, self.head, None)
 
 
 def initialise(drafter: Drafter) -> None:

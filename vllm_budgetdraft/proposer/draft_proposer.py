@@ -15,6 +15,7 @@ from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
 from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.drafter.packing import pack_matrices
 from vllm_budgetdraft.eviction.base import EvictionPolicy
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.proposer.draft_graphs import Capture, DraftGraphs
@@ -26,7 +27,7 @@ from vllm_budgetdraft.proposer.draft_loop import (
     Drafts,
     Draws,
 )
-from vllm_budgetdraft.proposer.memory import MemoryPlan
+from vllm_budgetdraft.proposer.memory import MemoryPlan, packs_matrices
 from vllm_budgetdraft.proposer.prompt_reader import PromptReader
 
 #: Most tokens of a request that ``paged_sparse_attention`` takes at once.
@@ -128,6 +129,8 @@ class DraftProposer:
             dtype=dtype,
             device=device,
         )
+        if packs_matrices(config, device.type):
+            pack_matrices(drafter)
         policy = make_policy(config, operations)
         shape = {
             "num_layers": drafter.num_layers,

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.configuration import head_dim
+from vllm_budgetdraft.drafter.packing import can_pack
 from vllm_budgetdraft.errors import ConfigurationError
 
 MIB, GIB = 2**20, 2**30
@@ -111,3 +112,9 @@ def resolve_dtype(
         dtype: torch.dtype = getattr(torch, config.draft_dtype)
         return dtype
     return target_dtype if is_gpu(torch.device(device_type)) else torch.float32
+
+
+def packs_matrices(config: BudgetDraftConfig, device_type: str) -> bool:
+    """Whether the drafter's matrices are packed, see ``pack_matrices``."""
+    on_cpu = not is_gpu(torch.device(device_type))
+    return on_cpu and config.draft_dtype == "auto" and can_pack()

@@ -6,6 +6,7 @@ from vllm.config import VllmConfig
 
 from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.drafter.configuration import range_warning
+from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
@@ -65,6 +66,7 @@ def _log_memory(
         max_model_len=max_model_len,
         dtype=dtype,
     )
-    weights = sum(p.nbytes for p in core.drafter.parameters())
+    drafter = core.drafter
+    weights = weight_bytes(drafter.config, dtype, drafter.is_packed)
     bill = plan.describe(weights=weights, scratch=core.scratch_bytes)
     logger.info("BudgetDraft memory: %s", bill)
