@@ -109,8 +109,8 @@ def _in_halves(weight: Tensor, num_heads: int) -> Tensor:
     Args:
         weight: [num_heads * head_dim, hidden_size].
     """
-    pairs = weight.unflatten(0, (num_heads, -1, 2))
-    return pairs.transpose(1, 2).flatten(0, 2).contiguous()
+    pairs = weight.reshape(num_heads, -1, 2, weight.shape[1])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
