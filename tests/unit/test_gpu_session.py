@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_session
 from benchmarks.gpu_session import Stage, run, stages
 from tests.support.engines import wait_until
 
@@ -140,3 +141,33 @@ def test_the_padded_target_is_not_among_what_comes_back(folder):
         assert words[words.index("--target") + 1] == str(made)
         engine = json.loads(words[words.index("--engine-args") + 1])
         assert engine["attention_config"] == {"backend": "FLASH_ATTN"}
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        ("", ["fetched-target", "fetched-drafter"]),
+        ("--target a --drafter b", ["a", "b"]),
+    ],
+)
+def test_the_models_are_the_pretrained_pair_if_no_others_are_named(
+    options, used, monkeypatch
+):
+    chosen: list[Stage] = []
+    monkeypatch.setattr(gpu_session, "run", lambda stages, *_: chosen.extend(stages))
+    pair = ("fetched-target", "fetched-drafter")
+    monkeypatch.setattr(gpu_session, "pretrained_pair", {"smollm2": pair}.get)
+    words = f"session out --held-out texts --only acceptance {options}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    gpu_session.main()
+    (command,) = (shlex.split(stage.command) for stage in chosen)
+    assert [command[command.index(x) + 1] for x in ("--target", "--drafters")] == used
+
+
+@pytest.mark.parametrize("option", ["--target", "--drafter"])
+def test_half_a_pair_is_refused(option, monkeypatch, capsys):
+    words = f"session out --held-out texts {option} a"
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit, match="2"):
+        gpu_session.main()
+    assert "--target and --drafter go together" in capsys.readouterr().err
