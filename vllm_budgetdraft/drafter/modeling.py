@@ -112,6 +112,9 @@ class Drafter(nn.Module):
 
     A sliding window that the config names is not applied: what a token sees is up to
     ``attend``.
+
+    Attributes:
+        draft_vocab_size: token ids below have logits.
     """
 
     def __init__(self, config: PretrainedConfig, max_positions: int) -> None:
@@ -126,6 +129,7 @@ class Drafter(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = head_dim(config)
         self.rotary_table: Tensor
+        self.draft_vocab_size = config.vocab_size
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(shape))
         self.layers = nn.ModuleList(
@@ -180,8 +184,8 @@ class Drafter(nn.Module):
         return self.embedding if self.lm_head is None else self.lm_head
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden_size] to [..., vocab_size]."""
-        return F.linear(hidden, self.head)
+        """[..., hidden_size] to [..., draft_vocab_size]."""
+        return F.linear(hidden, self.head)[..., : self.draft_vocab_size]
 
 
 def initialise(drafter: Drafter) -> None:
