@@ -176,6 +176,7 @@ def test_the_command_says_what_a_bug_report_needs(
     ("arguments", "remedy"),
     [
         ("demo", "--target"),  # the embedded pair comes with the repository alone
+        ("fetch smollm2", "repository"),
         ("demo --target x --drafter y", "pip install"),
         ("train --target x", "pip install"),
         ("generate --target x --texts y --output z", "pip install"),

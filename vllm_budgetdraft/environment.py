@@ -17,3 +17,11 @@ def check_invariants() -> bool:
 def skip_version_check() -> bool:
     """BUDGETDRAFT_SKIP_VERSION_CHECK=1: run on a vLLM outside the supported range."""
     return os.environ.get("BUDGETDRAFT_SKIP_VERSION_CHECK", "0") == "1"
+
+
+def cache_folder() -> str | None:
+    """BUDGETDRAFT_CACHE=FOLDER: where `budgetdraft fetch` makes models.
+
+    Without it that is $XDG_CACHE_HOME/budgetdraft, and else ~/.cache/budgetdraft.
+    """
+    return os.environ.get("BUDGETDRAFT_CACHE") or None

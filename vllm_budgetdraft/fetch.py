@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vllm_budgetdraft import environment
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.pretrained.source import SOURCES, download, unpack
 
@@ -99,7 +100,7 @@ def pretrained_pair(
 
 def cache_folder() -> Path:
     """Where pairs are, if nothing else is said."""
-    if own := os.environ.get("BUDGETDRAFT_CACHE"):
+    if own := environment.cache_folder():
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "budgetdraft"
 

@@ -31,7 +31,9 @@ class Runner:
         temperature: by index.
     """
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, vocab_size: int = VOCAB_SIZE, **settings: Any
+    ) -> None:
         from vllm_budgetdraft.vllm_integration import runner_v2
 
         self.core = build_proposer(
@@ -39,6 +41,7 @@ class Runner:
             num_slots=NUM_SLOTS,
             max_model_len=MAX_MODEL_LEN,
             num_speculative_tokens=NUM_DRAFTS,
+            vocab_size=vocab_size,
             **{"kv_budget": 64, **settings},
         )
         self.states = SimpleNamespace(
@@ -53,7 +56,7 @@ class Runner:
             speculative_config=SimpleNamespace(settings=self.core.config),
             scheduler_config=SimpleNamespace(max_num_seqs=NUM_SLOTS),
             model_config=SimpleNamespace(
-                max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: VOCAB_SIZE
+                max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: vocab_size
             ),
             parallel_config=SimpleNamespace(tensor_parallel_size=1),
         )
@@ -168,13 +171,21 @@ def test_drafts_are_those_of_the_proposer(drafter_folder):
         assert drafts.tolist() == expected.tokens.tolist()
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_vllm_is_told_what_each_token_was_drawn_from(drafter_folder, temperature):
-    runner = Runner(drafter_folder)
+@pytest.mark.parametrize(
+    ("temperature", "vocab_size"),
+    [(0.5, VOCAB_SIZE), (1.0, VOCAB_SIZE + 9), (2.0, VOCAB_SIZE - 9)],
+)
+def test_vllm_is_told_what_each_token_was_drawn_from(
+    drafter_folder, temperature, vocab_size
+):
+    """Also of a target whose vocabulary is padded otherwise."""
+    runner = Runner(drafter_folder, vocab_size)
     runner.temperature[:] = temperature
+    last = vocab_size - 1
     for index in (0, 1, 2):
         runner.add(index, 30 + index, temperature=temperature)
-        runner.emit(index, [5])
+        runner.states.all_token_ids.gpu.clamp_(max=last)
+        runner.emit(index, [last])
     runner.speculator._release(1)  # it drafts no more
     drafts = runner.propose([2, 1, 0])
     told = (runner.speculator.draft_logits / temperature).softmax(-1)
@@ -182,8 +193,10 @@ def test_vllm_is_told_what_each_token_was_drawn_from(drafter_folder, temperature
     for row, index in enumerate((2, 1, 0)):
         chosen = told[index].gather(1, drafts[row][:, None])
         if index == 1:  # the last token, for certain
-            assert drafts[row].tolist() == [5] * NUM_DRAFTS
+            assert drafts[row].tolist() == [last] * NUM_DRAFTS
             torch.testing.assert_close(chosen, torch.ones_like(chosen))
+        else:
+            assert not told[index, :, VOCAB_SIZE:].any()
     drawn = runner.core._loop._probabilities[:2]
     torch.testing.assert_close(told[[2, 0]], drawn)
     assert not (drawn > 0.99).any()  # else nothing was compared

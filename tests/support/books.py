@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,7 +15,7 @@ from tests.support import models
 WORDS = [f"w{index:02}" for index in range(models.VOCAB_SIZE)]
 
 
-def write_target(folder: Path, **sizes: int) -> Path:
+def write_target(folder: Path, **sizes: Any) -> Path:
     """Folder of a random model with a tokenizer of one token per word."""
     models.write_model(folder, models.llama(num_hidden_layers=1, **sizes), seed=1)
     vocabulary = {word: index for index, word in enumerate(WORDS)}

@@ -23,6 +23,7 @@ def build_proposer(
     num_slots: int = 1,
     max_model_len: int = 512,
     dtype: torch.dtype = torch.float32,
+    vocab_size: int | None = None,
     seed: int = 0,
     **settings: Any,
 ) -> DraftProposer:
@@ -35,6 +36,7 @@ def build_proposer(
         max_model_len=max_model_len,
         dtype=dtype,
         device="cpu",
+        vocab_size=vocab_size,
         seed=seed,
     )
 

@@ -53,7 +53,7 @@ def test_the_paper_is_a_preset():
         (["--budgets", "32"], "one weight for each budget"),
         (["--texts", "leaflets.jsonl"], "fewer than the 64"),
         (["--texts", "no_such.jsonl"], "names no file"),
-        (["--drafter", "other"], "vocab_size"),
+        (["--drafter", "other"], "has no tokenizer.json to compare"),
         (["--target", "./nowhere"], "'./nowhere' cannot be loaded"),
         (["--target_layers", "7"], "choose some of them"),
         (["--resume_from_checkpoint", "true"], "no complete checkpoint"),

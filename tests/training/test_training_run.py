@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import models
+from tests.support.books import write_target
 from tests.support.training_runs import (
     history,
     losses,
@@ -198,6 +199,30 @@ def test_a_drafter_is_made_for_the_positions_it_was_trained_on(
     train(inputs, tmp_path / "run", *more, *streams, steps=1)
     config = load_drafter(tmp_path / "run", max_positions=1).config
     assert config.max_position_embeddings == native
+
+
+@pytest.mark.parametrize("padding", [-1, 7])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_drafter_padded_otherwise_gets_the_targets_vocabulary(
+    padding, tied, inputs, tmp_path
+):
+    """It may lack a row that no token has, and it may have more of them."""
+    target = write_target(tmp_path / "target", vocab_size=models.VOCAB_SIZE + 1)
+    size = models.VOCAB_SIZE + 1 + padding
+    own = write_target(tmp_path / "own", vocab_size=size, tie_word_embeddings=tied)
+    pair = ("--target", str(target), "--drafter", str(own))
+    train(inputs, tmp_path / "run", *pair, "--objective", "lk_hybrid", steps=4)
+    found = losses(tmp_path / "run" / "checkpoint-4")
+    assert found[-1] < found[0]
+    trained = models.read_model(tmp_path / "run")
+    assert trained.config.vocab_size == models.VOCAB_SIZE + 1
+    assert trained.config.tie_word_embeddings == tied
+    for matrix in (trained.get_input_embeddings(), trained.get_output_embeddings()):
+        assert len(matrix.weight) == models.VOCAB_SIZE + 1
+    train(
+        *(inputs, tmp_path / "run", *pair, "--resume_from_checkpoint", "true"), steps=5
+    )
+    assert len(losses(tmp_path / "run" / "checkpoint-5")) == 5
 
 
 def test_a_second_run_on_the_same_windows_need_not_ask_the_target(

@@ -71,7 +71,8 @@ def test_env_names_what_is_wrong_with_vllm():
     assert env._vllm(None, is_named=False) == "not installed"
 
 
-def test_the_bill_is_that_of_the_tensors(drafter_folder):
+@pytest.mark.parametrize("vocab_size", [None, 30_000])
+def test_the_bill_is_that_of_the_tensors(drafter_folder, vocab_size):
     settings = {"num_speculative_tokens": 4, "kv_budget": 40, "draft_dtype": "float32"}
     text = describe(
         {"model": str(drafter_folder), **settings},
@@ -79,8 +80,15 @@ def test_the_bill_is_that_of_the_tensors(drafter_folder):
         max_num_seqs=3,
         target_dtype=torch.bfloat16,
         device_type="cpu",
+        vocab_size=vocab_size,
     )
-    core = build_proposer(drafter_folder, num_slots=3, max_model_len=2048, kv_budget=40)
+    core = build_proposer(
+        drafter_folder,
+        num_slots=3,
+        max_model_len=2048,
+        kv_budget=40,
+        vocab_size=vocab_size,
+    )
     weights = sum(p.nbytes for p in core.drafter.parameters()) / 2**20
     cache = core.cache.pool.num_bytes / 2**20
     assert text.startswith(

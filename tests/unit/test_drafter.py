@@ -10,10 +10,7 @@ from transformers import GPT2Config
 
 from tests.support import models
 from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
-from vllm_budgetdraft.drafter.configuration import (
-    check_vocabulary,
-    read_drafter_config,
-)
+from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 from vllm_budgetdraft.training.views import View, continuation_hidden
@@ -230,12 +227,3 @@ def test_missing_weights_are_named(folder):
     del weights["model.layers.1.self_attn.k_proj.weight"]
     save_file(weights, folder / "model.safetensors")
     assert "['model.layers.1.self_attn.k_proj.weight']" in refusal_of(folder)
-
-
-def test_another_vocabulary_than_the_targets_is_refused_with_both_sizes(
-    drafter_folder,
-):
-    config = read_drafter_config(drafter_folder)
-    check_vocabulary(config, models.VOCAB_SIZE)
-    with pytest.raises(UnsupportedDrafterError, match="vocab_size=97 .* 32000"):
-        check_vocabulary(config, 32000)

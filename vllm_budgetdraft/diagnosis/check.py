@@ -100,6 +100,9 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
         settle,
     )
     from vllm_budgetdraft.flexdraft.checkpoint import drafter_type
+    from vllm_budgetdraft.vllm_integration.speculative_config import (
+        compare_vocabularies,
+    )
 
     config = vllm_config.speculative_config.settings
     model = vllm_config.model_config
@@ -107,6 +110,8 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
     if drafter_type(config) == "flexdraft":
         facts["positions"] = "the target's"
     else:
+        if note := compare_vocabularies(drafter, model):
+            facts["vocabulary"] = note
         found = read_drafter_config(drafter)
         settled = settle(config, found, model.max_model_len)
         facts["positions"] = range_warning(settled, found, model.max_model_len) or (
@@ -119,6 +124,7 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         target_dtype=model.dtype,
         device_type=default_device().type,
+        vocab_size=model.get_vocab_size(),
     )
     is_v2 = getattr(vllm_config, "use_v2_model_runner", False)  # old vLLM has none
     facts["model runner"] = "V2" if is_v2 else "V1"

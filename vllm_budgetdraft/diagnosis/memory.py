@@ -18,11 +18,13 @@ def describe(
     max_num_seqs: int,
     target_dtype: torch.dtype,
     device_type: str,
+    vocab_size: int | None = None,
 ) -> str:
     """The line that the engine logs, but for what counts of attention take.
 
     Args:
         settings: a speculative config, less ``method``.
+        vocab_size: the target's; the drafter's own if None.
 
     Raises:
         ConfigurationError, UnsupportedDrafterError: see ``parse_speculative_config``,
@@ -32,6 +34,7 @@ def describe(
     if drafter_type(config) == "flexdraft":
         return "no draft cache: FlexDraft reads the target's own"
     drafter = read_drafter_config(config.model)
+    drafter.vocab_size = vocab_size or drafter.vocab_size
     dtype = resolve_dtype(config, device_type, target_dtype)
     plan = MemoryPlan.of(
         settle(config, drafter, max_model_len),

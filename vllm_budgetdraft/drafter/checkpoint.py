@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
@@ -43,11 +43,13 @@ def load_drafter(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     layers: list[int] | None = None,
+    vocab_size: int | None = None,
 ) -> Drafter:
     """Loads a Llama-family drafter, for serving or further training.
 
     Args:
         layers: of the folder's model, those that the drafter has; all if None.
+        vocab_size: the target's; the folder's own if None.
 
     Raises:
         UnsupportedDrafterError: see ``read_drafter_config``; or the weights are not in
@@ -77,6 +79,8 @@ def load_drafter(
             )
         state[name] = value
     drafter.load_state_dict(state)
+    if vocab_size not in (None, config.vocab_size):
+        _fit_vocabulary(drafter, vocab_size)
     # The rotary table stays in float32 until here and is then rounded once.
     return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
@@ -128,6 +132,21 @@ def hugging_face_state_dict(
         for part_name, part in zip(_names_in_folder(name), parts, strict=True):
             state[part_name] = part.to("cpu", dtype).contiguous()
     return state
+
+
+def _fit_vocabulary(drafter: Drafter, size: int) -> None:
+    """Cuts the embedding and the output matrix, or pads them with their mean row.
+
+    The logit of a mean row is the mean of the logits: training begins with no more than
+    a fair share of the probability where there is no token.
+    """
+    for name in ("embedding", "lm_head"):
+        matrix: Tensor | None = getattr(drafter, name)
+        if matrix is not None:
+            padding = matrix.mean(0).expand(max(0, size - len(matrix)), -1)
+            setattr(drafter, name, nn.Parameter(torch.cat([matrix[:size], padding])))
+    drafter.draft_vocab_size = min(size, drafter.config.vocab_size)
+    drafter.config.vocab_size = size
 
 
 def _names_in_folder(name: str, chosen: list[int] | None = None) -> list[str]:

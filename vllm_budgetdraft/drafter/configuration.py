@@ -76,15 +76,6 @@ def check_drafter_config(config: PretrainedConfig, name: str) -> None:
         )
 
 
-def check_vocabulary(config: PretrainedConfig, target_vocab_size: int) -> None:
-    """Raises UnsupportedDrafterError where token ids would mean different tokens."""
-    if config.vocab_size != target_vocab_size:
-        raise UnsupportedDrafterError(
-            f"the drafter's vocab_size={config.vocab_size} differs from the target's "
-            f"{target_vocab_size}; use a drafter trained for this target's tokenizer"
-        )
-
-
 def settle(
     config: BudgetDraftConfig, drafter: PretrainedConfig, max_model_len: int
 ) -> BudgetDraftConfig:

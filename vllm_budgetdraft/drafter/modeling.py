@@ -117,6 +117,9 @@ class Drafter(nn.Module):
 
     A sliding window that the config names is not applied: what a token sees is up to
     ``attend``.
+
+    Attributes:
+        draft_vocab_size: token ids below have logits.
     """
 
     def __init__(self, config: PretrainedConfig, max_positions: int) -> None:
@@ -133,6 +136,7 @@ class Drafter(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = head_dim(config)
         self.rotary_table: Tensor
+        self.draft_vocab_size = config.vocab_size
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(shape))
         self.layers = nn.ModuleList(
@@ -187,8 +191,9 @@ class Drafter(nn.Module):
         return self.embedding if self.lm_head is None else self.lm_head
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden_size] to [..., vocab_size]."""
-        return self.multiply(hidden, self.head, None)
+        """[..., hidden_size] to [..., draft_vocab_size]."""
+        logits = self.multiply(hidden, self.head, None)
+        return logits[..., : self.draft_vocab_size]
 
 
 def initialise(drafter: Drafter) -> None:

@@ -286,6 +286,7 @@ class HeldOutAcceptance:
             max_model_len=self._longest,
             dtype=resolve_dtype(config, device.type, self._target.dtype),
             device=device,
+            vocab_size=self._target.config.vocab_size,
             seed=self._seed,
         )
 

@@ -180,9 +180,11 @@ class DraftLoop:
                 )
             else:
                 assert probabilities is not None
-                fed, confidence, probabilities[:, step] = self._operations.gumbel_pick(
+                fed, confidence, drawn_from = self._operations.gumbel_pick(
                     logits, draws.temperatures, draws.seeds[step], validate=validate
                 )
+                # What is never drafted remains at 0.
+                probabilities[:, step, : drawn_from.shape[1]] = drawn_from
             drafts[:, step], confidences[:, step] = fed, confidence
             width = 1
         self._count(slots, attention)

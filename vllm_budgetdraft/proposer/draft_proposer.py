@@ -94,6 +94,7 @@ class DraftProposer:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        vocab_size: int | None = None,
         seed: int = 0,
     ) -> "DraftProposer":
         """Loads the drafter and allocates everything that drafting will ever need.
@@ -101,6 +102,7 @@ class DraftProposer:
         Args:
             num_slots: requests that can draft at once.
             max_model_len: longest context, prompt and output together.
+            vocab_size: the target's; the drafter's own if None.
             seed: of sampled drafts.
 
         Raises:
@@ -111,6 +113,7 @@ class DraftProposer:
         device = torch.device(device)
         operations = select_operations(config.attention_backend, device)
         drafter_config = read_drafter_config(config.model)
+        drafter_config.vocab_size = vocab_size or drafter_config.vocab_size
         config = settle(config, drafter_config, max_model_len)
         plan = MemoryPlan.of(
             config,
@@ -128,6 +131,7 @@ class DraftProposer:
             max_positions=max(capacity, scratch_tokens) if is_relative else positions,
             dtype=dtype,
             device=device,
+            vocab_size=vocab_size,
         )
         if packs_matrices(config, device.type):
             pack_matrices(drafter)

@@ -10,17 +10,18 @@ from transformers import (
     PreTrainedModel,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
-from vllm_budgetdraft.drafter.configuration import (
-    check_drafter_config,
-    check_vocabulary,
-)
+from vllm_budgetdraft.drafter.configuration import check_drafter_config
 from vllm_budgetdraft.drafter.modeling import Drafter, initialise
+from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft, begin_as_target
 from vllm_budgetdraft.training.arguments import DrafterArguments, FlexDraftArguments
+
+logger = logging.get_logger(__name__)
 
 #: FlexDraft's own depth (section 2.1), where a third of the target is more.
 MOST_MASK_LAYERS = 10
@@ -49,19 +50,25 @@ def make_drafter(
 ) -> Drafter:
     """The drafter to train: one from a folder, slices of the target, or a new Llama.
 
+    It gets the target's vocabulary; rows that it lacks begin as its mean row.
+
     Args:
         window: tokens of the longest window.
 
     Raises:
-        UnsupportedDrafterError: see ``load_drafter``; or it has another vocabulary.
+        UnsupportedDrafterError: see ``load_drafter`` and ``check_vocabulary``.
     """
+    if arguments.drafter and check_vocabulary(
+        arguments.drafter, target.vocab_size, arguments.target
+    ):
+        logger.info("the drafter gets the target's vocab_size=%d", target.vocab_size)
     if arguments.drafter or arguments.target_layers:
         drafter = load_drafter(
             arguments.drafter or arguments.target,
             max_positions=window,
             layers=None if arguments.drafter else arguments.target_layers,
+            vocab_size=target.vocab_size,
         )
-        check_vocabulary(drafter.config, target.vocab_size)
         return drafter.train().requires_grad_(True)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],

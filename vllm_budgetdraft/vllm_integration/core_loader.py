@@ -30,6 +30,7 @@ def load_core(vllm_config: VllmConfig, target: nn.Module) -> DraftProposer:
         max_model_len=max_model_len,
         dtype=dtype,
         device=device,
+        vocab_size=vllm_config.model_config.get_vocab_size(),
         seed=vllm_config.model_config.seed,
     )
     core.warm_up()

@@ -18,10 +18,10 @@ from vllm_budgetdraft.config import (
 )
 from vllm_budgetdraft.drafter.configuration import (
     check_drafter_config,
-    check_vocabulary,
     read_drafter_config,
     settle,
 )
+from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
 from vllm_budgetdraft.errors import (
     ConfigurationError,
     UnsupportedDrafterError,
@@ -32,6 +32,7 @@ from vllm_budgetdraft.flexdraft.checkpoint import drafter_type, read_flexdraft_c
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
+from vllm_budgetdraft.vllm_integration.faults import logger
 from vllm_budgetdraft.vllm_integration.patches import front_end, statistics
 
 PROPOSER = "vllm_budgetdraft.vllm_integration.runner_v1.BudgetDraftProposer"
@@ -111,6 +112,21 @@ def make_config(
     )
 
 
+def compare_vocabularies(drafter: str, target: Any) -> str | None:
+    """See ``check_vocabulary``.
+
+    Args:
+        target: vLLM's ModelConfig.
+    """
+    return check_vocabulary(
+        drafter,
+        target.get_vocab_size(),
+        target.tokenizer,
+        revision=target.tokenizer_revision,
+        trust_remote_code=target.trust_remote_code,
+    )
+
+
 def only_on_v1(vllm_config: VllmConfig) -> list[str]:
     """What is asked for that needs vLLM's model runner V1, as vLLM names features."""
     config: BudgetDraftConfig = vllm_config.speculative_config.settings
@@ -129,7 +145,8 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
 def _check_decoder(config: BudgetDraftConfig, target: Any) -> None:
     make_policy(config)
     drafter = read_drafter_config(config.model)
-    check_vocabulary(drafter, target.get_vocab_size())
+    if note := compare_vocabularies(config.model, target):
+        logger.info("BudgetDraft vocabulary: %s", note)
     MemoryPlan.of(
         settle(config, drafter, target.max_model_len),
         drafter,
