@@ -175,7 +175,7 @@ def test_the_command_says_what_a_bug_report_needs(
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        ("demo", "--target"),  # the embedded pair comes with the repository alone
+        ("demo", "repository"),  # the pair is made with layers that come with it
         ("fetch smollm2", "repository"),
         ("demo --target x --drafter y", "pip install"),
         ("train --target x", "pip install"),

@@ -91,17 +91,21 @@ def build_parser() -> ArgumentParser:
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
-        help="compare vLLM with and without BudgetDraft on pages of a novel",
+        help="compare vLLM with and without BudgetDraft, on a chat model",
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--target", default=str(MODELS / "books-9m"))
-    demo.add_argument("--drafter", default=str(MODELS / "books-9m-drafter"))
-    demo.add_argument("--num-speculative-tokens", type=int, default=8)
+    demo.add_argument(
+        "--target", help="a chat model; without, the pair of budgetdraft fetch smollm2"
+    )
+    demo.add_argument("--drafter", help="for that target")
+    demo.add_argument("--num-speculative-tokens", type=int, default=4)
     demo.add_argument("--kv-budget", type=int, default=512)
     demo.add_argument("--eviction-policy", default="chunk_retrieval")
     demo.add_argument("--context-tokens", type=int, nargs="+", default=[1024, 4096])
-    demo.add_argument("--new-tokens", type=int, default=256)
-    demo.add_argument("--repeats", type=int, default=5, help="passages per context")
+    demo.add_argument("--new-tokens", type=int, default=96)
+    demo.add_argument(
+        "--repeats", type=int, default=2, help="prompts of each kind and length"
+    )
     demo.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],

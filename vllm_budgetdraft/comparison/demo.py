@@ -1,25 +1,43 @@
-"""``budgetdraft demo``: vLLM with and without BudgetDraft on pages of a novel."""
+"""``budgetdraft demo``: a chat model in vLLM, with and without BudgetDraft."""
 
 import json
 import tempfile
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_budgetdraft.comparison import measure
 from vllm_budgetdraft.comparison.methods import Method, all_methods
-from vllm_budgetdraft.comparison.prompts import EXCERPT, build_prompts
 from vllm_budgetdraft.comparison.summary import same, summarise
 from vllm_budgetdraft.config import parse_speculative_config
+from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft.fetch import pretrained_pair
 from vllm_budgetdraft.vllm_integration.engine_process import preload
+
+if TYPE_CHECKING:
+    from vllm_budgetdraft.comparison.prompts import Prompt
 
 
 def run(args: Namespace) -> None:
-    """Measures, prints the table, and writes ``args.json``."""
+    """Measures, prints answers and the table, and writes ``args.json``.
+
+    Raises:
+        ConfigurationError: one of target and drafter is named; see also
+            ``pretrained_pair`` and ``chats``.
+    """
+    if (args.target is None) != (args.drafter is None):
+        raise ConfigurationError(
+            f"--target {args.target} with --drafter {args.drafter}: a drafter is one "
+            "for its target; name both, or neither for the pretrained pair"
+        )
+    if args.target is None:
+        args.target, args.drafter = map(str, pretrained_pair("smollm2"))
     measure.prepare_environment()
     preload()
     from transformers import AutoTokenizer
+
+    from vllm_budgetdraft.comparison.chats import questions_about_texts, short_chats
 
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     methods = all_methods(
@@ -27,18 +45,15 @@ def run(args: Namespace) -> None:
         drafter=args.drafter,
         lengths=[args.num_speculative_tokens],
         budgets=[args.kv_budget],
-        policies=list(dict.fromkeys(["keep_all", args.eviction_policy])),
+        policies=[args.eviction_policy],
     )
-    prompts = build_prompts(
-        tokenizer,
-        {"books": str(EXCERPT)},
-        lengths=sorted(args.context_tokens),
-        count=args.repeats,
-    )
+    prompts = short_chats(tokenizer, args.repeats)
+    for length in sorted(args.context_tokens):
+        prompts += questions_about_texts(tokenizer, length, args.repeats)
     engine_args = {
         "model": args.target,
         "dtype": args.dtype,
-        "max_model_len": max(args.context_tokens) + args.new_tokens,
+        "max_model_len": max(p.context_tokens for p in prompts) + args.new_tokens,
     }
     with tempfile.TemporaryDirectory() as folder:
         file = measure.RoundsFile(Path(folder) / "rounds.jsonl")
@@ -51,52 +66,84 @@ def run(args: Namespace) -> None:
             temperature=0.0,
             engines_at_once=len(methods),
             profiles=False,
+            ignore_eos=False,
         )
         rounds = file.read()
-    by_name = {method.name: method for method in methods}
     results = [
         row
         | _draft_kv_bytes(
-            by_name[row["method"]],
+            method,
             row["context_tokens"] + args.new_tokens,
             measure.SHARED_ENGINE_ARGS | engine_args,
             args.drafter,
         )
-        for row in summarise(methods, rounds)
+        for method in methods
+        for row in summarise([method], rounds)
     ]
     results.sort(key=lambda row: row["context_tokens"])
+    answers = _answers(tokenizer, prompts, rounds, methods[-1].name)
+    print_answers(answers)
     print_table(results)
-    longest = [r for r in rounds if r["context_tokens"] == max(args.context_tokens)]
-    text = tokenizer.decode(longest[0]["runs"][methods[-1].name]["token_ids"])
-    print(f"\nThe first passage goes on like this:\n\n{text[:600]} ...\n")
     if args.json:
         settings = {k: v for k, v in vars(args).items() if not callable(v)}
         settings["engine_args"] = engine_args
-        document = {"results": results, "provenance": provenance.collect(settings)}
+        document = {
+            "results": results,
+            "answers": answers,
+            "provenance": provenance.collect(settings),
+        }
         Path(args.json).write_text(json.dumps(document, indent=2) + "\n")
         print(f"Written to {args.json}.")
+
+
+def _answers(
+    tokenizer: Any, prompts: list["Prompt"], rounds: list[dict[str, Any]], method: str
+) -> list[dict[str, Any]]:
+    """A method's answer to the first prompt of each kind and length."""
+    found = []
+    for prompt, each in zip(prompts, rounds, strict=True):
+        if prompt.index == 0:
+            found.append(
+                {
+                    "context_tokens": len(prompt.token_ids),
+                    "prompt": tokenizer.decode(prompt.token_ids),
+                    "answer": tokenizer.decode(
+                        each["runs"][method]["token_ids"], skip_special_tokens=True
+                    ),
+                }
+            )
+    return found
+
+
+def print_answers(answers: list[dict[str, Any]]) -> None:
+    for each in answers:
+        # Of a long text its end, where the question is.
+        print(f"\n--- {each['context_tokens']} tokens, ending with:\n")
+        print(f"{each['prompt'][-200:].strip()}\n{each['answer'].strip()}")
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
     """The results as people read them."""
     titles = (
-        f"{'context':>7}  {'method':<44}{'tok/s':>7}{'speed-up':>10}{'decode':>8}"
-        f"{'accept.':>9}  {'draft KV':>9}{'of full':>8}  {'same':<8}per position"
+        f"{'prompt':<17}{'method':<44}{'tok/s':>6}{'speed-up':>10}{'decode':>8}"
+        f"{'accept.':>9}  {'draft KV':>9}{'of full':>8}  {'same':<8}{'repeats':>7}"
     )
     print(f"\n{titles}\n{'-' * len(titles)}")
     for row in results:
+        prompt = f"{row['task']}, {row['context_tokens']}"
         print(
-            f"{row['context_tokens']:>7}  {row['method']:<44}"
-            f"{row['output_throughput']:>7.0f}{row['speedup']:>9.2f}x"
+            f"{prompt:<17}{row['method']:<44}"
+            f"{row['output_throughput']:>6.0f}{row['speedup']:>9.2f}x"
             f"{row['decode_speedup']:>7.2f}x{_draft_columns(row):<26}   "
-            f"{same(row):<8}"
-            + " ".join(f"{rate:.2f}" for rate in row["acceptance_per_position"])
+            f"{same(row):<8}{1 - row['distinct_4grams']:>7.0%}"
         )
     print(
-        "\ntok/s: new tokens over the whole time of a request, prompt included; "
-        "speed-up: of the same,\nmedian over passages; decode: speed-up after the "
-        "first token; accept.: acceptance length, with\nthe bonus token; same: every "
-        "token equals plain vLLM's, or how many outputs part at a tie within rounding."
+        "\nprompt: its kind and tokens; tok/s: new tokens over the whole time of a "
+        "request, prompt included;\nspeed-up: of the same, median over prompts; "
+        "decode: speed-up after the first token; accept.:\nacceptance length, with "
+        "the bonus token; same: every token equals plain vLLM's, or how many\noutputs "
+        "part at a tie within rounding; repeats: runs of four tokens that the answer "
+        "had before."
     )
 
 

@@ -76,6 +76,7 @@ def measure(
     temperature: float,
     engines_at_once: int,
     profiles: bool = True,
+    ignore_eos: bool = True,
 ) -> None:
     """Runs each method on each prompt of which the file has no run yet.
 
@@ -108,7 +109,7 @@ def measure(
     sampling = {
         "temperature": temperature,
         "max_tokens": new_tokens,
-        "ignore_eos": True,
+        "ignore_eos": ignore_eos,
         "seed": 0 if temperature else None,
     }
     with tqdm(total=total, unit="run") as progress:

@@ -60,7 +60,8 @@ def _row(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
             runs, lambda run: 1e3 * (run["seconds"] - run["decode_seconds"])
         ),
         "tpot_ms": _median(
-            runs, lambda run: 1e3 * run["decode_seconds"] / (len(run["token_ids"]) - 1)
+            runs,
+            lambda run: 1e3 * run["decode_seconds"] / max(1, len(run["token_ids"]) - 1),
         ),
         **_percentiles("speedup", [b["seconds"] / a["seconds"] for a, b in pairs]),
         **_percentiles(
