@@ -15,7 +15,7 @@ help: ## Show this list.
 setup: ## Make .venv: vLLM for this machine, and this package.
 	@$(PYTHON) tools/setup_environment.py
 
-demo: setup ## Compare vLLM with and without BudgetDraft on a book excerpt.
+demo: setup ## Compare vLLM with and without BudgetDraft on a small chat model.
 	@$(BIN)/budgetdraft demo $(ARGS)
 
 # Two processes, each with whole files: the tests of a file share engines.
