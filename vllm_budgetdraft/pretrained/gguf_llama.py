@@ -1,6 +1,6 @@
 """A pair of Llamas in the Hugging Face layout, out of a GGUF file and layers.
 
-``transformers`` reads weights of GGUF, too: to the same bits, in twice the time.
+``transformers`` reads weights of GGUF, too, to the same bits and more slowly.
 """
 
 import json
