@@ -102,7 +102,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--kv-budget", type=int, default=512)
     demo.add_argument("--eviction-policy", default="chunk_retrieval")
     demo.add_argument("--context-tokens", type=int, nargs="+", default=[1024, 4096])
-    demo.add_argument("--new-tokens", type=int, default=96)
+    demo.add_argument("--new-tokens", type=int, default=64)
     demo.add_argument(
         "--repeats", type=int, default=2, help="prompts of each kind and length"
     )

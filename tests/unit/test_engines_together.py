@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support.engines import DRAFTER, TARGET
-from tests.support.stub_engine import StubEngine
-from vllm_budgetdraft.comparison import engines
+from tests.support.stub_engine import NEW_TOKENS, StubEngine
+from vllm_budgetdraft.comparison import engines, measure
 from vllm_budgetdraft.comparison.methods import PLAIN, Method, all_methods
+from vllm_budgetdraft.comparison.prompts import Prompt
 from vllm_budgetdraft.comparison.room import (
     GIB,
     Memory,
@@ -180,6 +181,46 @@ def test_each_engine_is_named_as_it_becomes_ready(sizes, monkeypatch):
     # One alone keeps what vLLM takes by itself.
     with engines.running(METHODS[:1], TARGET_ARGS, GPU, said.append) as found:
         assert found["vllm"].engine_args == TARGET_ARGS
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(CPU, [1, 3, 3]), (GPU, [3, 3, 3])])
+def test_on_a_cpu_the_others_start_when_the_first_has_compiled(
+    memory, expected, sizes, monkeypatch
+):
+    StubEngine.install(monkeypatch)
+    started: list[int] = []
+    monkeypatch.setattr(
+        StubEngine, "wait_until_ready", lambda _: started.append(len(StubEngine.made))
+    )
+    with engines.running(METHODS[:3], TARGET_ARGS, memory, lambda line: None) as found:
+        assert list(found) == ["vllm", "ngram k=1", "ngram k=2"]
+    assert started == expected
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", [8]), ("cuda", [8, 9])])
+def test_each_length_is_warmed_up_where_code_is_made_for_it(
+    device, expected, sizes, monkeypatch, tmp_path
+):
+    StubEngine.install(monkeypatch)
+    memory = Memory(device, 100 * GIB, 100 * GIB)
+    monkeypatch.setattr(measure, "memory_at_hand", lambda: memory)
+    lengths: list[int] = []
+    monkeypatch.setattr(
+        measure,
+        "warm_up",
+        lambda each, prompt, _: lengths.append(len(prompt.token_ids)),
+    )
+    prompts = [Prompt("books", n, i, [1] * n) for n in (8, 9) for i in range(2)]
+    measure.measure(
+        METHODS[:2],
+        prompts,
+        TARGET_ARGS,
+        measure.RoundsFile(tmp_path / "rounds.jsonl"),
+        new_tokens=NEW_TOKENS,
+        temperature=0.0,
+        engines_at_once=1,
+    )
+    assert lengths == expected
 
 
 def test_on_a_cpu_compiled_code_comes_from_the_cache_that_works(monkeypatch):

@@ -79,7 +79,10 @@ def running(
     memory: Memory,
     tell: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """The engine of each method by its name, all ready; they start at the same time.
+    """The engine of each method by its name, all ready.
+
+    They start at the same time; on a CPU the others when the first is ready, for what
+    it compiled they find in torch's cache, and compiling takes all cores by itself.
 
     Raises:
         BudgetDraftError: an engine did not start; the others are closed, and the logs
@@ -89,27 +92,30 @@ def running(
 
     begun = time.monotonic()
     logs = Path(tempfile.mkdtemp(prefix="budgetdraft-"))
+    together = 1 if memory.device == "cpu" else len(methods)
     with ExitStack() as stack:
         engines: dict[str, EngineProcess] = {}
-        for method in methods:
-            arguments = {**engine_args, **method.engine_args}
-            if len(methods) > 1:
-                arguments = side_by_side(arguments, memory)
-            log = logs / f"{len(engines)}.log"
-            environment = {**_environment(memory), **method.environment}
-            engine = EngineProcess(arguments, log, environment)
-            engines[method.name] = stack.enter_context(closing(engine))
-        starting: dict[Any, str] = {
-            engine.connection: name for name, engine in engines.items()
-        }
-        while starting:
-            for connection in wait(list(starting)):
-                name = starting.pop(connection)
-                try:
-                    engines[name].wait_until_ready()
-                except RuntimeError as error:
-                    raise BudgetDraftError(f"{name} did not start: {error}") from error
-                tell(f"{name} is ready after {time.monotonic() - begun:.0f} s")
+        for group in (methods[:together], methods[together:]):
+            starting: dict[Any, str] = {}
+            for method in group:
+                arguments = {**engine_args, **method.engine_args}
+                if len(methods) > 1:
+                    arguments = side_by_side(arguments, memory)
+                log = logs / f"{len(engines)}.log"
+                environment = {**_environment(memory), **method.environment}
+                engine = EngineProcess(arguments, log, environment)
+                engines[method.name] = stack.enter_context(closing(engine))
+                starting[engine.connection] = method.name
+            while starting:
+                for connection in wait(list(starting)):
+                    name = starting.pop(connection)
+                    try:
+                        engines[name].wait_until_ready()
+                    except RuntimeError as error:
+                        raise BudgetDraftError(
+                            f"{name} did not start: {error}"
+                        ) from error
+                    tell(f"{name} is ready after {time.monotonic() - begun:.0f} s")
         yield engines
     shutil.rmtree(logs)  # only if nothing failed, for errors name files in it
 

@@ -116,8 +116,11 @@ def measure(
         for group, left in zip(groups, rounds, strict=True):
             if left:
                 progress.set_description(f"starting {len(group)} engines")
+                is_cpu = memory.device == "cpu"
                 with running(group, engine_args, memory, _tell) as engines:
-                    _measure_group(engines, left, sampling, file, progress, profiles)
+                    _measure_group(
+                        engines, left, sampling, file, progress, profiles, is_cpu
+                    )
 
 
 def _left(
@@ -146,12 +149,15 @@ def _measure_group(
     file: RoundsFile,
     progress: Any,
     profiles: bool,
+    is_cpu: bool,
 ) -> None:
     warm: set[int] = set()
     for turn, (prompt, names) in enumerate(rounds):
         progress.set_description(f"{prompt.task}, {prompt.context_tokens} tokens")
-        if prompt.context_tokens not in warm:
-            warm.add(prompt.context_tokens)
+        # On a CPU nothing is compiled or tuned for a length.
+        kind = 0 if is_cpu else prompt.context_tokens
+        if kind not in warm:
+            warm.add(kind)
             warm_up(engines, prompt, sampling)
         is_profiled = profiles and prompt.index == 0
         some = {name: engines[name] for name in names}
