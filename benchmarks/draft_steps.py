@@ -1,11 +1,12 @@
-"""The time of one draft: by batch size, context, and with or without graphs.
+"""The time of one draft: by batch size, context and operation.
 
     python -m benchmarks.draft_steps --output results/draft-steps.json
 
-A drafter of llama-68m's shape with random weights, and caches that are full: of a
-context that long, the budget and the recent window are held. Times are medians of
-alternated runs, from the call to the drafts on the device. On a CPU it is small, and
-shows that it works.
+Each row compares two forms of a drafter: on a GPU with and without graphs, on a CPU
+with matrices in float32 and as ``draft_dtype: auto`` keeps them. Without ``--drafter``
+it has llama-68m's shape and random weights (on a CPU a tiny one, which shows that this
+works). Caches are full: of a context that long, the budget and the recent window are
+held. Times are medians of alternated runs, from the call to the drafts on the device.
 """
 
 import argparse
@@ -13,13 +14,16 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vllm_budgetdraft.attention.backend import default_device
 from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.proposer.draft_graphs import CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
@@ -45,7 +49,7 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-SETTINGS = {"num_speculative_tokens": 8, "kv_budget": 512}
+NUM_PROFILED = 5
 
 
 def main() -> None:
@@ -62,22 +66,34 @@ def main() -> None:
         default=[1024, 16384, 131072] if is_gpu else [600, 1200],
     )
     parser.add_argument("--repeats", type=int, default=50 if is_gpu else 5)
+    parser.add_argument("--drafter", help="a trained one")
+    parser.add_argument("--num-speculative-tokens", type=int, default=8)
     args = parser.parse_args()
-    device = torch.device("cuda" if is_gpu else "cpu")
-    shape, dtype = (
-        (LLAMA_68M, torch.bfloat16) if device.type == "cuda" else (TINY, torch.float32)
-    )
+    shape, dtype = (LLAMA_68M, torch.bfloat16) if is_gpu else (TINY, torch.float32)
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**shape)).to(dtype).save_pretrained(folder)
+        if args.drafter is None:
+            torch.manual_seed(0)
+            LlamaForCausalLM(LlamaConfig(**shape)).to(dtype).save_pretrained(folder)
         config = BudgetDraftConfig(
-            model=folder, draft_sample_method="greedy", **SETTINGS
+            model=args.drafter or folder,
+            draft_sample_method="greedy",
+            num_speculative_tokens=args.num_speculative_tokens,
+            kv_budget=512,
         )
-        proposers = {"eager": build(config, args, dtype, device)}
-        if device.type == "cuda":
-            proposers["graphs"] = build(config, args, dtype, device)
+        if is_gpu:
+            proposers = {
+                name: build(config, args, dtype) for name in ("eager", "graphs")
+            }
             num_graphs = proposers["graphs"].capture_graphs(CudaGraphCapture())
             print(f"{num_graphs} graphs")
+        else:
+            proposers = {
+                name: build(
+                    config.model_copy(update={"draft_dtype": name}), args, dtype
+                )
+                for name in ("float32", "auto")
+            }
+        drafter = read_drafter_config(config.model)
     rows = [
         row
         for context in args.contexts
@@ -86,7 +102,7 @@ def main() -> None:
     ]
     document = {
         "rows": rows,
-        "memory": memory(config, shape, dtype),
+        "memory": memory(config, drafter, dtype),
         "provenance": provenance.collect(vars(args) | {"output": str(args.output)}),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -94,17 +110,14 @@ def main() -> None:
 
 
 def build(
-    config: BudgetDraftConfig,
-    args: argparse.Namespace,
-    dtype: torch.dtype,
-    device: torch.device,
+    config: BudgetDraftConfig, args: argparse.Namespace, dtype: torch.dtype
 ) -> DraftProposer:
     proposer = DraftProposer.build(
         config,
         num_slots=max(args.batch_sizes),
         max_model_len=max(args.contexts) + config.num_speculative_tokens,
         dtype=dtype,
-        device=device,
+        device=default_device(),
     )
     proposer.warm_up()
     return proposer
@@ -134,6 +147,7 @@ def measure(
             seconds[name].append(time.perf_counter() - start)
     rows = []
     for name, proposer in proposers.items():
+        operations = profile(lambda each=proposer: each.draft(slots, tokens, ends))
         proposer.release_all()
         rows.append(
             {
@@ -141,17 +155,38 @@ def measure(
                 "batch_size": batch,
                 "context_tokens": context,
                 "milliseconds": 1000 * statistics.median(seconds[name][3:]),
+                "operations": operations,
             }
         )
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
+def profile(draft: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of a draft in each operation that takes 1 % or more of them."""
+    is_gpu = torch.cuda.is_available()
+    with torch.profiler.profile() as found:
+        for _ in range(NUM_PROFILED):
+            draft()
+        if is_gpu:
+            torch.cuda.synchronize()
+    times = {
+        each.key: each.self_device_time_total if is_gpu else each.self_cpu_time_total
+        for each in found.key_averages()
+    }
+    total = sum(times.values())
+    ranked = sorted(times.items(), key=lambda item: -item[1])
+    return {
+        name: round(microseconds / 1000 / NUM_PROFILED, 3)
+        for name, microseconds in ranked
+        if microseconds > 0.01 * total
+    }
+
+
 def memory(
-    config: BudgetDraftConfig, shape: dict[str, int], dtype: torch.dtype
+    config: BudgetDraftConfig, drafter: LlamaConfig, dtype: torch.dtype
 ) -> dict[str, int]:
     """Bytes of draft keys and values of 64 requests of 16,384 tokens, and unbounded."""
-    drafter = LlamaConfig(**shape)
     plan = MemoryPlan.of(
         config.model_copy(
             update={"position_mode": "absolute", "draft_prefill": "full"}

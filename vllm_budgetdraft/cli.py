@@ -98,7 +98,7 @@ def _add_demo(commands: Any) -> None:
         "--target", help="a chat model; without, the pair of budgetdraft fetch smollm2"
     )
     demo.add_argument("--drafter", help="for that target")
-    demo.add_argument("--num-speculative-tokens", type=int, default=4)
+    demo.add_argument("--num-speculative-tokens", type=int, default=2)
     demo.add_argument("--kv-budget", type=int, default=512)
     demo.add_argument("--eviction-policy", default="chunk_retrieval")
     demo.add_argument("--context-tokens", type=int, nargs="+", default=[1024, 4096])
