@@ -3,27 +3,30 @@
 import torch
 from torch import Tensor
 
+MASK = 0xFFFFFFFF
+
 
 def philox_uniform(seeds: Tensor, count: int) -> Tensor:
     """[B, count] float32 in [0, 1): Philox-4x32-10 of (seed, column), first word."""
-    mask = 0xFFFFFFFF
-    multipliers, weyl = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+    uniform = seeds.new_empty((len(seeds), count), dtype=torch.float32)
+    for row, seed in zip(uniform, seeds, strict=True):  # which stay in a CPU's cache
+        row.copy_(_of_one_seed(seed, count))
+    return uniform
 
-    def product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-        """High and low words of a product of two words, within int64."""
-        low, high = (a & 0xFFFF) * b, (a >> 16) * b
-        total = (low >> 16) + high  # below 2 ** 49
-        return total >> 16, ((total << 16) | (low & 0xFFFF)) & mask
 
-    column = torch.arange(count, device=seeds.device).expand(len(seeds), -1)
-    words = [column, *[torch.zeros_like(column)] * 3]
-    keys = [seeds[:, None] & mask, (seeds[:, None] >> 32) & mask]
+def _of_one_seed(seed: Tensor, count: int) -> Tensor:
+    a = torch.arange(count, device=seed.device)
+    b = c = d = torch.zeros_like(a)
+    keys = seed, seed >> 32
     for _ in range(10):
-        (high_a, low_a), (high_b, low_b) = (
-            product(words[i], m) for i, m in zip((0, 2), multipliers, strict=True)
-        )
-        words = [high_b ^ words[1] ^ keys[0], low_b, high_a ^ words[3] ^ keys[1], low_a]
-        keys = [(key + w) & mask for key, w in zip(keys, weyl, strict=True)]
-    signed = words[0].to(torch.int32)
-    # As triton.language.rand: the scale is the largest that stays below one.
-    return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
+        # Their lower 64 bits are right, whatever the sign; of b and d, and of keys,
+        # only the lower 32 matter.
+        product_a, product_c = a * 0xD2511F53, c * 0xCD9E8D57
+        a = ((product_c >> 32) ^ b ^ keys[0]) & MASK
+        c = ((product_a >> 32) ^ d ^ keys[1]) & MASK
+        b, d = product_c, product_a
+        keys = keys[0] + 0x9E3779B9, keys[1] + 0xBB67AE85
+    signed = a.to(torch.int32)
+    # As triton.language.rand, by -1 - n for negative n: n with all its bits turned.
+    # The scale is the largest that stays below one.
+    return (signed ^ (signed >> 31)).float() * 4.6566127342e-10
