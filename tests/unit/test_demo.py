@@ -1,11 +1,16 @@
 """What the demo asks and prints, without an engine."""
 
+import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tests.support.engines import DRAFTER
+from tests.support.stub_engine import NEW_TOKENS, StubEngine
+from vllm_budgetdraft.cli import main
 from vllm_budgetdraft.comparison import chats, demo
 from vllm_budgetdraft.comparison.chats import (
     SHORT_QUESTIONS,
@@ -110,3 +115,29 @@ def test_the_table_has_a_line_for_each_row(capsys):
     assert lines[0].split() == "short chat, 40 vllm 31 1.25x 1.50x yes 25%".split()
     expected = "short chat, 40 budgetdraft 31 1.25x 1.50x 2.25 2 KiB 50% yes 25%"
     assert lines[1].split() == expected.split()
+
+
+def test_it_measures_every_method_and_writes_what_it_prints(
+    tmp_path, monkeypatch, capsys
+):
+    target = tmp_path / "target"
+    shutil.copytree(BOOKS, target)
+    (target / "chat_template.jinja").write_text(TEMPLATE)
+    StubEngine.install(monkeypatch)
+    monkeypatch.setattr(demo, "preload", lambda: None)
+    command = f"demo --target {target} --drafter {DRAFTER} --repeats 2"
+    sizes = f"--context-tokens 300 --new-tokens {NEW_TOKENS}"
+    file = tmp_path / "demo.json"
+    main([*command.split(), *sizes.split(), "--json", str(file)])
+    methods = ["vllm", "ngram", "draft_model", "budgetdraft"]
+    assert [engine.config["method"] for engine in StubEngine.made] == methods
+    assert len(StubEngine.asked) == 2 * 2 * len(methods)
+    written = json.loads(file.read_text())
+    rows = [(row["task"], row["method"].split()[0]) for row in written["results"]]
+    assert rows == [
+        (task, m) for task in (chats.SHORT, chats.ABOUT_A_TEXT) for m in methods
+    ]
+    assert len(written["answers"]) == 2
+    assert written["provenance"]["arguments"]["engine_args"]["model"] == str(target)
+    said = capsys.readouterr().out
+    assert SHORT_QUESTIONS[0] in said and f"Written to {file}" in said

@@ -39,8 +39,8 @@ def questions_about_texts(tokenizer: Any, length: int, count: int) -> list[Promp
     Raises:
         ConfigurationError: the excerpt is too short; see also ``chat_tokens``.
     """
-    text = tokenizer(EXCERPT.read_text(encoding="utf-8"), add_special_tokens=False)
-    tokens = text["input_ids"]
+    excerpt = EXCERPT.read_text(encoding="utf-8")
+    tokens = tokenizer(excerpt, add_special_tokens=False, verbose=False)["input_ids"]
     room = length - len(chat_tokens(tokenizer, QUESTION.format(passage="")))
     if room < 1 or count * room > len(tokens):
         raise ConfigurationError(
