@@ -16,7 +16,7 @@ from vllm_budgetdraft.fetch import Pair, pretrained_pair
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-NUM_SAMPLES = 1500
+NUM_SAMPLES = 800
 QUESTIONS = [
     f"{ask} {topic}"
     for ask in (
