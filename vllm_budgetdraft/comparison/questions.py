@@ -5,7 +5,11 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from vllm_budgetdraft.conversations import messages_of, prompt_tokens
+from vllm_budgetdraft.conversations import (
+    MalformedConversationError,
+    messages_of,
+    prompt_tokens,
+)
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.training.data import open_source
 
@@ -45,14 +49,18 @@ def questions(
     for index in rng.sample(range(len(rows)), len(rows)):
         if len(found) == count:
             break
-        messages = first_question(rows[index])
-        if not messages:
-            left_out["without a question"] += 1
+        try:
+            messages = first_question(rows[index])
+            if not messages:
+                left_out["without a question"] += 1
+                continue
+            if uses_template:
+                tokens = prompt_tokens(tokenizer, messages)
+            else:
+                tokens = tokenizer(messages[-1]["content"])["input_ids"]
+        except MalformedConversationError as error:
+            left_out[f"malformed ({error})"] += 1
             continue
-        if uses_template:
-            tokens = prompt_tokens(tokenizer, messages)
-        else:
-            tokens = tokenizer(messages[-1]["content"])["input_ids"]
         if len(tokens) > longest:
             left_out[f"of more than {longest} tokens"] += 1
         else:
@@ -70,11 +78,15 @@ def questions(
 
 
 def first_question(row: dict[str, Any]) -> list[dict[str, str]]:
-    """Messages up to the first of a user, with what the system says; or none."""
+    """Messages up to the first of a user, with what the system says; or none.
+
+    Raises:
+        MalformedConversationError: see ``messages_of``.
+    """
     for column in PLAIN_COLUMNS:
         if isinstance(text := row.get(column), str) and text.strip():
             return [{"role": "user", "content": text}]
-    messages = messages_of(row) or []
+    messages = messages_of(row)
     for end, message in enumerate(messages, 1):
         if message["role"] == "user" and message["content"].strip():
             return list(messages[:end])
