@@ -37,12 +37,16 @@ BRANCHES = {
     + "test_torch_attends_on_a_gpu_as_on_a_cpu",
     f"{OURS}.attention.packed.select_packed_attention": PACKED
     + "test_where_xformers_does_not_run_torch_does",
+    f"{OURS}.comparison.engines.running": TOGETHER
+    + "test_on_a_cpu_the_others_start_when_the_first_has_compiled",
+    f"{OURS}.comparison.measure.measure": TOGETHER
+    + "test_each_length_is_warmed_up_where_code_is_made_for_it",
     f"{OURS}.comparison.engines._environment": TOGETHER
     + "test_on_a_cpu_compiled_code_comes_from_the_cache_that_works",
-    f"{OURS}.comparison.evaluate._notes": SMALL
-    + "test_results_of_a_gpu_do_not_speak_of_cpus",
     f"{OURS}.comparison.methods.default_kinds": SMALL
     + "test_plain_vllm_is_measured_without_its_head_start_where_it_has_one",
+    f"{OURS}.comparison.notes.notes": SMALL
+    + "test_results_of_a_gpu_do_not_speak_of_cpus",
     f"{OURS}.comparison.room.Need.of": TOGETHER
     + "test_on_a_cpu_the_cache_is_what_vllm_is_told",
     f"{OURS}.comparison.room.memory_at_hand": SMALL

@@ -28,7 +28,8 @@ CORE = set(MAY_IMPORT_OURS)
 MAY_IMPORT_OURS |= {
     "proposer": CORE,
     "flexdraft": CORE | {"proposer"},
-    "training": CORE | {"flexdraft", "evaluation"},
+    "conversations": FOUNDATION,
+    "training": CORE | {"conversations", "flexdraft", "evaluation"},
     "evaluation": CORE | {"proposer", "flexdraft"},
     "vllm_integration": CORE | {"proposer", "flexdraft"},
 }

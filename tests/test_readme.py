@@ -4,8 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.eviction.catalogue import POLICIES

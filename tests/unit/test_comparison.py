@@ -137,6 +137,8 @@ def a_round(index: int, seconds: float, tokens: list[int]) -> dict:
         "task": "books",
         "context_tokens": 100,
         "index": index,
+        "temperature": 0.0,
+        "prompt_tokens": 100,
         "group": [plain, fast],
         "runs": {
             plain: run_of(10.0, list(range(21)), []),
@@ -270,6 +272,8 @@ def measure_order(methods, folder, options):
         ("--data books", "is not TASK=SOURCE"),
         ("--methods medusa", "there is no method 'medusa'"),
         ("--context-tokens 16384", "exceed the target's 16384 positions"),
+        ("--temperature 0 -1", "--temperature -1 is below 0"),
+        ("--chat-template x --skip-chat-template", "not allowed with argument"),
         ("--new-tokens 8", "was begun with target='other', not"),
     ],
 )

@@ -24,6 +24,8 @@ def row_of(kind: str, task: str, context: int, budget: int | None, length: int |
         "eviction_policy": "chunk_retrieval" if budget else None,
         "task": task,
         "context_tokens": context,
+        "temperature": 0.0,
+        "drafts": "greedy" if kind == "budgetdraft" else None,
         "num_runs": 5,
         "output_throughput": 100.0 * speedup,
         "ttft_ms": 50.0,
@@ -108,6 +110,32 @@ def test_a_tie_is_no_fault(document):
     rows = [{**row, **changes} for row in document["results"]]
     html = page({"run": {**document, "results": rows}})
     assert "<td>2 ties, gap 0.0625</td>" in html and '<td class="no">' not in html
+
+
+def test_temperatures_and_chats_have_places_of_their_own(document):
+    rows = document["results"]
+    drawn = [
+        {**row, "temperature": 0.7, "drafts": "drawn", "output_identical": None}
+        for row in rows
+    ]
+    chats = [
+        {**row, "task": "chat", "context_tokens": 150, "prompt_tokens": 83.5}
+        for row in rows
+        if (row["task"], row["context_tokens"]) == ("books", 1024)
+    ]
+    # Of answers that had one token only.
+    names = ("decode_speedup", "decode_speedup_p20", "decode_speedup_p80")
+    chats[-1].update(dict.fromkeys(names))
+    served = [
+        {**row, "task": "chat", "context_tokens": 150, "temperature": 0.7}
+        for row in document["serving"]
+    ]
+    many = {**document, "results": rows + drawn + chats, "serving": served}
+    html = page({"run": many})
+    assert html.count("<td>books, temperature 0.7</td>") == html.count("<td>books</td>")
+    assert "<td>84 (to 150)</td>" in html and "chat, 84 (to 150) tokens" in html
+    assert "<td>drawn</td><td>0.63</td><td></td>" in html
+    assert html.count("<td>chat, temperature 0.7</td>") == len(served)
 
 
 def test_the_command_puts_several_runs_on_one_page(document, tmp_path, capsys):

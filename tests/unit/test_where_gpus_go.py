@@ -9,8 +9,8 @@ from torch import Tensor
 from budgetdraft_kernels import launch_settings
 from tests.support.fake_gpu import cpus_are_gpus
 from vllm_budgetdraft.attention.backend import default_device
-from vllm_budgetdraft.comparison import evaluate
 from vllm_budgetdraft.comparison.methods import Method, default_kinds
+from vllm_budgetdraft.comparison.notes import Circumstances, notes
 from vllm_budgetdraft.comparison.room import Memory, memory_at_hand
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.diagnosis import env
@@ -77,14 +77,18 @@ def test_plain_vllm_is_measured_without_its_head_start_where_it_has_one(h100):
 
 
 def test_results_of_a_gpu_do_not_speak_of_cpus(h100):
-    def notes() -> str:
-        args = SimpleNamespace(engine_args={}, temperature=0.0)
-        target = SimpleNamespace()
-        return " ".join(evaluate._notes(args, [Method("vllm")], {}, target))
-
-    assert "CPU" not in notes()
+    run = Circumstances(
+        methods=[Method("vllm"), Method("ngram", 4)],
+        tasks=["chat"],
+        temperatures=[0.0, 1.0],
+        chat_template=None,
+        cost_padded=None,
+        enforce_eager=False,
+    )
+    assert "CPU" not in " ".join(notes(run))
     h100.setattr(torch.cuda, "is_available", lambda: False)
-    assert "Measured on a CPU" in notes()
+    said = " ".join(notes(run))
+    assert "Measured on a CPU" in said and "under speculation: ngram are" in said
 
 
 @pytest.mark.vllm

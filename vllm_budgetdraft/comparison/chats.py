@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm_budgetdraft.comparison.prompts import EXCERPT, Prompt
+from vllm_budgetdraft.conversations import prompt_tokens
 from vllm_budgetdraft.errors import ConfigurationError
 
 SHORT_QUESTIONS = (
@@ -67,15 +68,4 @@ def chat_tokens(tokenizer: Any, question: str) -> list[int]:
     Raises:
         ConfigurationError: the tokenizer has no chat template.
     """
-    if tokenizer.chat_template is None:
-        raise ConfigurationError(
-            f"{tokenizer.name_or_path!r} has no chat template, in which a question is "
-            "asked; give a chat model as --target, or use budgetdraft evaluate"
-        )
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        tokenize=False,
-    )
-    # The template writes whatever the model begins with.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return prompt_tokens(tokenizer, [{"role": "user", "content": question}])

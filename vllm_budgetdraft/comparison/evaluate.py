@@ -1,13 +1,17 @@
 """``budgetdraft evaluate``: every method a user of vLLM would think of, in one run."""
 
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_budgetdraft.cli import MODELS
-from vllm_budgetdraft.comparison.methods import KINDS, default_kinds, has_suffix
+from vllm_budgetdraft.comparison.methods import KINDS, default_kinds
 from vllm_budgetdraft.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from vllm_budgetdraft.comparison.prompts import Prompt
 
 #: What options are where they are not given. "paper" is BudgetDraft's section 4, with
 #: draft lengths that are swept as there; "short" takes some minutes on a CPU.
@@ -55,13 +59,32 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="TASK=SOURCE",
-        help="texts of the tasks books, qmsum and summary: files, folders, dataset "
-        "names; without it books and summary read an excerpt that comes along",
+        help="what the tasks books, qmsum, summary and chat read: files, folders, "
+        "dataset names; without it books and summary read an excerpt that comes along",
+    )
+    templates = parser.add_mutually_exclusive_group()
+    templates.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="in place of the one that the target's tokenizer has, if any",
+    )
+    templates.add_argument(
+        "--skip-chat-template",
+        action="store_true",
+        help="prompts are plain text, and no output ends before --new-tokens",
     )
     parser.add_argument("--unwrap-lines", action="store_true", help="of books")
     parser.add_argument("--prompts", type=int, default=5, help="of a task and context")
-    parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument(
+        "--new-tokens", type=int, default=256, help="at most, in a chat template"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="each is measured; above 0, requests have no seed",
+    )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32"
     )
@@ -79,8 +102,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=int,
         nargs="+",
         default=[],
-        help="also behind vllm serve, with so many requests at a time: the first "
-        "task's prompts of the shortest context",
+        help="also behind vllm serve, with so many requests at a time: each task's "
+        "prompts of its shortest context",
     )
     parser.add_argument(
         "--serving-repeats", type=int, default=3, help="each with new servers"
@@ -92,8 +115,9 @@ def run(args: Namespace) -> None:
     """Writes rounds as they are done, then results.json, results.csv, report.html.
 
     Raises:
-        ConfigurationError: see ``all_methods``, ``build_prompts`` and ``measure``; or
-            the folder holds what other settings wrote.
+        ConfigurationError: see ``all_methods``, ``set_chat_template``,
+            ``build_prompts`` and ``measure``; a temperature is negative, the contexts
+            are too long, or the folder holds what other settings wrote.
     """
     from vllm_budgetdraft.comparison import measure
     from vllm_budgetdraft.vllm_integration.engine_process import preload
@@ -104,14 +128,22 @@ def run(args: Namespace) -> None:
 
     from vllm_budgetdraft.comparison import report
     from vllm_budgetdraft.comparison.methods import all_methods
+    from vllm_budgetdraft.comparison.notes import Circumstances, notes
     from vllm_budgetdraft.comparison.prompts import EXCERPT, build_prompts
     from vllm_budgetdraft.comparison.serving import measure_serving
     from vllm_budgetdraft.comparison.summary import summarise
+    from vllm_budgetdraft.conversations import set_chat_template
     from vllm_budgetdraft.evaluation import provenance
 
     for name, value in PROTOCOLS[args.protocol].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    temperatures = sorted(set(args.temperature))
+    if temperatures[0] < 0:
+        raise ConfigurationError(
+            f"--temperature {temperatures[0]:g} is below 0; use 0, which is greedy, or "
+            "more"
+        )
     try:
         target = AutoConfig.from_pretrained(args.target)
     except (OSError, ValueError) as error:
@@ -135,14 +167,22 @@ def run(args: Namespace) -> None:
     )
     sources = _sources(args.data) or {"books": str(EXCERPT), "summary": str(EXCERPT)}
     tokenizer = AutoTokenizer.from_pretrained(args.target)
+    if args.chat_template:
+        set_chat_template(tokenizer, args.chat_template)
+    in_template = bool(tokenizer.chat_template) and not args.skip_chat_template
+    said: list[str] = []
     prompts = build_prompts(
         tokenizer,
         sources,
         lengths=sorted(args.context_tokens),
         count=args.prompts,
         unwraps_lines=args.unwrap_lines,
+        uses_template=not args.skip_chat_template,
+        tell=said.append,
         seed=args.seed,
     )
+    for line in said:
+        print(line, file=sys.stderr)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
@@ -161,28 +201,38 @@ def run(args: Namespace) -> None:
         engine_args,
         file,
         new_tokens=args.new_tokens,
-        temperature=args.temperature,
+        temperature=temperatures,
         engines_at_once=args.engines_at_once,
+        # In a chat template an answer has an end, and what follows it is no text.
+        ignore_eos=not in_template,
     )
     served = []
     if args.concurrency:
-        same = (prompts[0].task, prompts[0].context_tokens)
-        some = [p for p in prompts if (p.task, p.context_tokens) == same]
         served = measure_serving(
             methods,
-            [tokenizer.decode(prompt.token_ids) for prompt in some],
+            _shortest(prompts, tokenizer),
             # A prompt that is sent as text may become some tokens longer.
             {**engine_args, "max_model_len": target.max_position_embeddings},
             output,
             concurrencies=sorted(args.concurrency),
             repeats=args.serving_repeats,
             new_tokens=args.new_tokens,
-            temperature=args.temperature,
+            temperatures=temperatures,
+            ignore_eos=not in_template,
         )
+    circumstances = Circumstances(
+        methods=methods,
+        tasks=list(sources),
+        temperatures=temperatures,
+        chat_template=(args.chat_template or args.target) if in_template else None,
+        cost_padded=getattr(target, "cost_padded", None),
+        enforce_eager=bool(args.engine_args.get("enforce_eager")),
+    )
     document = {
         "results": summarise(methods, file.read()),
         "serving": served,
-        "notes": _notes(args, methods, sources, target),
+        "chat_template": circumstances.chat_template,
+        "notes": [*said, *notes(circumstances)],
         "provenance": begun,
     }
     report.write(output, document)
@@ -200,41 +250,19 @@ def _sources(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _notes(
-    args: Namespace, methods: list[Any], sources: dict[str, str], target: Any
-) -> list[str]:
-    """What a reader must know to judge the numbers."""
-    import torch
-
-    notes = []
-    if padded := getattr(target, "cost_padded", None):
-        notes.append(
-            f"The target is {padded['from']} padded to the cost of {padded['to']} "
-            "parameters: its texts and acceptance are those of the small model, its "
-            "time and memory those of the large one."
-        )
-    kinds = {method.kind for method in methods}
-    if not has_suffix():
-        notes.append("vLLM's suffix decoding is not installed, and was not measured.")
-    if "ngram" not in kinds:
-        notes.append(
-            "No n-gram drafter was measured: how much repetitions alone would bring is "
-            "not known."
-        )
-    if "qmsum" not in sources:
-        notes.append("No meetings (QMSum) were given.")
-    if not torch.cuda.is_available():
-        notes.append(
-            "Measured on a CPU, where vLLM schedules synchronously, plain or not."
-        )
-    if args.engine_args.get("enforce_eager"):
-        notes.append(
-            "All engines have enforce_eager: vLLM compiles nothing, which slows plain "
-            "vLLM most."
-        )
-    if args.temperature:
-        notes.append(
-            f"At temperature {args.temperature:g} outputs are equal in distribution "
-            "only; they are compared all the same."
-        )
-    return notes
+def _shortest(
+    prompts: list["Prompt"], tokenizer: Any
+) -> dict[tuple[str, int], list[str]]:
+    """Texts of each task's shortest context, by both."""
+    shortest: dict[str, int] = {}
+    for each in prompts:
+        known = shortest.get(each.task, each.context_tokens)
+        shortest[each.task] = min(known, each.context_tokens)
+    return {
+        (task, length): [
+            tokenizer.decode(each.token_ids)
+            for each in prompts
+            if (each.task, each.context_tokens) == (task, length)
+        ]
+        for task, length in shortest.items()
+    }

@@ -1,6 +1,7 @@
 """Figures of a comparison, as SVG to put into a page."""
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ COLOURS = {
     "budgetdraft": "#0072b2",
 }
 PART_COLOURS = {"draft": "#0072b2", "verify": "#e69f00", "rest": "#c7cbd1"}
+MOST_ACROSS = 4
 
 Rows = list[dict[str, Any]]
 
@@ -61,11 +63,7 @@ def all_figures(rows: Rows, best: Rows, served: Rows) -> list[tuple[str, str]]:
     if any(row["draft_share"] is not None for row in best):
         found.append(("Where the time goes after the first token", _split(best)))
     if served:
-        same = [
-            {**row, "task": "vllm serve", "context_tokens": row["max_concurrency"]}
-            for row in served
-        ]
-        svg = _lines(same, "context_tokens", "output_throughput", "concurrency")
+        svg = _lines(served, "max_concurrency", "output_throughput", "concurrency")
         found.append(("Output tokens per second by concurrency", svg))
     return found
 
@@ -75,20 +73,33 @@ def speedups(best: Rows) -> str:
     return _bars(best, "speedup")
 
 
+def at_longest(rows: Rows) -> Rows:
+    """Rows at the longest context of their task."""
+    longest: dict[str, int] = {}
+    for row in rows:
+        known = longest.get(row["task"], 0)
+        longest[row["task"]] = max(known, row["context_tokens"])
+    return [row for row in rows if row["context_tokens"] == longest[row["task"]]]
+
+
 def _panels(rows: Rows, draw: Callable[[Any, Rows], None], **size: float) -> str:
-    """A panel for each task."""
+    """A panel for each task, as the rows name it."""
     tasks = sorted({row["task"] for row in rows})
+    across = min(MOST_ACROSS, len(tasks))
+    down = math.ceil(len(tasks) / across)
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            1,
-            len(tasks),
-            figsize=(4.6 * len(tasks), size.get("height", 3.2)),
+            down,
+            across,
+            figsize=(4.6 * across, size.get("height", 3.2) * down),
             squeeze=False,
             sharey=True,
         )
-        for panel, task in zip(panels[0], tasks, strict=True):
+        for panel, task in zip(panels.flat, tasks, strict=False):
             draw(panel, [row for row in rows if row["task"] == task])
             panel.set_title(task, fontsize=10)
+        for panel in panels.flat[len(tasks) :]:
+            panel.remove()
         handles, labels = panels[0][0].get_legend_handles_labels()
         if handles:
             figure.legend(
@@ -106,10 +117,11 @@ def _panels(rows: Rows, draw: Callable[[Any, Rows], None], **size: float) -> str
 
 
 def _bars(rows: Rows, value: str) -> str:
-    contexts = sorted({row["context_tokens"] for row in rows})
     labels = list(dict.fromkeys(map(label_of, rows)))
 
     def draw(panel: Any, some: Rows) -> None:
+        contexts = sorted({row["context_tokens"] for row in some})
+        some = [row for row in some if row[value] is not None]
         width = 0.84 / len(labels)
         for i, label in enumerate(labels):
             mine = [row for row in some if label_of(row) == label]
@@ -141,10 +153,9 @@ def _bars(rows: Rows, value: str) -> str:
 
 def _lines(rows: Rows, key: str, value: str, label: str) -> str:
     """Of every setting but ``key``; at the longest context, unless that is the key."""
-    if key != "context_tokens":
-        longest = max(row["context_tokens"] for row in rows)
-        rows = [row for row in rows if row["context_tokens"] == longest]
-        label += f", context {longest:,}"
+    if key not in ("context_tokens", "max_concurrency"):
+        rows = at_longest(rows)
+        label += ", longest context"
 
     def draw(panel: Any, some: Rows) -> None:
         lines: dict[str, Rows] = {}
@@ -173,11 +184,9 @@ def _lines(rows: Rows, key: str, value: str, label: str) -> str:
 
 
 def _positions(rows: Rows) -> str:
-    longest = max(row["context_tokens"] for row in rows)
-
     def draw(panel: Any, some: Rows) -> None:
-        for i, row in enumerate(some):
-            if row["context_tokens"] == longest and row["acceptance_per_position"]:
+        for i, row in enumerate(at_longest(some)):
+            if row["acceptance_per_position"]:
                 rates = row["acceptance_per_position"]
                 panel.plot(
                     range(1, 1 + len(rates)),
@@ -189,15 +198,14 @@ def _positions(rows: Rows) -> str:
                     alpha=1 - 0.12 * (i % 5),
                 )
         panel.set_ylim(0, 1)
-        panel.set_xlabel(f"position in the draft, context {longest:,}")
+        panel.set_xlabel("position in the draft, longest context")
         panel.set_ylabel("accepted")
 
     return _panels(rows, draw)
 
 
 def _split(rows: Rows) -> str:
-    longest = max(row["context_tokens"] for row in rows)
-    some = [row for row in rows if row["context_tokens"] == longest]
+    some = at_longest(rows)
     labels = list(dict.fromkeys(map(label_of, some)))
 
     def draw(panel: Any, mine: Rows) -> None:
@@ -212,7 +220,7 @@ def _split(rows: Rows) -> str:
             left = [a + b for a, b in zip(left, shares, strict=True)]
         panel.set_xlim(0, 1)
         panel.invert_yaxis()
-        panel.set_xlabel(f"share of the time, context {longest:,}")
+        panel.set_xlabel("share of the time, longest context")
 
     return _panels(some, draw, height=1.2 + 0.32 * len(labels))
 

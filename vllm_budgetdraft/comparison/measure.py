@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # its import takes seconds, in which engines can start
 #: the cost of the engine whose turn comes next.
 PAUSE_SECONDS = 0.5
 WARM_UP_TOKENS = 16
+
+#: A prompt at a temperature, and the methods to run on it.
+Round = tuple["Prompt", float, list[str]]
 
 #: What every engine is given.
 SHARED_ENGINE_ARGS = {
@@ -73,14 +76,16 @@ def measure(
     file: RoundsFile,
     *,
     new_tokens: int,
-    temperature: float,
+    temperature: float | Sequence[float],
     engines_at_once: int,
     profiles: bool = True,
     ignore_eos: bool = True,
 ) -> None:
-    """Runs each method on each prompt of which the file has no run yet.
+    """Makes the runs that the file lacks: each method, prompt and temperature.
 
     The first prompt of each task and length is also profiled, after it is measured.
+    Requests have no seed, with which this project's drafts would be greedy (see
+    ``sampling.draft_temperature``).
     Within a group all engines are alive, and take turns on each prompt; each speed-up
     is of two runs of the same turn, so that every round has plain vLLM. A group is
     smaller than asked for where there is no room for its engines at that moment.
@@ -94,24 +99,21 @@ def measure(
     engine_args = {**SHARED_ENGINE_ARGS, **engine_args}
     memory = memory_at_hand()
     done = {
-        (name, each["task"], each["context_tokens"], each["index"])
+        (name, each["task"], each["context_tokens"], each["index"], each["temperature"])
         for each in file.read()
         for name in each["runs"]
     }
+    temperatures = temperature if isinstance(temperature, Sequence) else [temperature]
+    places = [(prompt, each) for each in temperatures for prompt in prompts]
     plain, *others = methods
-    methods = [plain, *(each for each in others if _left([each], prompts, done))]
+    methods = [plain, *(each for each in others if _left([each], places, done))]
     needs = needed_bytes(methods, engine_args, memory)
     groups = groups_that_fit(methods, needs, memory.free_bytes, engines_at_once)
     if len(groups[0]) < min(len(methods), 1 + engines_at_once):
         _tell(f"there is room for {len(groups[0])} engines at once")
-    rounds = [_left(group, prompts, done) for group in groups]
-    total = sum(len(names) for each in rounds for _, names in each)
-    sampling = {
-        "temperature": temperature,
-        "max_tokens": new_tokens,
-        "ignore_eos": ignore_eos,
-        "seed": 0 if temperature else None,
-    }
+    rounds = [_left(group, places, done) for group in groups]
+    total = sum(len(names) for each in rounds for *_, names in each)
+    sampling = {"max_tokens": new_tokens, "ignore_eos": ignore_eos}
     with tqdm(total=total, unit="run") as progress:
         for group, left in zip(groups, rounds, strict=True):
             if left:
@@ -124,15 +126,17 @@ def measure(
 
 
 def _left(
-    group: list[Method], prompts: list["Prompt"], done: set[tuple[str, str, int, int]]
-) -> list[tuple["Prompt", list[str]]]:
-    """Prompts that any method lacks, each with those that do, and plain vLLM."""
+    group: list[Method],
+    places: list[tuple["Prompt", float]],
+    done: set[tuple[str, str, int, int, float]],
+) -> list[Round]:
+    """Places that any method lacks, each with those that do, and plain vLLM."""
     found = []
-    for prompt in prompts:
-        place = prompt.task, prompt.context_tokens, prompt.index
+    for prompt, temperature in places:
+        place = prompt.task, prompt.context_tokens, prompt.index, temperature
         names = [each.name for each in group if (each.name, *place) not in done]
         if names:
-            found.append((prompt, list(dict.fromkeys([PLAIN, *names]))))
+            found.append((prompt, temperature, list(dict.fromkeys([PLAIN, *names]))))
     return found
 
 
@@ -144,18 +148,19 @@ def _tell(text: str) -> None:
 
 def _measure_group(
     engines: dict[str, Any],
-    rounds: list[tuple["Prompt", list[str]]],
+    rounds: list[Round],
     sampling: dict[str, Any],
     file: RoundsFile,
     progress: Any,
     profiles: bool,
     is_cpu: bool,
 ) -> None:
-    warm: set[int] = set()
-    for turn, (prompt, names) in enumerate(rounds):
-        progress.set_description(f"{prompt.task}, {prompt.context_tokens} tokens")
+    warm: set[tuple[int, float]] = set()
+    for turn, (prompt, temperature, names) in enumerate(rounds):
+        progress.set_description(f"{prompt.task}, {len(prompt.token_ids)} tokens")
+        sampling = {**sampling, "temperature": temperature}
         # On a CPU nothing is compiled or tuned for a length.
-        kind = 0 if is_cpu else prompt.context_tokens
+        kind = 0 if is_cpu else prompt.context_tokens, temperature
         if kind not in warm:
             warm.add(kind)
             warm_up(engines, prompt, sampling)
@@ -225,4 +230,9 @@ def a_round(
         found["races"] = races_of(engines[PLAIN], dtype, tokens, outputs)
     place = asdict(prompt)
     del place["token_ids"]
-    return {**place, **found}
+    return {
+        **place,
+        "prompt_tokens": len(tokens),
+        "temperature": sampling["temperature"],
+        **found,
+    }

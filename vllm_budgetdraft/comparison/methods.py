@@ -16,6 +16,9 @@ SYNCHRONOUS: dict[str, Any] = {
     "engine_args": {"async_scheduling": False},
     "environment": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
 }
+#: How drafts are picked at a temperature, if ``draft_sample_method`` is not given: the
+#: default of vLLM, and ours.
+DRAFT_SAMPLE_METHODS = {"draft_model": "greedy", "budgetdraft": "probabilistic"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ class Method:
         drafts = self.num_speculative_tokens
         parts += [f"k={drafts}"] if drafts else []
         return " ".join(filter(None, parts))
+
+    def drafts_at(self, temperature: float) -> str | None:
+        """Whether drafts of requests without a seed are "drawn" or "greedy".
+
+        None where no drafter has a distribution to draw them from.
+        """
+        default = DRAFT_SAMPLE_METHODS.get(self.kind)
+        config = self.engine_args.get("speculative_config", {})
+        is_drawn = config.get("draft_sample_method", default) == "probabilistic"
+        return default and ("drawn" if is_drawn and temperature else "greedy")
 
 
 def has_suffix() -> bool:

@@ -44,7 +44,7 @@ def write(folder: Path, document: dict[str, Any]) -> None:
     (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
     rows = document["results"]
     (folder / "results.csv").write_text(to_csv(rows), encoding="utf-8")
-    figure = speedups(best_lengths(rows))
+    figure = speedups(best_lengths(_labelled(rows)))
     (folder / "speedup.svg").write_text(figure, encoding="utf-8")
     html = page({folder.name: document})
     (folder / "report.html").write_text(html, encoding="utf-8")
@@ -59,16 +59,16 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
 
     from vllm_budgetdraft.comparison.figures import all_figures
 
-    rows = [
-        {
-            **row,
-            "task": f"{row['task']} ({name})" if len(documents) > 1 else row["task"],
-        }
-        for name, document in documents.items()
-        for row in document["results"]
-    ]
+    several = len(documents) > 1
+    rows, served = (
+        [
+            row
+            for name, document in documents.items()
+            for row in _labelled(document[part], name if several else "")
+        ]
+        for part in ("results", "serving")
+    )
     best = best_lengths(rows)
-    served = [row for each in documents.values() for row in each["serving"]]
     machine = next(iter(documents.values()))["provenance"]["machine"]
     notes = [note for each in documents.values() for note in each["notes"]]
     environment = jinja2.Environment(
@@ -91,27 +91,50 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def _labelled(rows: list[dict[str, Any]], run: str = "") -> list[dict[str, Any]]:
+    """Rows whose task says which run they are of, and at which temperature above 0.
+
+    Older results have no temperature, and no task of what was served.
+    """
+    found = []
+    for row in rows:
+        older = {"task": "vllm serve", "temperature": 0.0, "drafts": None}
+        row = {**older, **row}
+        label = row["task"] + (f" ({run})" if run else "")
+        if row["temperature"]:
+            label += f", temperature {row['temperature']:g}"
+        found.append({**row, "task": label})
+    return found
+
+
 def _tiles(best: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """BudgetDraft's speed-ups at the longest context."""
-    longest = max(row["context_tokens"] for row in best)
+    """BudgetDraft's speed-ups at each task's longest context."""
+    from vllm_budgetdraft.comparison.figures import at_longest
+
     tiles = []
+    longest = at_longest(best)
     for task in dict.fromkeys(row["task"] for row in best):
         ours = [
             row
-            for row in best
+            for row in longest
             if (row["kind"], row["task"]) == ("budgetdraft", task)
-            and row["context_tokens"] == longest
         ]
         if ours:
             row = max(ours, key=lambda each: each["speedup"])
-            tiles.append(
-                {
-                    "value": f"{row['speedup']:.2f}x",
-                    "label": f"{task}, {longest:,} tokens, prompt included "
-                    f"({row['decode_speedup']:.2f}x after the first token)",
-                }
-            )
+            label = f"{task}, {_context(row)} tokens, prompt included"
+            if row["decode_speedup"]:
+                label += f" ({row['decode_speedup']:.2f}x after the first token)"
+            tiles.append({"value": f"{row['speedup']:.2f}x", "label": label})
     return tiles
+
+
+def _context(row: dict[str, Any]) -> str:
+    """Tokens of prompts: of all, or the median where they are as long as they are."""
+    longest = row["context_tokens"]
+    median = row.get("prompt_tokens", longest)  # older results have none
+    if median == longest:
+        return f"{longest:,}"
+    return f"{median:,.0f} (to {longest:,})"
 
 
 def _number(key: str, form: str) -> Any:
@@ -120,7 +143,9 @@ def _number(key: str, form: str) -> Any:
 
 def _spread(key: str) -> Any:
     return lambda row: (
-        f"{row[key]:.2f}x ({row[f'{key}_p20']:.2f}-{row[f'{key}_p80']:.2f})"
+        ""
+        if row[key] is None
+        else f"{row[key]:.2f}x ({row[f'{key}_p20']:.2f}-{row[f'{key}_p80']:.2f})"
     )
 
 
@@ -132,13 +157,14 @@ def _same(row: dict[str, Any]) -> str:
 COLUMNS = [
     ("task", lambda row: row["task"]),
     ("method", lambda row: row["method"]),
-    ("context", _number("context_tokens", ",")),
+    ("context", _context),
     ("tok/s", _number("output_throughput", ".1f")),
     ("speed-up", _spread("speedup")),
     ("decode", _spread("decode_speedup")),
     ("TTFT ms", _number("ttft_ms", ",.0f")),
     ("TPOT ms", _number("tpot_ms", ".2f")),
     ("acceptance", _number("acceptance_length", ".2f")),
+    ("drafts", lambda row: row["drafts"] or ""),
     ("distinct", _number("distinct_4grams", ".2f")),
     ("same", _same),
     ("peak GiB", lambda row: f"{row['peak_memory_bytes'] / 2**30:.2f}"),
@@ -146,11 +172,13 @@ COLUMNS = [
 
 
 SERVING_COLUMNS = [
+    ("task", lambda row: row["task"]),
     ("method", lambda row: row["method"]),
     ("concurrency", _number("max_concurrency", "d")),
     ("requests/s", _number("request_throughput", ".2f")),
     ("tok/s", _number("output_throughput", ".1f")),
     ("speed-up", _number("speedup", ".2f")),
+    ("drafts", lambda row: row["drafts"] or ""),
     ("median TTFT ms", _number("median_ttft_ms", ",.0f")),
     ("median TPOT ms", _number("median_tpot_ms", ".2f")),
     ("p99 TPOT ms", _number("p99_tpot_ms", ".2f")),

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from vllm_budgetdraft.comparison.methods import PLAIN, Method
 from vllm_budgetdraft.errors import BudgetDraftError
 
 START_SECONDS = 900
+#: What rows are told apart by, beside the method.
+PLACE = ("task", "context_tokens", "temperature", "max_concurrency")
 #: What is kept of a result of ``vllm bench serve``, by its own names.
 KEYS = (
     *("completed", "duration", "request_throughput", "output_throughput"),
@@ -35,71 +37,82 @@ VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 
 def measure_serving(
     methods: list[Method],
-    prompts: list[str],
+    prompts: dict[tuple[str, int], list[str]],
     engine_args: dict[str, Any],
     folder: Path,
     *,
     concurrencies: list[int],
     repeats: int,
     new_tokens: int,
-    temperature: float,
+    temperatures: Sequence[float],
+    ignore_eos: bool,
 ) -> list[dict[str, Any]]:
-    """Medians over repeats, for each method and concurrency, with the keys of vLLM.
+    """Medians over repeats, for each method, place and concurrency, with vLLM's keys.
 
     One server at a time, another one first in each repeat; at each concurrency twice as
     many requests as fit, or all prompts if these are more. It goes on where it stopped.
 
     Args:
+        prompts: texts by task and context, with what a tokenizer would put before them.
         folder: for what was measured, and the servers' logs.
     """
     file = RoundsFile(folder / "serving.jsonl")
-    done = {(e["method"], e["max_concurrency"], e["repeat"]) for e in file.read()}
-    dataset = folder / "serving-prompts.jsonl"
-    lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-    dataset.write_text("".join(lines), encoding="utf-8")
+    done = {
+        (e["method"], e["repeat"], *(e[name] for name in PLACE)) for e in file.read()
+    }
+    # Requests of a server are as those of the other engines: with no seed, no top_p of
+    # the model's generation_config.json, and nothing before the prompt.
+    own_sampling = {"generation_config": "vllm"}
     load = {
         "--model": engine_args["model"],
         "--dataset-name": "custom",
-        "--dataset-path": str(dataset),
         "--custom-output-len": new_tokens,
-        "--temperature": temperature,
+        "--extra-body": {"add_special_tokens": False},
         "--percentile-metrics": "ttft,tpot,itl,e2el",
         "--result-dir": str(folder),
         "--result-filename": "serving-result.json",
     }
+    places = [
+        (*group, temperature, concurrency)
+        for group in prompts
+        for temperature in temperatures
+        for concurrency in concurrencies
+    ]
     for repeat in range(repeats):
         first = repeat % len(methods)
         for method in methods[first:] + methods[:first]:
             missing = [
-                each
-                for each in concurrencies
-                if (method.name, each, repeat) not in done
+                place for place in places if (method.name, repeat, *place) not in done
             ]
             if not missing:
                 continue
             shared = {**SHARED_ENGINE_ARGS, "max_num_seqs": max(concurrencies)}
-            own = {**shared, **engine_args, **method.engine_args}
+            own = {**shared, **own_sampling, **engine_args, **method.engine_args}
             log = folder / "server.log"
             with _server(own, log, method.environment) as url:
-                for concurrency in missing:
-                    requests = max(len(prompts), 2 * concurrency)
+                for task, context, temperature, concurrency in missing:
+                    texts = prompts[task, context]
+                    requests = max(len(texts), 2 * concurrency)
                     given = {
                         **load,
+                        "--dataset-path": _dataset(texts, folder),
+                        "--temperature": temperature,
                         "--base-url": url,
                         "--max-concurrency": concurrency,
                         "--num-prompts": requests,
-                        "--num-warmups": min(concurrency, len(prompts)),
+                        "--num-warmups": min(concurrency, len(texts)),
                     }
-                    result = _bench(given)
+                    result = _bench(given, ignore_eos)
                     if result["completed"] != requests:
                         raise BudgetDraftError(
                             f"{method.name} answered {result['completed']} of "
                             f"{requests} requests; see {log}"
                         )
+                    place = (task, context, temperature, concurrency)
                     file.append(
                         {
                             "method": method.name,
-                            "max_concurrency": concurrency,
+                            **dict(zip(PLACE, place, strict=True)),
                             "repeat": repeat,
                             **{key: result[key] for key in KEYS},
                         }
@@ -107,19 +120,30 @@ def measure_serving(
     return summarise_serving(methods, file.read())
 
 
+def _dataset(texts: list[str], folder: Path) -> str:
+    """File that ``vllm bench serve`` reads."""
+    path = folder / "serving-prompts.jsonl"
+    lines = (json.dumps({"prompt": text}) + "\n" for text in texts)
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
 def summarise_serving(
     methods: list[Method], measured: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Rows by method and concurrency; ``speedup`` is of the output throughput."""
+    """Rows by method and ``PLACE``; ``speedup`` is of the output throughput."""
     rows = []
-    plain: dict[int, float] = {}
+    plain: dict[tuple[Any, ...], float] = {}
     for method in methods:
-        mine = [each for each in measured if each["method"] == method.name]
-        for concurrency in sorted({each["max_concurrency"] for each in mine}):
-            some = [e for e in mine if e["max_concurrency"] == concurrency]
+        mine: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for each in measured:
+            if each["method"] == method.name:
+                mine.setdefault(tuple(each[name] for name in PLACE), []).append(each)
+        for place, some in sorted(mine.items(), key=lambda item: item[0]):
             medians = {key: statistics.median(e[key] for e in some) for key in KEYS}
             if method.name == PLAIN:
-                plain[concurrency] = medians["output_throughput"]
+                plain[place] = medians["output_throughput"]
+            at = dict(zip(PLACE, place, strict=True))
             rows.append(
                 {
                     "method": method.name,
@@ -127,9 +151,10 @@ def summarise_serving(
                     "kv_budget": method.kv_budget or None,
                     "eviction_policy": method.eviction_policy or None,
                     "num_speculative_tokens": method.num_speculative_tokens or None,
-                    "max_concurrency": concurrency,
+                    **at,
+                    "drafts": method.drafts_at(at["temperature"]),
                     "num_runs": len(some),
-                    "speedup": medians["output_throughput"] / plain[concurrency],
+                    "speedup": medians["output_throughput"] / plain[place],
                     **medians,
                 }
             )
@@ -198,14 +223,11 @@ def _is_up(url: str) -> bool:
         return False
 
 
-def _bench(given: dict[str, Any]) -> dict[str, Any]:
+def _bench(given: dict[str, Any], ignore_eos: bool) -> dict[str, Any]:
     command = [*VLLM, "bench", "serve", "--backend", "openai", "--save-result"]
-    command += [
-        "--ignore-eos",
-        "--disable-tqdm",
-        "--disable-shuffle",
-        "--skip-chat-template",
-    ]
+    command += ["--disable-tqdm", "--disable-shuffle"]
+    command += ["--skip-chat-template"]  # the prompts are in it already
+    command += ["--ignore-eos"] if ignore_eos else []
     for flag, value in given.items():
         text = json.dumps(value) if isinstance(value, dict) else str(value)
         command += [flag, text]

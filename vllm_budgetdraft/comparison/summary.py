@@ -1,4 +1,4 @@
-"""What the runs of a comparison say: one row for each method, task and context."""
+"""What a comparison's runs say: a row for each method, task, context, temperature."""
 
 import csv
 import io
@@ -19,15 +19,18 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """Rows, of plain data.
 
-    Throughputs and latencies are medians over prompts. Speed-ups are over the plain run
-    of the same turn: median, 20th and 80th percentile. ``output_gap`` is the widest of
-    the races where an output differs (see ``races``), ``output_ties`` how many of them
-    are ties. Where a figure does not apply to a method it is None.
+    Throughputs and latencies are medians over prompts. Speed-ups are of the time for
+    each token, over the plain run of the same turn: median, 20th and 80th percentile.
+    ``output_gap`` is the widest of the races where an output differs (see ``races``),
+    ``output_ties`` how many of them are ties; at a temperature outputs are not
+    compared. ``drafts`` says how they were picked (see ``Method.drafts_at``). Where a
+    figure does not apply it is None.
     """
     found = defaultdict(list)
     for each in rounds:
         for name in each["runs"]:
-            found[each["task"], each["context_tokens"], name].append(each)
+            place = each["task"], each["context_tokens"], each["temperature"]
+            found[*place, name].append(each)
     return [
         {
             "method": method.name,
@@ -37,10 +40,12 @@ def summarise(
             "eviction_policy": method.eviction_policy or None,
             "task": task,
             "context_tokens": context,
+            "temperature": temperature,
+            "drafts": method.drafts_at(temperature),
             **_row(method.name, some),
         }
         for method in methods
-        for (task, context, name), some in sorted(found.items())
+        for (task, context, temperature, name), some in sorted(found.items())
         if name == method.name
     ]
 
@@ -53,9 +58,9 @@ def _row(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     accepted = np.sum([run["accepted_per_position"] for run in runs], 0)
     return {
         "num_runs": len(runs),
-        "output_throughput": _median(
-            runs, lambda run: len(run["token_ids"]) / run["seconds"]
-        ),
+        "prompt_tokens": float(np.median([each["prompt_tokens"] for each in rounds])),
+        "new_tokens": float(np.median([len(run["token_ids"]) for run in runs])),
+        "output_throughput": _median(runs, _rate),
         "ttft_ms": _median(
             runs, lambda run: 1e3 * (run["seconds"] - run["decode_seconds"])
         ),
@@ -63,18 +68,22 @@ def _row(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
             runs,
             lambda run: 1e3 * run["decode_seconds"] / max(1, len(run["token_ids"]) - 1),
         ),
-        **_percentiles("speedup", [b["seconds"] / a["seconds"] for a, b in pairs]),
+        **_percentiles("speedup", [_rate(a) / _rate(b) for a, b in pairs]),
         **_percentiles(
             "decode_speedup",
-            [b["decode_seconds"] / a["decode_seconds"] for a, b in pairs],
+            [
+                _decode_rate(a) / _decode_rate(b)
+                for a, b in pairs
+                if min(len(a["token_ids"]), len(b["token_ids"])) > 1
+            ],
         ),
         "acceptance_length": 1 + accepted.sum() / drafts if drafts else None,
         "acceptance_per_position": [float(x) / drafts for x in accepted]
         if drafts
         else [],
-        "output_identical": float(
-            np.mean([a["token_ids"] == b["token_ids"] for a, b in pairs])
-        ),
+        "output_identical": None
+        if rounds[0]["temperature"]
+        else float(np.mean([a["token_ids"] == b["token_ids"] for a, b in pairs])),
         "output_ties": sum(race["is_tie"] for race in races),
         "output_gap": max((race["gap"] for race in races), default=None),
         "distinct_4grams": float(
@@ -89,9 +98,22 @@ def _median(runs: list[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -
     return float(np.median([of(run) for run in runs]))
 
 
-def _percentiles(name: str, values: list[float]) -> dict[str, float]:
-    low, middle, high = np.percentile(values, [20, 50, 80])
-    return {name: float(middle), f"{name}_p20": float(low), f"{name}_p80": float(high)}
+def _rate(run: dict[str, Any]) -> float:
+    return len(run["token_ids"]) / float(run["seconds"])
+
+
+def _decode_rate(run: dict[str, Any]) -> float:
+    """Of the tokens after the first."""
+    return (len(run["token_ids"]) - 1) / float(run["decode_seconds"])
+
+
+def _percentiles(name: str, values: list[float]) -> dict[str, float | None]:
+    names = name, f"{name}_p20", f"{name}_p80"
+    if not values:  # no answer has a second token
+        return dict.fromkeys(names)
+    return dict(
+        zip(names, map(float, np.percentile(values, [50, 20, 80])), strict=True)
+    )
 
 
 def _distinct(tokens: list[int]) -> float:
@@ -115,8 +137,11 @@ def _engine(described: dict[str, Any]) -> dict[str, Any]:
 def same(row: dict[str, Any]) -> str:
     """Whether outputs equal plain vLLM's: yes, or how many ties and faults there are.
 
-    A difference without a race, as in float32, is a fault.
+    A difference without a race, as in float32, is a fault. At a temperature, where
+    outputs are equal in distribution only, it is blank.
     """
+    if row["output_identical"] is None:
+        return ""
     different = round(row["num_runs"] * (1 - row["output_identical"]))
     ties = row.get("output_ties", 0)  # older results have none
     said = [f"NO ({different - ties})"] if different > ties else []
@@ -132,6 +157,7 @@ def best_lengths(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row[name]
             for name in (
                 *("kind", "eviction_policy", "kv_budget", "task", "context_tokens"),
+                "temperature",
             )
         )
         if key not in best or row["speedup"] > best[key]["speedup"]:
