@@ -3,7 +3,6 @@
 Slow, and needs a package index where the pair was not fetched before.
 """
 
-
 import pytest
 import torch
 from torch import Tensor
