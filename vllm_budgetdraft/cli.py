@@ -16,6 +16,7 @@ MODELS = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "models"))
 #: runs: where it is, and what it is for.
 MODULES = {
     "fetch": ("fetch", "make a pretrained target and its drafter, once"),
+    "join": ("drafter.join", "add a target's embeddings to layers that were trained"),
     "generate": ("generation", "have a target write on from texts, for training"),
     "evaluate": (
         "comparison.evaluate",

@@ -40,7 +40,7 @@ def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_short_run_lowers_the_loss(inputs, tmp_path):
-    train(inputs, tmp_path, "--objective", "ce", steps=5)
+    train(inputs, tmp_path, "--objective", "ce", "--train_embeddings", "true", steps=5)
     found = losses(tmp_path / "checkpoint-5")
     assert len(found) == 5
     assert found[-1] < found[0] - 0.2

@@ -8,17 +8,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 
+#: Of a whole model, and of one without its embeddings.
+WEIGHTS, LAYERS = "model.safetensors", "layers.safetensors"
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: Our names, and the names in the folder, whose rows each stacks.
 NAMES = {
-    "embedding": ["model.embed_tokens.weight"],
+    "embedding": [EMBEDDING],
     "norm": ["model.norm.weight"],
-    "lm_head": ["lm_head.weight"],
+    "lm_head": [LM_HEAD],
 }
 LAYER_NAMES = {
     "input_norm": ["input_layernorm.weight"],
@@ -43,21 +46,24 @@ def load_drafter(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     layers: list[int] | None = None,
+    embeddings: dict[str, Tensor] | None = None,
     vocab_size: int | None = None,
 ) -> Drafter:
     """Loads a Llama-family drafter, for serving or further training.
 
     Args:
         layers: of the folder's model, those that the drafter has; all if None.
+        embeddings: the target's, as ``embeddings_of`` gives them, for a folder that
+            has layers alone.
         vocab_size: the target's; the folder's own if None.
 
     Raises:
         UnsupportedDrafterError: see ``read_drafter_config``; or the weights are not in
             safetensors, incomplete, or of other shapes than the config says; or the
-            model has no such layer.
+            model has no such layer; or the folder has layers alone.
     """
     config = read_drafter_config(folder)
-    weights = _read_safetensors(Path(folder))
+    weights = _read_weights(Path(folder), embeddings)
     if layers is not None:
         _choose_layers(config, layers)
     drafter = Drafter(config, max_positions)
@@ -106,13 +112,29 @@ def save_drafter(
     config.save_pretrained(folder)
     save_file(
         hugging_face_state_dict(drafter, dtype, state),
-        folder / "model.safetensors",
+        folder / WEIGHTS,
         metadata={"format": "pt"},
     )
     for name in TOKENIZER_FILES:
         source = Path(tokenizer_from or folder) / name
         if source.is_file() and source.parent != folder:
             shutil.copyfile(source, folder / name)
+
+
+def keep_layers_alone(folder: Path) -> None:
+    """Leaves out of a drafter's folder what ``embeddings_of`` its target has."""
+    weights = load_file(folder / WEIGHTS)
+    layers = {k: v for k, v in weights.items() if k not in (EMBEDDING, LM_HEAD)}
+    save_file(layers, folder / LAYERS, metadata={"format": "pt"})
+    (folder / WEIGHTS).unlink()
+
+
+def embeddings_of(target: PreTrainedModel) -> dict[str, Tensor]:
+    """Embeddings and output matrix, [vocab_size, hidden_size] each, by their names."""
+    return {
+        EMBEDDING: target.get_input_embeddings().weight.detach(),
+        LM_HEAD: target.get_output_embeddings().weight.detach(),
+    }
 
 
 def hugging_face_state_dict(
@@ -168,13 +190,26 @@ def _choose_layers(config: PretrainedConfig, layers: list[int]) -> None:
         config.layer_types = [config.layer_types[layer] for layer in layers]
 
 
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+def _read_weights(
+    folder: Path, embeddings: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    if (folder / WEIGHTS).is_file() or not (folder / LAYERS).is_file():
+        return _read_safetensors(folder, WEIGHTS)
+    if embeddings is None:
+        raise UnsupportedDrafterError(
+            f"{folder} has layers alone; add its target's embeddings: budgetdraft join "
+            f"--target TARGET --layers {folder} --output FOLDER"
+        )
+    return _read_safetensors(folder, LAYERS) | embeddings
+
+
+def _read_safetensors(folder: Path, name: str) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         files = [folder / shard for shard in sorted(set(shards))]
     else:
-        files = [folder / "model.safetensors"]
+        files = [folder / name]
     weights: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.drafter.checkpoint import keep_layers_alone
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance
 from vllm_budgetdraft.evaluation.flexdraft_acceptance import FlexDraftAcceptance
@@ -142,7 +143,7 @@ def train(argv: list[str]) -> None:
             settings,
         )
     else:
-        drafter = make_drafter(drafter_args, target.config, window)
+        drafter = make_drafter(drafter_args, target, window)
         if views.position_mode == "absolute":  # those of the whole window are learnt
             native = drafter.config.max_position_embeddings
             drafter.config.max_position_embeddings = max(native, window)
@@ -170,6 +171,8 @@ def train(argv: list[str]) -> None:
     output = Path(arguments.output_dir)
     trainer.save_drafter(output)
     if trainer.is_world_process_zero():
+        if drafter_args.layers_alone:
+            keep_layers_alone(output)
         card = model_card(model.drafter, learnt["target"], options | run, trainer.state)
         (output / "README.md").write_text(card, encoding="utf-8")
 

@@ -27,6 +27,21 @@ class DrafterArguments:
         default=None,
         metadata={"help": "Begin with these layers of the target, and its embeddings."},
     )
+    train_embeddings: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether embeddings and output matrix learn, too. Not by default "
+            "where the drafter is as wide as the target: a new one begins with the "
+            "target's, and keeps them."
+        },
+    )
+    layers_alone: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the target's embeddings out of what is written in the end; "
+            "budgetdraft join adds them."
+        },
+    )
     hidden_size: int = field(default=192, metadata={"help": "Of a new drafter."})
     intermediate_size: int = field(default=416, metadata={"help": "Of a new drafter."})
     num_hidden_layers: int = field(default=2, metadata={"help": "Of a new drafter."})

@@ -12,7 +12,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from vllm_budgetdraft.drafter.checkpoint import load_drafter
+from vllm_budgetdraft.drafter.checkpoint import (
+    EMBEDDING,
+    LM_HEAD,
+    embeddings_of,
+    load_drafter,
+)
 from vllm_budgetdraft.drafter.configuration import check_drafter_config
 from vllm_budgetdraft.drafter.modeling import Drafter, initialise
 from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
@@ -46,18 +51,21 @@ def load_target(folder: str, arguments: TrainingArguments) -> PreTrainedModel:
 
 
 def make_drafter(
-    arguments: DrafterArguments, target: PretrainedConfig, window: int
+    arguments: DrafterArguments, model: PreTrainedModel, window: int
 ) -> Drafter:
     """The drafter to train: one from a folder, slices of the target, or a new Llama.
 
     It gets the target's vocabulary; rows that it lacks begin as its mean row.
 
     Args:
+        model: the target.
         window: tokens of the longest window.
 
     Raises:
+        ConfigurationError: embeddings that are not there are to be kept.
         UnsupportedDrafterError: see ``load_drafter`` and ``check_vocabulary``.
     """
+    target = model.config
     if arguments.drafter and check_vocabulary(
         arguments.drafter, target.vocab_size, arguments.target
     ):
@@ -67,9 +75,39 @@ def make_drafter(
             arguments.drafter or arguments.target,
             max_positions=window,
             layers=None if arguments.drafter else arguments.target_layers,
+            embeddings=embeddings_of(model),
             vocab_size=target.vocab_size,
         )
-        return drafter.train().requires_grad_(True)
+    else:
+        drafter = _new_drafter(arguments, model, window)
+    drafter.train().requires_grad_(True)
+    if not trains_embeddings(arguments, drafter.config, target):
+        for name in ("embedding", "lm_head"):
+            if (matrix := getattr(drafter, name)) is not None:
+                matrix.requires_grad_(False)
+    return drafter
+
+
+def trains_embeddings(
+    arguments: DrafterArguments, drafter: PretrainedConfig, target: PretrainedConfig
+) -> bool:
+    """Whether embeddings and output matrix learn."""
+    if arguments.train_embeddings is not None:
+        return arguments.train_embeddings
+    return bool(drafter.hidden_size != target.hidden_size)
+
+
+def _new_drafter(
+    arguments: DrafterArguments, model: PreTrainedModel, window: int
+) -> Drafter:
+    target = model.config
+    is_as_wide = arguments.hidden_size == target.hidden_size
+    if arguments.train_embeddings is False and not is_as_wide:
+        raise ConfigurationError(
+            f"train_embeddings=False keeps the target's embeddings, which are "
+            f"{target.hidden_size} wide, in a new drafter with hidden_size="
+            f"{arguments.hidden_size}; make the two equal, or train them"
+        )
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=target.vocab_size,
@@ -81,13 +119,19 @@ def make_drafter(
         max_position_embeddings=target.max_position_embeddings,
         rms_norm_eps=target.rms_norm_eps,
         rope_parameters=target.rope_parameters,
-        tie_word_embeddings=True,
+        tie_word_embeddings=not is_as_wide or target.tie_word_embeddings,
         bos_token_id=target.bos_token_id,
         eos_token_id=target.eos_token_id,
         pad_token_id=target.pad_token_id,
     )
     drafter = Drafter(config, window)
     initialise(drafter)
+    if is_as_wide:
+        found = embeddings_of(model)
+        with torch.no_grad():
+            drafter.embedding.copy_(found[EMBEDDING])
+            if drafter.lm_head is not None:
+                drafter.lm_head.copy_(found[LM_HEAD])
     return drafter
 
 

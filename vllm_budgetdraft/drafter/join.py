@@ -1,0 +1,81 @@
+"""``budgetdraft join``: makes a drafter of its layers and its target's embeddings.
+
+What it writes is an ordinary checkpoint: vLLM's ``draft_model`` and ``transformers``
+load it as well as this project, which is why layers are joined once and not when a
+drafter is loaded.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from vllm_budgetdraft.errors import ConfigurationError
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--target", required=True, help="folder, or name on the hub")
+    parser.add_argument(
+        "--layers",
+        required=True,
+        metavar="FOLDER",
+        help="with config.json and layers.safetensors, as training writes them with "
+        "layers_alone",
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+
+
+def run(args: Namespace) -> None:
+    join(args.target, Path(args.layers), Path(args.output))
+    print(f"Written to {args.output}.")
+
+
+def join(target: str, layers: Path, output: Path) -> None:
+    """Writes a whole drafter, in the type of its layers, with the target's tokenizer.
+
+    Raises:
+        ConfigurationError: there is no such target; or ``layers`` holds no layers, or
+            those of a drafter of another width.
+        UnsupportedDrafterError: see ``load_drafter``.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from vllm_budgetdraft.drafter.checkpoint import (
+        LAYERS,
+        embeddings_of,
+        load_drafter,
+        save_drafter,
+    )
+    from vllm_budgetdraft.drafter.configuration import read_drafter_config
+
+    if not (layers / LAYERS).is_file():
+        raise ConfigurationError(
+            f"{layers / LAYERS} is not there; give a folder that training wrote with "
+            "--layers_alone true, or use the drafter as it is if it has weights"
+        )
+    config = read_drafter_config(layers)
+    logging.set_verbosity_error()  # or it would list every layer that is not read
+    try:
+        # No layer: of a large target only its embeddings are read.
+        model = AutoModelForCausalLM.from_pretrained(
+            target, num_hidden_layers=0, dtype="auto"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(target)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"--target {target!r} cannot be loaded ({error}); give the folder of a "
+            "causal language model, or its name on the hub"
+        ) from error
+    has, needs = model.config.hidden_size, config.hidden_size
+    if has != needs or model.config.vocab_size != config.vocab_size:
+        raise ConfigurationError(
+            f"the embeddings of {target} have {model.config.vocab_size} rows of {has}, "
+            f"and {layers} was trained with {config.vocab_size} rows of {needs}; give "
+            "the target that it was trained for"
+        )
+    dtype = getattr(config, "dtype", None) or torch.bfloat16
+    drafter = load_drafter(
+        layers, max_positions=1, dtype=dtype, embeddings=embeddings_of(model)
+    )
+    save_drafter(drafter, output, dtype=dtype)
+    tokenizer.save_pretrained(output)
