@@ -46,7 +46,8 @@ def _message(given: Any) -> Message:
     name = given.get("role") or given.get("from")
     if name not in ROLES:
         raise MalformedConversationError(f"a message by {name!r}")
-    content = given.get("content", given.get("value"))
+    content = given.get("content")
+    content = given.get("value") if content is None else content
     if isinstance(content, list):  # of parts, as OpenAI has them
         kinds = {part.get("type") for part in content}
         if kinds - {"text"}:

@@ -41,6 +41,10 @@ def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
 
 
 def generate(inputs: Path, output: Path, *more: str) -> str:
+    return run(*arguments(inputs, output, *more))
+
+
+def run(*command_line: str) -> str:
     """In a process of its own, as a user would."""
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -49,7 +53,7 @@ def generate(inputs: Path, output: Path, *more: str) -> str:
     }
     command = "from vllm_budgetdraft.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", command, *arguments(inputs, output, *more)],
+        [sys.executable, "-c", command, *command_line],
         capture_output=True,
         text=True,
         env=environment,
@@ -144,10 +148,35 @@ def test_samples_differ_by_prompt_and_not_by_run(inputs, tmp_path):
     assert any(row["continuation"] != [t[0] for t in row["top_ids"]] for row in first)
 
 
+def test_conversations_are_answered_turn_by_turn(inputs, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    turns = [["w05 w06", "w07"], ["w11"], ["w12 w13", "w14", "w15"]]
+    file.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    texts = arguments(inputs, tmp_path / "out")
+    at = texts.index("--texts")
+    texts[at : at + 2] = ["--conversations", str(file), "--chat-template", template]
+    run(*texts, "--temperature", "0", "1", "--max-model-len", "64")
+    found = rows(tmp_path / "out")
+    counts = json.loads((tmp_path / "out" / "counts.json").read_text())
+    (of_file,) = counts.values()
+    assert of_file.pop("answers") == len(found) >= 6
+    assert sum(of_file.values()) == 2 * len(turns)
+    target = models.read_model(inputs / "target")
+    for row in found:
+        context = torch.tensor([row["prompt"] + row["continuation"]])
+        log_p = target(context).logits[0].log_softmax(-1)[len(row["prompt"]) - 1 : -1]
+        likeliest = log_p.argmax(-1).tolist()
+        assert row["temperature"] or likeliest == row["continuation"]
+        stored = torch.tensor(row["top_logprobs"])
+        ids = torch.tensor(row["top_ids"])
+        torch.testing.assert_close(stored, log_p.gather(-1, ids), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--temperature", "0.5"], "was begun with temperature=0.0, not 0.5"),
+        (["--temperature", "0.5"], "was begun with temperature=[0.0], not [0.5]"),
         (["--prompts", "12"], "not TOKENS:COUNT"),
         (["--teacher-forced", "--top-logprobs", "0"], "stores nothing"),
     ],

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from tests.support.books import WORDS, write_books, write_target
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.training.chats import read_conversations
 from vllm_budgetdraft.training.data import (
     TokenStream,
     TokenWindows,
@@ -281,3 +282,83 @@ def test_unwrap_joins_the_lines_of_prose_and_keeps_those_of_verse(tmp_path, toke
     line = "a line of prose that a printer broke at about sixty letters"
     verse = "Tyger Tyger, burning bright,\nIn the forests of the night;"
     assert unwrap(f"{line}\n{line}\n\n{verse}") == f"{line} {line}\n\n{verse}"
+
+
+CHATML = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def write_chats(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def chat(*words: str) -> dict:
+    """Turns of user and assistant, by turns."""
+    roles = ("user", "assistant")
+    return {
+        "messages": [
+            {"role": roles[index % 2], "content": each}
+            for index, each in enumerate(words)
+        ]
+    }
+
+
+def test_what_assistants_said_is_read_turn_by_turn(tokenizer, tmp_path, caplog):
+    rows = [
+        chat("w01 w02", "w03", "w04", "w05 w06"),
+        chat("w07"),
+        {"messages": [{"role": "tool", "content": "w08"}]},
+        {"messages": []},
+    ]
+    source = write_chats(tmp_path / "chats.jsonl", rows)
+    with caplog.at_level("INFO"):
+        found = read_conversations([source], tokenizer, CHATML)
+    ids = [[row[name] for name in ("prompt", "continuation")] for row in found]
+    unknown = 0  # what stands for the words of the template
+    assert ids == [
+        [[unknown, 1, 2, unknown], [3]],
+        [[unknown, 1, 2, unknown, 3, unknown, 4, unknown], [5, 6]],
+    ]
+
+
+def test_only_what_assistants_said_is_counted(tokenizer, tmp_path):
+    said = "w11 " * 20
+    source = write_chats(tmp_path / "chats.jsonl", [chat("w01 " * 60, said)] * 2)
+    conversations = read_conversations([source], tokenizer, CHATML)
+    options = {"prefix_tokens": [8, 30], "conversations": conversations}
+    for window in windows(None, **options):
+        assert "next_ids" not in window  # which would be the target's choice
+        tokens, counted = window["continuation_ids"], window["counted"]
+        assert counted.any()
+        # The position before each is where it is predicted.
+        assert (tokens[1:][counted[:-1]] == 11).all()
+        assert (window["temperatures"] == 1).all()
+
+
+def test_texts_and_conversations_are_half_of_the_rest_each(
+    books, written, tokenizer, tmp_path
+):
+    source = write_chats(tmp_path / "chats.jsonl", [chat("w01 " * 60, "w11 " * 20)])
+    conversations = read_conversations([source], tokenizer, CHATML)
+    options = {"conversations": conversations, "num_windows": 900}
+    dataset = windows(books, written, on_policy_fraction=0.5, **options)
+    kinds: Counter[str] = Counter()
+    for window in (dataset[index] for index in range(0, 900, 3)):
+        said = bool((window["continuation_ids"] == 11).all())
+        kinds["target" if "next_ids" in window else "said" if said else "text"] += 1
+    assert abs(kinds["target"] - 150) < 35
+    assert abs(kinds["said"] - 75) < 30 and abs(kinds["text"] - 75) < 30
+    # Without the others it is all that there is.
+    alone = windows(None, written, on_policy_fraction=0.0)
+    assert all("next_ids" in window for window in alone)
+
+
+def test_conversations_without_an_answer_are_refused(tokenizer, tmp_path):
+    source = write_chats(tmp_path / "chats.jsonl", [chat("w01"), {"messages": []}])
+    with pytest.raises(
+        ConfigurationError, match=r"2 rows and no answer .*without an an"
+    ):
+        read_conversations([source], tokenizer, CHATML)

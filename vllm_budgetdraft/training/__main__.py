@@ -40,6 +40,7 @@ from vllm_budgetdraft.training.arguments import (
     ObjectiveArguments,
     ViewArguments,
 )
+from vllm_budgetdraft.training.chats import read_conversations
 from vllm_budgetdraft.training.data import (
     TokenWindows,
     read_continuations,
@@ -230,10 +231,10 @@ def _check_window(
 
 
 def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) -> Any:
-    if not (data.texts or data.continuations):
+    if not (data.texts or data.conversations or data.continuations):
         raise ConfigurationError(
-            "neither texts nor continuations are given, and there is nothing to train "
-            "on; give --texts or --continuations"
+            "there is nothing to train on; give --texts, --conversations or "
+            "--continuations"
         )
     if arguments.max_steps <= 0:
         raise ConfigurationError(
@@ -250,6 +251,11 @@ def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) 
         windows_per_step=windows_per_step,
         num_windows=windows_per_step * arguments.max_steps,
         seed=arguments.data_seed or arguments.seed,
+        conversations=(
+            read_conversations(data.conversations, tokenizer, data.chat_template)
+            if data.conversations
+            else None
+        ),
     )
 
 

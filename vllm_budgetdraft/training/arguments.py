@@ -102,12 +102,24 @@ class DataArguments:
     unwrap_lines: bool = field(
         default=False, metadata={"help": "Join the hard-wrapped lines of paragraphs."}
     )
+    conversations: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "The same, of rows with messages (OpenAI), conversations "
+            "(ShareGPT) or turns; what assistants said counts."
+        },
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "Of conversations: a file, in place of the target's own."},
+    )
     continuations: list[str] = field(
         default_factory=list,
         metadata={"help": "The same, of what budgetdraft generate wrote."},
     )
     on_policy_fraction: float = field(
-        default=0.5, metadata={"help": "Share of windows of continuations, if both."}
+        default=0.5,
+        metadata={"help": "Share of windows of continuations, if there are others."},
     )
     prefix_tokens: list[int] = field(
         default_factory=lambda: [3840],

@@ -189,6 +189,18 @@ class TokenStream:
             start += last - first
 
 
+class AnswerStream(TokenStream):
+    """Prompts with what was written after them.
+
+    Attributes:
+        written: [len(rows)], the tokens of that.
+    """
+
+    def __init__(self, rows: Dataset) -> None:
+        super().__init__(rows, ["prompt", "continuation"])
+        self.written = column_lengths(rows, "continuation")
+
+
 def column_lengths(rows: Dataset, column: str) -> np.ndarray:
     """Of the list in each row, [len(rows)] int64, without reading them."""
     lengths = pyarrow.compute.list_value_length(rows.flatten_indices().data[column])
@@ -200,8 +212,8 @@ class TokenWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Random windows of a prefix and a continuation, the same ones for a seed.
 
     Windows are cut anywhere from all texts, one after the other, or so that they end
-    within what the target wrote; short documents share one. All windows of an optimizer
-    step have the same prefix length and source.
+    within what the target or an assistant wrote; short documents share one. All windows
+    of an optimizer step have the same prefix length and source.
 
     Each has:
         ``window``: its index.
@@ -209,7 +221,7 @@ class TokenWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
         ``continuation_ids``: [C] int64.
         ``counted``: [C] bool, where the next token is to be predicted.
         ``next_ids``: [C] int64, the next token, which the target wrote, or ``IGNORED``;
-            not of texts.
+            not of texts and conversations.
         ``top_ids``, ``top_logprobs``: [C, n], of the next token, if they were stored.
         ``temperatures``: [C] float32, at which it was drawn; 1 where that is unknown.
     """
@@ -225,10 +237,13 @@ class TokenWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
         windows_per_step: int,
         num_windows: int,
         seed: int,
+        conversations: Dataset | None = None,
     ) -> None:
         """
         Args:
-            on_policy_fraction: share of windows of continuations, if there are both.
+            on_policy_fraction: share of windows of continuations, if there are others.
+            conversations: as ``read_conversations`` gives them; with texts, each is
+                half of the rest.
 
         Raises:
             ConfigurationError: there are fewer tokens than in a window.
@@ -237,19 +252,21 @@ class TokenWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
         self._continuation_tokens = continuation_tokens
         self._windows_per_step = windows_per_step
         self._num_windows, self._seed = num_windows, seed
-        self._fraction = on_policy_fraction
-        self._texts = self._continuations = None
-        if texts is not None:
-            self._texts = TokenStream(texts, ["input_ids"])
+        self._texts = None if texts is None else TokenStream(texts, ["input_ids"])
+        self._continuations = self._conversations = None
         if continuations is not None:
-            self._continuations = TokenStream(continuations, ["prompt", "continuation"])
-            self._fraction = on_policy_fraction if texts is not None else 1.0
-            self._written = column_lengths(continuations, "continuation")
-        else:
+            self._continuations = AnswerStream(continuations)
+        if conversations is not None:
+            self._conversations = AnswerStream(conversations)
+        self._fraction = on_policy_fraction
+        if continuations is None:
             self._fraction = 0.0
+        elif texts is None and conversations is None:
+            self._fraction = 1.0
         longest = max(prefix_tokens) + continuation_tokens
         for name, stream in (
             ("texts", self._texts),
+            ("conversations", self._conversations),
             ("continuations", self._continuations),
         ):
             if stream is not None and stream.num_tokens < longest:
@@ -268,9 +285,14 @@ class TokenWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
         # Seeds are text, for those that are numbers give similar first draws.
         step = Random(f"{self._seed} step {index // self._windows_per_step}")
         length = step.choice(self._prefix_tokens) + self._continuation_tokens
-        is_on_policy = step.random() < self._fraction
+        cut = self._of_texts
+        if step.random() < self._fraction:
+            cut = self._written_by_target
+        elif self._texts is None or (
+            self._conversations is not None and step.random() < 0.5
+        ):
+            cut = self._of_conversations
         rng = Random(f"{self._seed} window {index}")
-        cut = self._written_by_target if is_on_policy else self._of_texts
         return {"window": torch.tensor(index), **cut(rng, length)}
 
     def _of_texts(self, rng: Random, length: int) -> dict[str, Tensor]:
@@ -285,13 +307,24 @@ class TokenWindows(torch.utils.data.Dataset[dict[str, Tensor]]):
             "temperatures": torch.ones(self._continuation_tokens),
         }
 
+    def _of_conversations(self, rng: Random, length: int) -> dict[str, Tensor]:
+        """What an assistant wrote counts, and says nothing of the target's choice."""
+        assert self._conversations is not None
+        window = self._of_answers(self._conversations, rng, length)
+        del window["next_ids"]
+        return window
+
     def _written_by_target(self, rng: Random, length: int) -> dict[str, Tensor]:
-        stream = self._continuations
-        assert stream is not None
+        assert self._continuations is not None
+        return self._of_answers(self._continuations, rng, length)
+
+    def _of_answers(
+        self, stream: "AnswerStream", rng: Random, length: int
+    ) -> dict[str, Tensor]:
         # Those that fill a window alone, if there are any.
         enough = np.flatnonzero(stream.lengths > length)
         index = int(rng.choice(enough if len(enough) else range(len(stream.lengths))))
-        spare = max(0, int(self._written[index]) - self._continuation_tokens - 1)
+        spare = max(0, int(stream.written[index]) - self._continuation_tokens - 1)
         end = stream.end_of(index) - rng.randint(0, spare)
         ids, written, temperatures, tops = [], [], [], []
         # One token more: the next one of the last.

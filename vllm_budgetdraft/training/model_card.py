@@ -57,7 +57,11 @@ def model_card(
     """
     sources = [
         f"{kind}: {', '.join(options[key])}"
-        for key, kind in (("texts", "texts"), ("continuations", "the target's own"))
+        for key, kind in (
+            ("texts", "texts"),
+            ("conversations", "conversations"),
+            ("continuations", "the target's own"),
+        )
         if options[key]
     ]
     sparse = ""
