@@ -288,6 +288,16 @@ def test_the_best_drafter_of_a_run_is_kept(inputs, tmp_path):
     assert not (tmp_path / "being_evaluated").exists()
 
 
+def test_held_out_texts_alone_are_measured_for_the_card(inputs, tmp_path):
+    measures = f"""
+        --eval_texts {inputs / "books.jsonl"} --eval_contexts 40 --eval_budgets 24
+        --eval_prompts 2 --eval_new_tokens 12 --eval_draft_tokens 3
+    """.split()
+    train(inputs, tmp_path, *measures, steps=3)
+    card = (tmp_path / "README.md").read_text()
+    assert "step 3" in card and "| 0 | 40 |" in card and "Not measured" not in card
+
+
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
     inputs, tmp_path, capsys, monkeypatch
 ):

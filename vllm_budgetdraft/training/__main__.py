@@ -152,10 +152,12 @@ def train(argv: list[str]) -> None:
         cache = _cache(objective, drafter_args, data, arguments, target.config)
         model = MultiViewModel(drafter, target, views, objective, eviction, cache)
     held_out: HeldOutAcceptance | None = None
-    if arguments.eval_strategy != "no":
+    is_measured_on_the_way = arguments.eval_strategy != "no"
+    if is_measured_on_the_way or acceptance.eval_texts:
         held_out = _held_out(
             acceptance, data, views, eviction, target, tokenizer, flexdraft, model
         )
+    if is_measured_on_the_way:
         _keep_best(arguments)
 
     trainer = DrafterTrainer(
@@ -169,6 +171,8 @@ def train(argv: list[str]) -> None:
         measure=held_out.measure if held_out else None,
     )
     trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    if held_out and not is_measured_on_the_way:
+        trainer.evaluate()  # for the model card
     output = Path(arguments.output_dir)
     trainer.save_drafter(output)
     if trainer.is_world_process_zero():

@@ -109,7 +109,7 @@ def _acceptance(options: dict[str, Any], state: TrainerState) -> str:
     """A table of the checkpoint that was kept."""
     measured = [e for e in state.log_history if "eval_acceptance_length" in e]
     if not measured:
-        return "Not measured."
+        return "Not measured: no held-out texts were given (`eval_texts`)."
     best = max(measured, key=lambda entry: entry["eval_acceptance_length"])
     contexts, budgets = options["eval_contexts"], sorted(options["eval_budgets"])
     lines = [
