@@ -8,6 +8,7 @@ import torch
 from tests.support import models
 from vllm_budgetdraft.training.arguments import ObjectiveArguments
 from vllm_budgetdraft.training.losses import (
+    _position_weights,
     multi_view_loss,
     view_losses,
 )
@@ -217,3 +218,30 @@ def test_a_stored_teacher_compares_what_was_stored():
     assert p.shape == (2, 3) and q.shape == (1, 2, 3)
     torch.testing.assert_close(q[0], p)
     assert StoredTeacher(written).labels(slice(0, 4)).tolist() == written.tolist()
+
+
+def test_dpace_begins_with_what_counts():
+    """Positions before it are no drafts: they cannot fail."""
+    q = torch.tensor([0.9, 0.2, 0.8, 0.5])
+    log_q = torch.stack([q, 1 - q], -1).log()[None]
+    labels = torch.tensor([[IGNORED, IGNORED, 0, 0]])
+    settings = ObjectiveArguments(position_weights="dpace", draft_tokens=4)
+    found = _position_weights(log_q, labels, settings)
+    expected = [(0.9 + 0.9 * 0.75) / 4, 0.9 * 0.75 / 4]  # .3937 and .1687
+    assert found[0, 2:].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 4])
+def test_a_matrix_that_does_not_learn_changes_no_other_gradient(chunk_tokens):
+    found = []
+    for learns in (True, False):
+        hidden = random(VIEWS, POSITIONS, WIDTH).requires_grad_()
+        head = random(VOCABULARY, WIDTH, seed=1).requires_grad_(learns)
+        counted = torch.ones(POSITIONS, dtype=torch.bool)
+        loss, _ = multi_view_loss(
+            hidden, head, live(), counted, WEIGHTS, ObjectiveArguments(), chunk_tokens
+        )
+        loss.backward()
+        assert (head.grad is not None) == learns
+        found.append(hidden.grad)
+    torch.testing.assert_close(*found)

@@ -18,6 +18,7 @@ from vllm_budgetdraft.training.objectives import (
     lk_hybrid_loss,
     tv_loss,
 )
+from vllm_budgetdraft.training.teacher import StoredTeacher
 
 # Two positions of one sequence, three tokens; probabilities, so that hands can count.
 Q = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]])
@@ -145,6 +146,38 @@ def test_disjoint_distributions_have_a_finite_loss():
     q = torch.tensor([[0.0, -1e4]])
     p = torch.tensor([[-1e4, 0.0]])
     assert torch.isfinite(lk_alpha_loss(q, p)).all()
+
+
+def test_minus_log_alpha_learns_however_far_off_the_drafter_is():
+    """As a new drafter is, of 128,256 tokens, where p is certain."""
+    x = torch.zeros(1, 128256).requires_grad_()
+    log_p = torch.full((1, 128256), -torch.inf)
+    log_p[0, 7] = 0
+    loss = lk_alpha_loss(x.log_softmax(-1), log_p)
+    assert loss.item() == pytest.approx(math.log(128256), rel=1e-5)  # 11.762
+    loss.sum().backward()
+    assert x.grad[0, 7].item() == pytest.approx(-1, abs=1e-4)
+
+
+@EVERY_OBJECTIVE
+def test_a_token_that_cannot_be_does_no_harm(name):
+    x = torch.zeros(1, 2).requires_grad_()
+    loss = OBJECTIVES[name](x.log_softmax(-1), torch.tensor([[0.0, -torch.inf]]))
+    loss.sum().backward()
+    assert x.grad.isfinite().all() and x.grad[0, 0] < 0
+    if name == "kl":
+        assert loss.item() == pytest.approx(math.log(2))
+
+
+def test_a_token_that_cannot_be_is_stored_at_any_temperature():
+    top = torch.tensor([[0.0, -torch.inf]])
+    ids = torch.tensor([[3, 1]])
+    log_q = torch.zeros(1, 1, 5).log_softmax(-1)
+    for temperature in (0.0, 0.5, 1.0):
+        teacher = StoredTeacher(ids[:, 0], ids, top, torch.tensor([temperature]))
+        _, log_p = teacher.compare(slice(0, 1), log_q)
+        assert log_p[0, 0].item() == pytest.approx(0, abs=1e-4)
+        assert log_p[0, 1] < -1e4
 
 
 @EVERY_OBJECTIVE

@@ -77,14 +77,18 @@ def view_losses(
 def _position_weights(
     log_q: Tensor, labels: Tensor, settings: ObjectiveArguments
 ) -> Tensor:
-    """[V, n], of positions that begin with a draft's first."""
+    """[V, n], of positions that begin with a draft's first.
+
+    For D-PACE one that does not count is as if it were accepted always.
+    """
     block = settings.draft_tokens
     if settings.position_weights == "decay":
         weights = decayed_weights(block, settings.position_decay).to(log_q)
         return weights.repeat(log_q.shape[1] // block)
     known = labels.clamp_min(0)[..., None]
-    probabilities = log_q.detach().gather(-1, known).exp().unflatten(1, (-1, block))
-    return dpace_weights(probabilities.squeeze(-1), settings.dpace_smoothing).flatten(1)
+    probabilities = log_q.detach().gather(-1, known).squeeze(-1).exp()
+    probabilities = probabilities.where(labels != IGNORED, 1).unflatten(1, (-1, block))
+    return dpace_weights(probabilities, settings.dpace_smoothing).flatten(1)
 
 
 def multi_view_loss(
@@ -140,24 +144,30 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         """See ``multi_view_loss``; also returns the sums, without gradients."""
-        gradients = torch.zeros_like(hidden), torch.zeros_like(head)
+        of_hidden = torch.zeros_like(hidden)
+        # A matrix that does not learn is most of the work, and is spared it.
+        of_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
         for start in range(0, hidden.shape[1], chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, hidden.shape[1]))
             with torch.enable_grad():
                 piece = hidden[:, rows].detach().requires_grad_()
-                matrix = head.detach().requires_grad_()
+                matrix = head.detach().requires_grad_(of_head is not None)
                 sums = sums_of(piece, matrix, rows)
                 loss = (sums[0] * weights).sum()
-            of_piece, of_head = torch.autograd.grad(loss, (piece, matrix))
-            gradients[0][:, rows] = of_piece
-            gradients[1].add_(of_head)
+            inputs = (piece,) if of_head is None else (piece, matrix)
+            of_piece, *of_matrix = torch.autograd.grad(loss, inputs)
+            of_hidden[:, rows] = of_piece
+            if of_head is not None:
+                of_head.add_(*of_matrix)
             total += sums.detach()
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(of_hidden, of_head)
         ctx.mark_non_differentiable(total)
         return (total[0] * weights).sum(), total
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: Tensor) -> Any:
         of_hidden, of_head = ctx.saved_tensors
-        return of_outputs[0] * of_hidden, of_outputs[0] * of_head, None, None, None
+        if of_head is not None:
+            of_head = of_outputs[0] * of_head
+        return of_outputs[0] * of_hidden, of_head, None, None, None

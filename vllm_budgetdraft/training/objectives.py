@@ -17,8 +17,6 @@ from torch import Tensor
 IGNORED = -100
 #: eta of ``lk_hybrid_loss``; what the LK paper found best for drafters that are models.
 HYBRID_DECAY = 3.0
-#: Below this alpha is taken for it: a disjoint q must not give an infinite loss.
-MIN_ALPHA = 1e-5
 
 
 def ce_loss(log_q: Tensor, labels: Tensor) -> Tensor:
@@ -34,8 +32,17 @@ def ce_loss(log_q: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p || q) = sum_i p_i (log p_i - log q_i); its gradient in logits is q - p."""
+    """KL(p || q) = sum_i p_i (log p_i - log q_i); its gradient in logits is q - p.
+
+    A token that cannot be, whose log p is -inf, adds nothing.
+    """
+    log_p = finite(log_p)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def finite(log_p: Tensor) -> Tensor:
+    """Logarithms whose product with 0 is 0."""
+    return log_p.clamp_min(torch.finfo(log_p.dtype).min)
 
 
 def acceptance(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -55,9 +62,10 @@ def tv_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
 def lk_alpha_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
     """-log alpha (LK losses, https://arxiv.org/abs/2602.23881).
 
-    Its gradient is that of TV over alpha; where p is certain it is the cross-entropy.
+    Its gradient is that of TV over alpha, however small that is; where p is certain it
+    is the cross-entropy.
     """
-    return -acceptance(log_q, log_p).clamp_min(MIN_ALPHA).log()
+    return -torch.minimum(log_q, log_p).logsumexp(-1)
 
 
 def lk_hybrid_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
