@@ -44,7 +44,7 @@ def check_budgetdraft(words: list[str]) -> None:
 
 
 def check_training(words: list[str]) -> None:
-    from vllm_budgetdraft.training.__main__ import with_config
+    from vllm_budgetdraft.training.config_files import with_config
 
     training_parser().parse_args(with_config(words))
 

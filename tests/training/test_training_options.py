@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from tests.support import models
-from tests.support.training_runs import run_options, train, write_inputs
-from vllm_budgetdraft.training.__main__ import PRESETS, main, with_config
+from tests.support.training_runs import losses, run_options, train, write_inputs
+from vllm_budgetdraft.training.__main__ import main
+from vllm_budgetdraft.training.config_files import PRESETS, with_config
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,40 @@ def test_a_config_is_read_and_the_command_line_wins(inputs, tmp_path):
     train(inputs, tmp_path / "run", "--config", str(config), steps=2)
     told = json.loads((tmp_path / "run" / "run.json").read_text())
     assert told["objective"] == "kl" and told["max_steps"] == 2
+
+
+def test_a_config_is_named_in_one_word_or_two_and_may_hold_options_of_options(
+    inputs, tmp_path
+):
+    config = tmp_path / "run.yaml"
+    given = {
+        "lr_scheduler_type": "cosine_with_restarts",
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+    }
+    config.write_text(yaml.safe_dump(given))
+    named = [f"--config={config}"], ["--config", str(config)]
+    first, second = (with_config([*each, "--max_steps", "1"]) for each in named)
+    assert first == second
+    # After the command line's own constant schedule.
+    own = run_options(inputs, tmp_path / "run", 1)
+    at = own.index("--lr_scheduler_type")
+    main([f"--config={config}", *own[:at], *own[at + 2 :]])
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["lr_scheduler_kwargs"] in ({"num_cycles": 2}, "{'num_cycles': 2}")
+
+
+def test_windows_have_their_own_seed_be_it_0(inputs, tmp_path):
+    def losses_of(*seeds: str) -> list[float]:
+        folder = tmp_path / "-".join(seeds)
+        # The same drafter and budget, whatever the seed of the run.
+        same = ("--drafter", str(tmp_path / "same"), "--budgets", "24")
+        train(inputs, folder, *same, "--budget_weights", "1", *seeds, steps=2)
+        return losses(folder / "checkpoint-2")
+
+    train(inputs, tmp_path / "same", steps=1)
+    own = losses_of("--data_seed", "0", "--seed", "7")
+    assert own == losses_of("--data_seed", "0", "--seed", "0")
+    assert own != losses_of("--seed", "7")
 
 
 @pytest.mark.parametrize("preset", [path.stem for path in PRESETS.glob("*.yaml")])

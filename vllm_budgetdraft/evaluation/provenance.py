@@ -84,7 +84,9 @@ def _cpu_name() -> str:
 
 
 def _gpu_name() -> str | None:
-    return _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv")
+    return _output(
+        "nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"
+    )
 
 
 def _output(*command: str) -> str | None:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch.utils.data import default_collate
 from transformers import (
     AutoTokenizer,
@@ -41,6 +40,7 @@ from vllm_budgetdraft.training.arguments import (
     ViewArguments,
 )
 from vllm_budgetdraft.training.chats import read_conversations
+from vllm_budgetdraft.training.config_files import with_config
 from vllm_budgetdraft.training.data import (
     TokenWindows,
     read_continuations,
@@ -57,7 +57,6 @@ from vllm_budgetdraft.training.model_card import model_card
 from vllm_budgetdraft.training.teacher_cache import TeacherCache
 from vllm_budgetdraft.training.trainer import DrafterTrainer, last_checkpoint
 
-PRESETS = Path(__file__).with_name("presets")
 PARTS = (
     DrafterArguments,
     FlexDraftArguments,
@@ -101,6 +100,8 @@ def train(argv: list[str]) -> None:
     # Windows have columns that no model's signature names.
     arguments.remove_unused_columns = False
     arguments.ddp_find_unused_parameters = False
+    if arguments.data_seed is None:
+        arguments.data_seed = arguments.seed
     set_seed(arguments.seed)
 
     target = load_target(drafter_args.target, arguments)
@@ -182,35 +183,6 @@ def train(argv: list[str]) -> None:
         (output / "README.md").write_text(card, encoding="utf-8")
 
 
-def with_config(argv: list[str]) -> list[str]:
-    """The options of ``--config``, a YAML file or a preset, before all others.
-
-    Raises:
-        ConfigurationError: there is no such file, or it holds no options.
-    """
-    if "--config" not in argv:
-        return argv
-    place = argv.index("--config")
-    rest = argv[:place] + argv[place + 2 :]
-    name = argv[place + 1] if place + 1 < len(argv) else ""
-    preset = PRESETS / f"{name}.yaml"
-    path = preset if preset.is_file() else Path(name)
-    if not path.is_file():
-        known = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
-        raise ConfigurationError(
-            f"--config {name!r} is no file; give a YAML file, or a preset ({known})"
-        )
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(options, dict):
-        raise ConfigurationError(f"{path} holds no options; write 'name: value' lines")
-    found = []
-    for key, value in options.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            found += [f"--{key}", *map(str, values)]
-    return found + rest
-
-
 def _check_window(
     window: int,
     target: PretrainedConfig,
@@ -254,7 +226,7 @@ def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) 
         on_policy_fraction=data.on_policy_fraction,
         windows_per_step=windows_per_step,
         num_windows=windows_per_step * arguments.max_steps,
-        seed=arguments.data_seed or arguments.seed,
+        seed=arguments.data_seed,
         conversations=(
             read_conversations(data.conversations, tokenizer, data.chat_template)
             if data.conversations
@@ -290,7 +262,7 @@ def _cache(
         windows={
             "target": drafter.target,
             "windows_per_step": windows_per_step,
-            "seed": arguments.data_seed or arguments.seed,
+            "seed": arguments.data_seed,
             **dataclasses.asdict(data),
         },
     )
