@@ -64,7 +64,7 @@ def test_each_turn_follows_what_the_target_wrote_itself(tokenizer):
     assert [tokenizer.decode(row["prompt"]) for row in rows] == [first, second]
     assert [tokenizer.decode(row["continuation"]) for row in rows] == [f"Yes.{end}"] * 2
     assert {row["temperature"] for row in rows} == {0.5}
-    assert ends == {chats.COMPLETE: 1}
+    assert ends == {chats.COMPLETE: 1, chats.ANSWERS: 2}
 
 
 def test_thoughts_are_left_out_where_the_template_leaves_them_out():
@@ -79,7 +79,6 @@ def test_every_conversation_ends_in_one_way(tokenizer):
     given = [
         chat("Why?"),
         chat("Go on forever", "And?"),
-        chat("Go on forever"),  # nothing is left out, though the answer was cut
         chat("Why?", "word " * 200),
         chat("word " * 200, "Why?"),
         chat(" "),
@@ -89,7 +88,6 @@ def test_every_conversation_ends_in_one_way(tokenizer):
     rows, ends = write_chats(given, tokenizer, Target(tokenizer).write, LONGEST)
     assert [each.end for each in given] == [
         chats.COMPLETE,
-        chats.CUT,
         chats.COMPLETE,
         chats.TOO_LONG,
         chats.TOO_LONG,
@@ -97,7 +95,8 @@ def test_every_conversation_ends_in_one_way(tokenizer):
         chats.EMPTY,
         chats.MALFORMED,
     ]
-    assert sum(ends.values()) == len(given) and len(rows) == 4
+    assert sum(ends[each] for each in chats.ENDS) == len(given)
+    assert ends[chats.ANSWERS] == len(rows) == 4 and ends[chats.CUT] == 1
     assert given[-1].why == "a message by 'tool'"
 
 
@@ -154,18 +153,19 @@ def test_a_run_that_was_killed_goes_on_and_its_counts_add_up(
 
     expected = generate("whole")
     said = capsys.readouterr().out
-    # Eight of three turns, one cut after its first, at two temperatures.
-    assert len(expected) == 2 * (8 * 3 + 1)
-    ends = "16 complete, 2 cut at new_tokens, 0 too long, 2 empty, 0 malformed"
+    # Eight of three turns, one of two whose first answer is cut, at two temperatures.
+    assert len(expected) == 2 * (8 * 3 + 2)
+    ends = "18 complete, 0 too long, 2 empty, 0 malformed"
     assert (
-        f"10 conversations at 2 temperatures: 50 answers; conversations {ends}" in said
+        f"10 conversations at 2 temperatures: {ends}; "
+        "52 answers, 2 of them cut at --new-tokens" in said
     )
     killed_at[0] = 5  # in the second file
     with pytest.raises(KeyboardInterrupt):
         generate("killed")
     assert len(list((tmp_path / "killed").glob("part-*.parquet"))) == 1
     assert generate("killed") == expected
-    assert f"conversations {ends}" in capsys.readouterr().out
+    assert f"{ends}; 52 answers" in capsys.readouterr().out
     counts = [
         json.loads((tmp_path / x / "counts.json").read_text())
         for x in ("whole", "killed")

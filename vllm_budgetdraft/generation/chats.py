@@ -26,14 +26,14 @@ from vllm_budgetdraft.training.data import open_source
 COUNTS = "counts.json"
 
 #: How a conversation can end, in words for people; each ends in one way.
-COMPLETE, CUT, TOO_LONG, EMPTY, MALFORMED = (
+COMPLETE, TOO_LONG, EMPTY, MALFORMED = ENDS = (
     "complete",
-    "cut at new_tokens",
     "too long",
     "empty",
     "malformed",
 )
-ENDS = (COMPLETE, CUT, TOO_LONG, EMPTY, MALFORMED)
+#: Answers, and those that had no end within --new-tokens.
+ANSWERS, CUT = "answers", "cut"
 
 
 class Chat:
@@ -91,13 +91,10 @@ class Chat:
         """Of the next answer; the same whoever else is asked beside it."""
         return Random(f"{self._name} {self.temperature} {self._turn}").randrange(2**31)
 
-    def answer(self, text: str, *, has_ended: bool) -> None:
-        """Goes on after what the target wrote, if that is a whole answer."""
+    def answer(self, text: str) -> None:
+        """Goes on after what the target wrote, as clients do, be it cut or not."""
         self._context.append({"role": "assistant", "content": text})
         self._turn += 1
-        if not has_ended:
-            # A next question would follow on half an answer, which no user sees.
-            self._stop(CUT if self._left else COMPLETE)
 
     def _stop(self, end: str, why: str = "") -> None:
         self.end, self.why = end, why
@@ -109,12 +106,13 @@ def write_chats(
     write: Write,
     longest: int,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Rows of every answer, and how many conversations ended in which way.
+    """Rows of all answers, and counts: ``ENDS`` of chats, ``ANSWERS`` and ``CUT``.
 
     Args:
         longest: tokens of a prompt.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    num_cut = 0
     while True:
         for chat in chats:
             if chat.end is None:
@@ -136,9 +134,10 @@ def write_chats(
                     **answer.top,
                 }
             )
-            text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-            chat.answer(text, has_ended=answer.has_ended)
-    return rows, Counter(chat.end for chat in chats if chat.end)
+            num_cut += not answer.has_ended
+            chat.answer(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+    counts = Counter(chat.end for chat in chats if chat.end)
+    return rows, counts + Counter({ANSWERS: len(rows), CUT: num_cut})
 
 
 def run(args: Namespace, output: Path) -> None:
@@ -171,10 +170,10 @@ def run(args: Namespace, output: Path) -> None:
             for temperature in args.temperature
             for index in indices
         ]
-        rows, ends = write_chats(chats, tokenizer, engine.write, longest)
+        rows, counts = write_chats(chats, tokenizer, engine.write, longest)
         malformed = next((chat.why for chat in chats if chat.why), None)
         known = json.loads(counts_file.read_text()) if counts_file.is_file() else {}
-        known[path.name] = {"answers": len(rows), **ends}
+        known[path.name] = dict(counts)
         if malformed:
             known[path.name]["first malformed"] = malformed
         text = json.dumps(known, indent=1) + "\n"
@@ -200,8 +199,8 @@ def _tell_counts(
         total.update({k: v for k, v in each.items() if isinstance(v, int)})
     ends = ", ".join(f"{total[end]} {end}" for end in ENDS)
     print(
-        f"{num_rows} conversations at {num_temperatures} temperatures: "
-        f"{total['answers']} answers; conversations {ends}"
+        f"{num_rows} conversations at {num_temperatures} temperatures: {ends}; "
+        f"{total[ANSWERS]} answers, {total[CUT]} of them cut at --new-tokens"
     )
     whys = (each.get("first malformed") for each in counts.values())
     if why := next(filter(None, whys), None):
