@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a drafter for a chat model on conversations, measures it, and says how to serve it.
+# Trains a drafter for a chat model on conversations, measures it, says how to serve it.
 #
 #   TARGET=model examples/train_a_chat_drafter.sh chats.jsonl [folder]
 #
@@ -35,7 +35,7 @@ begin=(--target_layers "${layers[@]}")
 if [[ -n ${DRAFTER:-} ]]; then
     begin=(--drafter "$DRAFTER")
 fi
-# The embeddings are the target's, and stay: what is trained is a tenth of the parameters.
+# The embeddings are the target's, and stay: only the layers learn.
 budgetdraft train --target "$TARGET" "${begin[@]}" --continuations "$output/answers" \
     --prefix_tokens 64 256 --continuation_tokens 64 \
     --budgets 64 128 256 --budget_weights 0.4 0.3 0.3 \
