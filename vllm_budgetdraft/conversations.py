@@ -31,11 +31,16 @@ def messages_of(row: dict[str, Any]) -> list[Message]:
     Strings in place of messages, as MT-bench's ``turns`` are, are the user's.
 
     Raises:
-        MalformedConversationError: a message of another kind than text by the system,
-            the user or the assistant.
+        MalformedConversationError: no list of messages, or a message of another kind
+            than text by the system, the user or the assistant.
     """
     column = next((each for each in COLUMNS if row.get(each)), None)
-    return [] if column is None else [_message(each) for each in row[column]]
+    if column is None:
+        return []
+    if not isinstance(row[column], list):
+        kind = type(row[column]).__name__
+        raise MalformedConversationError(f"a {kind} for a list of messages")
+    return [_message(each) for each in row[column]]
 
 
 def _message(given: Any) -> Message:
@@ -44,18 +49,25 @@ def _message(given: Any) -> Message:
     if not isinstance(given, dict):
         raise MalformedConversationError(f"a {type(given).__name__} for a message")
     name = given.get("role") or given.get("from")
-    if name not in ROLES:
+    if not isinstance(name, str) or name not in ROLES:
         raise MalformedConversationError(f"a message by {name!r}")
     content = given.get("content")
     content = given.get("value") if content is None else content
     if isinstance(content, list):  # of parts, as OpenAI has them
-        kinds = {part.get("type") for part in content}
-        if kinds - {"text"}:
-            raise MalformedConversationError(f"parts of the types {sorted(kinds)}")
-        content = "".join(part["text"] for part in content)
+        content = "".join(map(_text_of_part, content))
     if not isinstance(content, str):
         raise MalformedConversationError(f"a message by {name!r} without text")
     return {"role": ROLES[name], "content": content}
+
+
+def _text_of_part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text":
+        raise MalformedConversationError(f"a part of the type {kind!r}")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise MalformedConversationError("a part without text")
+    return text
 
 
 def set_chat_template(
@@ -108,7 +120,7 @@ def answers(
     What comes before is what a model that serves would have read: some templates leave
     out of earlier turns what a model thought. Prompt and answer are tokenized apart,
     as they are there. An answer ends with what ends a turn, if the template says that
-    by the tokenizer's end of text.
+    by a special token, be it the tokenizer's end of text or another.
 
     Raises:
         MalformedConversationError: the template refuses it, or begins an answer with
@@ -133,11 +145,25 @@ def answers(
                     f"the template begins an answer with {begun!r}, and this one not"
                 )
             answer = answer[len(begun) :]
-        end = tokenizer.eos_token
-        if end and end in after:
-            answer += after.partition(end)[0] + end
+        answer += _up_to(_special_tokens(tokenizer), after)
         found.append((_encode(tokenizer, asked), _encode(tokenizer, answer)))
     return found
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    own = {str(token) for token in added if token.special}
+    return sorted(own | set(tokenizer.all_special_tokens), key=len, reverse=True)
+
+
+def _up_to(ends: list[str], text: str) -> str:
+    """A text up to the first of its ends, that included; nothing if it has none."""
+    places = [(text.index(end), end) for end in ends if end in text]
+    if not places:
+        return ""
+    first = min(place for place, _ in places)
+    longest = next(end for place, end in places if place == first)
+    return text[: first + len(longest)]
 
 
 def _render(
@@ -148,7 +174,7 @@ def _render(
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=asks, tokenize=False
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # as of text and a number
         raise MalformedConversationError(f"the template refuses it: {error}") from error
     return str(text)
 

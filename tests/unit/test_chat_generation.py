@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, Gemma3Config, PreTrainedTokenizerBase
 
 from tests.support.engines import TARGET
 from tests.unit.test_conversations import CHATML, THINKING, WHY, make_tokenizer
@@ -171,6 +171,12 @@ def test_a_run_that_was_killed_goes_on_and_its_counts_add_up(
         for x in ("whole", "killed")
     ]
     assert counts[0] == counts[1]
+
+
+def test_positions_of_a_model_of_text_and_images_are_its_texts(tmp_path: Path):
+    text = {"max_position_embeddings": 4096}
+    Gemma3Config(text_config=text).save_pretrained(tmp_path)
+    assert chats._positions_of(str(tmp_path)) == 4096
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,22 @@ def test_every_layout_is_read(row, expected):
         ({"content": "4"}, "a message by None"),
         ({"role": "assistant", "content": None}, "without text"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "image_url"),
+        ({"role": "user", "content": ["Why?"]}, "a part of the type 'str'"),
+        ({"role": "user", "content": [{"type": "text"}]}, "a part without text"),
+        ({"role": ["user"], "content": "Why?"}, "a message by"),
         (["user", "Why?"], "a list for a message"),
     ],
 )
 def test_what_is_no_conversation_is_named(message, why):
     with pytest.raises(MalformedConversationError, match=why):
         messages_of({"messages": [WHY, message]})
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "turns"])
+@pytest.mark.parametrize("given", ["Why?", WHY])
+def test_what_is_no_list_is_no_conversation(column, given):
+    with pytest.raises(MalformedConversationError, match="for a list of messages"):
+        messages_of({column: given})
 
 
 def texts(
@@ -158,6 +168,19 @@ def test_without_an_end_of_text_an_answer_ends_with_its_words():
     )
     tokenizer.eos_token = None
     assert texts(tokenizer, [WHY, SO]) == [("<user>Why?\n<assistant>", "So.")]
+
+
+def test_an_answer_ends_with_another_special_token_than_the_end_of_text():
+    # As Gemma's and Phi's do.
+    tokenizer = make_tokenizer(CHATML.replace("{{ eos_token }}", "<end_of_turn>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    assert texts(tokenizer, [WHY, SO])[0][1] == "So.<end_of_turn>"
+
+
+def test_a_template_that_fails_makes_the_row_malformed():
+    tokenizer = make_tokenizer("{{ messages[0]['content'] + 1 }}")
+    with pytest.raises(MalformedConversationError, match="the template refuses it"):
+        prompt_tokens(tokenizer, [WHY])
 
 
 def test_a_template_can_be_given(tmp_path: Path):

@@ -154,7 +154,7 @@ def run(args: Namespace, output: Path) -> None:
     if parts:
         tokenizer = AutoTokenizer.from_pretrained(args.target)
         set_chat_template(tokenizer, args.chat_template)
-        limit = AutoConfig.from_pretrained(args.target).max_position_embeddings
+        limit = _positions_of(args.target)
         max_model_len = args.max_model_len or limit
         longest = max_model_len - args.new_tokens
         if longest < 1 or max_model_len > limit:
@@ -180,6 +180,13 @@ def run(args: Namespace, output: Path) -> None:
         replace(counts_file, partial(Path.write_text, data=text))
         write_part(path, rows, args.top_logprobs)
     _tell_counts(json.loads(counts_file.read_text()), num_rows, len(args.temperature))
+
+
+def _positions_of(target: str) -> int:
+    # Models of text and images keep it in a part of their configuration.
+    config = AutoConfig.from_pretrained(target).get_text_config()
+    positions: int = config.max_position_embeddings
+    return positions
 
 
 def _row(sources: list[Any], index: int) -> dict[str, Any]:
