@@ -2,8 +2,8 @@
 
     python -m benchmarks.draft_steps --output results/draft-steps.json
 
-Each row compares two forms of a drafter: on a GPU with and without graphs, on a CPU
-with matrices in float32 and as ``draft_dtype: auto`` keeps them. Without ``--drafter``
+Rows are of two forms of a drafter: on a GPU with and without graphs, on a CPU with
+matrices in float32 and as ``draft_dtype: auto`` keeps them. Without ``--drafter``
 it has llama-68m's shape and random weights (on a CPU a tiny one, which shows that this
 works). Caches are full: of a context that long, the budget and the recent window are
 held. Times are medians of alternated runs, from the call to the drafts on the device.

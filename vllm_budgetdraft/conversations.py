@@ -109,7 +109,7 @@ def prompt_tokens(
             turn does where there is one.
         ConfigurationError: the tokenizer has no chat template.
     """
-    return _encode(tokenizer, _render(tokenizer, messages, asks=True))
+    return encode(tokenizer, render(tokenizer, messages, asks=True))
 
 
 def answers(
@@ -131,9 +131,9 @@ def answers(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = _render(tokenizer, messages[:index], asks=True)
+        asked = render(tokenizer, messages[:index], asks=True)
         stub = {"role": "assistant", "content": ANSWER}
-        whole = _render(tokenizer, [*messages[:index], stub], asks=False)
+        whole = render(tokenizer, [*messages[:index], stub], asks=False)
         before, _, after = whole.partition(ANSWER)
         answer = message["content"]
         if before.startswith(asked):
@@ -146,7 +146,7 @@ def answers(
                 )
             answer = answer[len(begun) :]
         answer += _up_to(_special_tokens(tokenizer), after)
-        found.append((_encode(tokenizer, asked), _encode(tokenizer, answer)))
+        found.append((encode(tokenizer, asked), encode(tokenizer, answer)))
     return found
 
 
@@ -166,10 +166,18 @@ def _up_to(ends: list[str], text: str) -> str:
     return text[: first + len(longest)]
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, asks: bool
 ) -> str:
-    set_chat_template(tokenizer)  # or there is none
+    """A conversation in the template.
+
+    Args:
+        asks: whether the assistant's next turn begins in the end.
+
+    Raises:
+        MalformedConversationError, ConfigurationError: see ``prompt_tokens``.
+    """
+    set_chat_template(tokenizer)  # which raises where there is none
     try:
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=asks, tokenize=False
@@ -179,7 +187,7 @@ def _render(
     return str(text)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # The template writes what a text begins with.
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text that is no beginning, or begins as the template says."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return list(ids)

@@ -147,3 +147,19 @@ def test_embeddings_of_another_width_cannot_be_kept(inputs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(inputs, tmp_path, *options, steps=1)
     assert "48 wide, in a new drafter with hidden_size=24" in capsys.readouterr().err
+
+
+def test_layers_alone_need_embeddings_that_are_the_targets(inputs, tmp_path, capsys):
+    train(inputs, tmp_path / "own", "--train_embeddings", "true", steps=1)
+    for more in (
+        ("--train_embeddings", "true"),
+        ("--hidden_size", "24"),
+        ("--drafter", str(tmp_path / "own")),
+    ):
+        with pytest.raises(SystemExit):
+            train(inputs, tmp_path / "x", *more, "--layers_alone", "true", steps=1)
+        assert "this drafter's are its own" in capsys.readouterr().err
+    flexdraft = ("--drafter_type", "flexdraft", "--draft_tokens", "4")
+    with pytest.raises(SystemExit):
+        train(inputs, tmp_path / "x", *flexdraft, "--layers_alone", "true", steps=1)
+    assert "a flexdraft has none" in capsys.readouterr().err

@@ -158,7 +158,7 @@ def test_each_temperature_is_measured_without_a_seed_and_goes_on(tmp_path, monke
     file = RoundsFile(tmp_path / "rounds.jsonl")
 
     def go_on(*temperatures: float) -> list[dict]:
-        options = {"new_tokens": 8, "temperature": temperatures, "engines_at_once": 4}
+        options = {"new_tokens": 8, "temperatures": temperatures, "engines_at_once": 4}
         measure(methods, prompts, {"model": TARGET}, file, **options)
         return file.read()
 

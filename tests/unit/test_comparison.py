@@ -201,7 +201,7 @@ def test_only_what_is_missing_is_measured_and_turns_alternate(tmp_path, monkeypa
     StubEngine.install(monkeypatch)
     methods = methods_of(budgets=[64], policies=["sink_window"], drafter=DRAFTER)
     prompts = [Prompt("books", 5, i, [i] * 5) for i in range(2)]
-    options = {"new_tokens": 8, "temperature": 0.0, "engines_at_once": 4}
+    options = {"new_tokens": 8, "temperatures": [0.0], "engines_at_once": 4}
 
     def go_on(some):
         file = RoundsFile(tmp_path / "rounds.jsonl")
@@ -231,7 +231,7 @@ def test_a_run_goes_on_whatever_engines_there_is_room_for(tmp_path, monkeypatch)
 
     def go_on(some, engines_at_once):
         StubEngine.asked.clear()
-        options = {"new_tokens": 8, "temperature": 0.0, "profiles": False}
+        options = {"new_tokens": 8, "temperatures": [0.0], "profiles": False}
         args = {"model": TARGET}
         measure(methods, some, args, file, engines_at_once=engines_at_once, **options)
         return sorted(StubEngine.asked)

@@ -217,7 +217,7 @@ def test_each_length_is_warmed_up_where_code_is_made_for_it(
         TARGET_ARGS,
         measure.RoundsFile(tmp_path / "rounds.jsonl"),
         new_tokens=NEW_TOKENS,
-        temperature=0.0,
+        temperatures=[0.0],
         engines_at_once=1,
     )
     assert lengths == expected

@@ -85,7 +85,7 @@ def measured(tmp_path, monkeypatch, *, dtype: str, temperature: float = 0.0):
     )
     file = RoundsFile(tmp_path / "rounds.jsonl")
     prompts = [Prompt("books", 5, i, [i] * 5) for i in range(2)]
-    options = {"new_tokens": 8, "temperature": temperature, "engines_at_once": 4}
+    options = {"new_tokens": 8, "temperatures": [temperature], "engines_at_once": 4}
     measure(methods, prompts, {"model": TARGET}, file, profiles=False, **options)
     rounds = file.read()
     return rounds, {row["kind"]: row for row in summarise(methods, rounds)}, methods

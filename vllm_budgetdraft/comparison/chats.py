@@ -3,7 +3,7 @@
 from typing import Any
 
 from vllm_budgetdraft.comparison.prompts import EXCERPT, Prompt
-from vllm_budgetdraft.conversations import prompt_tokens
+from vllm_budgetdraft.conversations import encode, prompt_tokens
 from vllm_budgetdraft.errors import ConfigurationError
 
 SHORT_QUESTIONS = (
@@ -40,8 +40,7 @@ def questions_about_texts(tokenizer: Any, length: int, count: int) -> list[Promp
     Raises:
         ConfigurationError: the excerpt is too short; see also ``chat_tokens``.
     """
-    excerpt = EXCERPT.read_text(encoding="utf-8")
-    tokens = tokenizer(excerpt, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = encode(tokenizer, EXCERPT.read_text(encoding="utf-8"))
     room = length - len(chat_tokens(tokenizer, QUESTION.format(passage="")))
     if room < 1 or count * room > len(tokens):
         raise ConfigurationError(

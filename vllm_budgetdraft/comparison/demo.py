@@ -63,7 +63,7 @@ def run(args: Namespace) -> None:
             engine_args,
             file,
             new_tokens=args.new_tokens,
-            temperature=0.0,
+            temperatures=[0.0],
             engines_at_once=len(methods),
             profiles=False,
             ignore_eos=False,

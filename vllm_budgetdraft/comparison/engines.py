@@ -81,8 +81,8 @@ def running(
 ) -> Iterator[dict[str, Any]]:
     """The engine of each method by its name, all ready.
 
-    They start at the same time; on a CPU the others when the first is ready, for what
-    it compiled they find in torch's cache, and compiling takes all cores by itself.
+    They start at the same time. On a CPU the others start when the first is ready: what
+    it compiled they find in torch's cache, and together each would compile the same.
 
     Raises:
         BudgetDraftError: an engine did not start; the others are closed, and the logs

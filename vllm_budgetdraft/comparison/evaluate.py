@@ -201,7 +201,7 @@ def run(args: Namespace) -> None:
         engine_args,
         file,
         new_tokens=args.new_tokens,
-        temperature=temperatures,
+        temperatures=temperatures,
         engines_at_once=args.engines_at_once,
         # In a chat template an answer has an end, and what follows it is no text.
         ignore_eos=not in_template,

@@ -76,7 +76,7 @@ def measure(
     file: RoundsFile,
     *,
     new_tokens: int,
-    temperature: float | Sequence[float],
+    temperatures: Sequence[float],
     engines_at_once: int,
     profiles: bool = True,
     ignore_eos: bool = True,
@@ -103,7 +103,6 @@ def measure(
         for each in file.read()
         for name in each["runs"]
     }
-    temperatures = temperature if isinstance(temperature, Sequence) else [temperature]
     places = [(prompt, each) for each in temperatures for prompt in prompts]
     plain, *others = methods
     methods = [plain, *(each for each in others if _left([each], places, done))]

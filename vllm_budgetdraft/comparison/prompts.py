@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from vllm_budgetdraft.comparison.questions import questions
+from vllm_budgetdraft.conversations import encode, render
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation.acceptance import passages
 from vllm_budgetdraft.training.data import open_source, read_texts
@@ -126,7 +127,7 @@ def _framed_passages(
     tokenizer: Any, source: str, unwraps_lines: bool, head: list[int], tail: list[int]
 ) -> Any:
     if Path(source) == EXCERPT:  # which goes on: it has no end of text
-        tokens = _encode(tokenizer, EXCERPT.read_text(encoding="utf-8"))
+        tokens = encode(tokenizer, EXCERPT.read_text(encoding="utf-8"))
         texts = Dataset.from_dict({"input_ids": [tokens]})
     else:
         texts = read_texts([source], tokenizer, unwraps_lines=unwraps_lines)
@@ -157,7 +158,7 @@ def _meetings(
         for row in rng.sample(range(len(rows)), len(rows)):
             meeting, query = rows[row]["context"], rows[row]["input"]
             if meeting not in encoded:
-                encoded[meeting] = _encode(tokenizer, meeting)
+                encoded[meeting] = encode(tokenizer, meeting)
             words = before, after.format(query=query)
             head, tail = _frame(tokenizer, words, in_template)
             size, body = _room(length, head, tail), encoded[meeting]
@@ -187,21 +188,16 @@ def _frame(
     """
     before, after = words
     if not in_template:  # what the tokenizer begins a text with comes first
-        return list(tokenizer(before)["input_ids"]), _encode(tokenizer, after)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": before + PASSAGE + after}],
-        add_generation_prompt=True,
-        tokenize=False,
-    )
-    parts = text.split(PASSAGE)
+        return list(tokenizer(before)["input_ids"]), encode(tokenizer, after)
+    message = {"role": "user", "content": before + PASSAGE + after}
+    parts = render(tokenizer, [message], asks=True).split(PASSAGE)
     if len(parts) != 2:
         raise ConfigurationError(
             f"the chat template has a user's message {len(parts) - 1} times, and a "
             "passage must stand in it once; give another --chat-template, or "
             "--skip-chat-template"
         )
-    # The template writes what a conversation begins with.
-    return _encode(tokenizer, parts[0]), _encode(tokenizer, parts[1])
+    return encode(tokenizer, parts[0]), encode(tokenizer, parts[1])
 
 
 def _room(length: int, head: list[int], tail: list[int]) -> int:
@@ -212,8 +208,3 @@ def _room(length: int, head: list[int], tail: list[int]) -> int:
             f"take {length - size}; use a longer one"
         )
     return size
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return list(tokens)

@@ -24,6 +24,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # or it lists every layer of the target as unread
     join(args.target, Path(args.layers), Path(args.output))
     print(f"Written to {args.output}.")
 
@@ -38,7 +41,6 @@ def join(target: str, layers: Path, output: Path) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     from vllm_budgetdraft.drafter.checkpoint import (
         LAYERS,
@@ -54,7 +56,6 @@ def join(target: str, layers: Path, output: Path) -> None:
             "--layers_alone true, or use the drafter as it is if it has weights"
         )
     config = read_drafter_config(layers)
-    logging.set_verbosity_error()  # or it would list every layer that is not read
     try:
         # No layer: of a large target only its embeddings are read.
         model = AutoModelForCausalLM.from_pretrained(

@@ -160,12 +160,7 @@ def _of_texts(args: Namespace, output: Path) -> None:
                 same = [temperature] * len(prompts)
                 written = engine.write(prompts, same, seeds)
                 rows += [
-                    {
-                        "prompt": prompt,
-                        "continuation": each.token_ids,
-                        "temperature": temperature,
-                        **each.top,
-                    }
+                    each.row(prompt, temperature)
                     for prompt, each in zip(prompts, written, strict=True)
                 ]
         write_part(path, rows, args.top_logprobs)

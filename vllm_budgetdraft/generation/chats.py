@@ -126,14 +126,7 @@ def write_chats(
             [chat.seed for chat in asked],
         )
         for chat, answer in zip(asked, answers, strict=True):
-            rows.append(
-                {
-                    "prompt": chat.prompt,
-                    "continuation": answer.token_ids,
-                    "temperature": chat.temperature,
-                    **answer.top,
-                }
-            )
+            rows.append(answer.row(chat.prompt, chat.temperature))
             num_cut += not answer.has_ended
             chat.answer(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
     counts = Counter(chat.end for chat in chats if chat.end)

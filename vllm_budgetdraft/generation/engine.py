@@ -19,6 +19,15 @@ class Written:
     has_ended: bool
     top: dict[str, list[list[Any]]]
 
+    def row(self, prompt: list[int], temperature: float) -> dict[str, Any]:
+        """As training reads it."""
+        return {
+            "prompt": prompt,
+            "continuation": self.token_ids,
+            "temperature": temperature,
+            **self.top,
+        }
+
 
 #: Of prompts, and of the temperature and the seed of each.
 Write = Callable[[list[list[int]], list[float], list[int]], list[Written]]

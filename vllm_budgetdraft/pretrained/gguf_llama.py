@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from vllm_budgetdraft.drafter.checkpoint import EMBEDDING
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.pretrained.source import CONFIG, LAYERS
 
@@ -32,7 +33,6 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def write_pair(model: Path, layers: Path, folder: Path) -> None:

@@ -45,19 +45,14 @@ def read_conversations(
         answered = encoded.map(
             _flatten, batched=True, remove_columns=encoded.column_names
         )
-        logger.info(
-            "%s: %d answers in %d conversations; left out: %s",
-            source,
-            len(answered),
-            len(rows) - left_out.total(),
-            reasons or "none",
-        )
         if not len(answered):
             raise ConfigurationError(
                 f"{source!r} has {len(rows)} rows and no answer of an assistant "
                 f"(left out: {reasons}); give rows with messages, conversations or "
                 "turns, or have the target answer: budgetdraft generate --conversations"
             )
+        if left_out:
+            logger.warning("rows of %s that are left out: %s", source, reasons)
         found.append(answered)
     return concatenate_datasets(found)
 

@@ -6,7 +6,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
-    PretrainedConfig,
     PreTrainedModel,
     TrainingArguments,
 )
@@ -62,7 +61,8 @@ def make_drafter(
         window: tokens of the longest window.
 
     Raises:
-        ConfigurationError: embeddings that are not there are to be kept.
+        ConfigurationError: embeddings that are not there are to be kept, or those that
+            are to be left out are not the target's.
         UnsupportedDrafterError: see ``load_drafter`` and ``check_vocabulary``.
     """
     target = model.config
@@ -81,20 +81,26 @@ def make_drafter(
     else:
         drafter = _new_drafter(arguments, model, window)
     drafter.train().requires_grad_(True)
-    if not trains_embeddings(arguments, drafter.config, target):
-        for name in ("embedding", "lm_head"):
-            if (matrix := getattr(drafter, name)) is not None:
-                matrix.requires_grad_(False)
+    learns = arguments.train_embeddings
+    if learns is None:
+        learns = drafter.config.hidden_size != target.hidden_size
+    for name in ("embedding", "lm_head"):
+        if (matrix := getattr(drafter, name)) is not None:
+            matrix.requires_grad_(learns)
+    if arguments.layers_alone and (learns or not _has_embeddings_of(drafter, model)):
+        raise ConfigurationError(
+            "layers_alone=True leaves out embeddings that are the target's, and this "
+            "drafter's are its own; leave the option out, or begin with the target's "
+            "and set train_embeddings=False"
+        )
     return drafter
 
 
-def trains_embeddings(
-    arguments: DrafterArguments, drafter: PretrainedConfig, target: PretrainedConfig
-) -> bool:
-    """Whether embeddings and output matrix learn."""
-    if arguments.train_embeddings is not None:
-        return arguments.train_embeddings
-    return bool(drafter.hidden_size != target.hidden_size)
+def _has_embeddings_of(drafter: Drafter, model: PreTrainedModel) -> bool:
+    """As they are written, in bfloat16."""
+    found = embeddings_of(model)
+    pairs = [(drafter.embedding, found[EMBEDDING]), (drafter.head, found[LM_HEAD])]
+    return all(torch.equal(x.bfloat16(), y.cpu().bfloat16()) for x, y in pairs)
 
 
 def _new_drafter(
@@ -147,10 +153,15 @@ def make_flexdraft(
         window: tokens of the longest window.
 
     Raises:
-        ConfigurationError: more layers than the target has.
+        ConfigurationError: more layers than the target has, or layers_alone.
         UnsupportedDrafterError: see ``load_flexdraft`` and ``check_drafter_config``.
     """
     check_drafter_config(target.config, arguments.target)
+    if arguments.layers_alone:
+        raise ConfigurationError(
+            "layers_alone=True leaves out embeddings, and a flexdraft has none; leave "
+            "the option out"
+        )
     if arguments.drafter:
         drafter = load_flexdraft(arguments.drafter, target, max_positions=window)
         return drafter.train().requires_grad_(True)

@@ -65,7 +65,7 @@ def view_losses(
         losses = ce_loss(log_q, all_labels)
     else:
         some_q, some_p = teacher.compare(rows, log_q)
-        some_p = some_p.to(wide).expand_as(some_q)
+        some_p = some_p.to(wide)  # of all views
         losses = OBJECTIVES[settings.objective](some_q, some_p)
         alphas = acceptance(some_q.detach(), some_p)
     if settings.position_weights != "uniform":
@@ -145,7 +145,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """See ``multi_view_loss``; also returns the sums, without gradients."""
         of_hidden = torch.zeros_like(hidden)
-        # A matrix that does not learn is most of the work, and is spared it.
+        # The target's own matrix does not learn, and needs none.
         of_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
         for start in range(0, hidden.shape[1], chunk_tokens):

@@ -36,13 +36,8 @@ def kl_loss(log_q: Tensor, log_p: Tensor) -> Tensor:
 
     A token that cannot be, whose log p is -inf, adds nothing.
     """
-    log_p = finite(log_p)
+    log_p = log_p.clamp_min(torch.finfo(log_p.dtype).min)  # which times 0 is 0
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-
-
-def finite(log_p: Tensor) -> Tensor:
-    """Logarithms whose product with 0 is 0."""
-    return log_p.clamp_min(torch.finfo(log_p.dtype).min)
 
 
 def acceptance(log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.training.objectives import IGNORED, finite
+from vllm_budgetdraft.training.objectives import IGNORED
 
 #: Temperature that stands for 0, where p is all on the likeliest token.
 NEARLY_GREEDY = 1e-4
@@ -111,8 +111,10 @@ def _top_at(log_p: Tensor, temperatures: Tensor) -> Tensor:
     """
     power = 1 / temperatures
     others = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-9).log()
-    last = finite(log_p[:, -1:])
-    sharp = torch.cat([log_p * power, others + last * (power - 1)], -1)
+    last = log_p[:, -1:]
+    # If the last one cannot be, no other can.
+    others = (others + last * (power - 1)).where(last.isfinite(), -torch.inf)
+    sharp = torch.cat([log_p * power, others], -1)
     return sharp.log_softmax(-1)[:, :-1]
 
 
