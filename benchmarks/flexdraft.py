@@ -74,11 +74,10 @@ def measure_acceptance(args: argparse.Namespace, target: Any, texts: Any) -> Non
         "num_speculative_tokens": NUM_DRAFTS,
         "local_tokens": args.local_tokens,
     }
+    prompts = {each: passages(texts, each, args.prompts, 0) for each in args.contexts}
     arguments: dict[str, Any] = {
-        "contexts": args.contexts,
         "budgets": args.budgets,
         "temperatures": [0.0, 1.0],
-        "num_prompts": args.prompts,
         "new_tokens": args.new_tokens,
         "settings": settings,
     }
@@ -88,10 +87,10 @@ def measure_acceptance(args: argparse.Namespace, target: Any, texts: Any) -> Non
     for folder in args.drafters:
         if Path(folder).name in known:
             continue
-        held_out = HeldOutAcceptance(target, texts, **arguments)
+        held_out = HeldOutAcceptance(target, prompts, **arguments)
         if is_flexdraft(folder):
             held_out = FlexDraftAcceptance(
-                target, texts, page_size=args.page_size, **arguments
+                target, prompts, page_size=args.page_size, **arguments
             )
         for row in held_out.rows(Path(folder)):
             found = {"drafter": Path(folder).name, **vars(row)}

@@ -202,11 +202,9 @@ def measures(args: argparse.Namespace, output: Path) -> dict[str, HeldOutAccepta
     return {
         name: HeldOutAcceptance(
             target,
-            rows,
-            contexts=args.contexts,
+            {each: passages(rows, each, args.prompts, 0) for each in args.contexts},
             budgets=args.budgets,
             temperatures=args.temperatures,
-            num_prompts=args.prompts,
             new_tokens=args.new_tokens,
             settings={"num_speculative_tokens": 8, "local_tokens": LOCAL_TOKENS},
         )

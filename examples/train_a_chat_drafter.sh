@@ -41,6 +41,8 @@ budgetdraft train --target "$TARGET" "${begin[@]}" --continuations "$output/answ
     --budgets 64 128 256 --budget_weights 0.4 0.3 0.3 \
     --per_device_train_batch_size 8 --max_steps "${STEPS:-2000}" \
     --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 10 \
+    --eval_conversations "$output/held-out.jsonl" --eval_prompts 8 \
+    --eval_budgets 128 256 --eval_temperatures 0 1 --eval_draft_tokens 4 \
     --logging_steps 10 --save_total_limit 1 --output_dir "$output/drafter"
 
 budgetdraft evaluate --target "$TARGET" --drafter "$output/drafter" \

@@ -284,7 +284,7 @@ def test_the_best_drafter_of_a_run_is_kept(inputs, tmp_path):
     for name, weight in kept.items():
         assert torch.equal(weight, weights[name].bfloat16()), name
     card = (tmp_path / "README.md").read_text()
-    assert f"step {best}" in card and "| 1 | 60 |" in card
+    assert f"step {best}" in card and "| 1 | 60 tokens of a text |" in card
     assert not (tmp_path / "being_evaluated").exists()
 
 
@@ -295,7 +295,36 @@ def test_held_out_texts_alone_are_measured_for_the_card(inputs, tmp_path):
     """.split()
     train(inputs, tmp_path, *measures, steps=3)
     card = (tmp_path / "README.md").read_text()
-    assert "step 3" in card and "| 0 | 40 |" in card and "Not measured" not in card
+    assert (
+        "step 3" in card
+        and "| 0 | 40 tokens of a text |" in card
+        and "Not measured" not in card
+    )
+
+
+def test_held_out_conversations_are_measured_in_the_template(inputs, tmp_path):
+    rows = [{"turns": ["Who is there?"]}, {"question": "What is it?"}, {"turns": []}]
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    measures = f"""
+        --eval_conversations {held_out} --eval_budgets 24 32 --eval_temperatures 0 1
+        --eval_prompts 2 --eval_new_tokens 12 --eval_draft_tokens 3
+    """.split()
+    output = tmp_path / "out"
+    train(inputs, output, *measures, "--chat_template", template, steps=2)
+    card = (output / "README.md").read_text()
+    assert "| prompt | budget 24 | budget 32 |" in card
+    assert "| 0 | chat | " in card and "| 1 | chat | " in card
+    assert "tokens of a text" not in card
+
+
+def test_a_strategy_without_held_out_prompts_is_refused(inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(
+            inputs, tmp_path, "--eval_strategy", "steps", "--eval_steps", "2", steps=2
+        )
+    assert "neither eval_conversations nor eval_texts" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(

@@ -37,17 +37,16 @@ def target(target_folder):
     return models.read_model(target_folder)
 
 
-def held_out(target, **changes) -> HeldOutAcceptance:
+def held_out(target, contexts=(20, 60), num_prompts=3, **changes) -> HeldOutAcceptance:
     texts = {"input_ids": [models.random_tokens(90, seed=i).tolist() for i in range(3)]}
     arguments = {
-        "contexts": [20, 60],
         "budgets": [64, 24],
         "temperatures": [0.0, 1.0],
-        "num_prompts": 3,
         "new_tokens": 24,
         "settings": {"num_speculative_tokens": NUM_DRAFTS, "local_tokens": 8},
     }
-    return HeldOutAcceptance(target, texts, **{**arguments, **changes})
+    prompts = {each: passages(texts, each, num_prompts, 0) for each in contexts}
+    return HeldOutAcceptance(target, prompts, **{**arguments, **changes})
 
 
 def sampling_verifier(target, context, temperature: float) -> SamplingVerifier:
@@ -176,6 +175,41 @@ def test_passages_are_of_different_texts_and_the_same_again():
     for passage in found:
         assert passage == list(range(passage[0], passage[0] + 20))
     assert len(passages(texts, 20, 9, seed=0)) == 9
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_that_is_an_end_alone_has_no_drafts(
+    target, target_folder, temperature
+):
+    measured = held_out(
+        target,
+        contexts=[20],
+        budgets=[64],
+        temperatures=[temperature],
+        end_tokens=range(models.VOCAB_SIZE),
+    )
+    (row,) = measured.rows(target_folder)
+    assert row.acceptance_length == 1
+
+
+@pytest.mark.parametrize("position", [1, 6])
+def test_steps_after_an_end_are_not_counted(target, target_folder, position):
+    """Its own drafter has all of its drafts accepted, NUM_DRAFTS and one a step."""
+    prompt = models.random_tokens(20, seed=3).tolist()
+    written = greedy_continuation(target, prompt, 40)
+    end = written[position]
+    position = written.index(end, 1)  # a token may come again
+    proposer = build_proposer(target_folder, kv_budget=64)
+    steps = speculate(
+        proposer,
+        [*prompt, written[0]],
+        GreedyVerifier(written[1:]),
+        new_tokens=24,
+        kv_budget=64,
+        temperature=0.0,
+        end_tokens=[end],
+    )
+    assert len(steps) == -(-position // (NUM_DRAFTS + 1)) < 6
 
 
 def test_texts_shorter_than_a_context_are_an_error(target):

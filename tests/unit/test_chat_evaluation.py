@@ -14,9 +14,9 @@ from vllm_budgetdraft.comparison.measure import RoundsFile, measure
 from vllm_budgetdraft.comparison.methods import Method, all_methods
 from vllm_budgetdraft.comparison.notes import Circumstances, notes
 from vllm_budgetdraft.comparison.prompts import EXCERPT, Prompt, build_prompts
-from vllm_budgetdraft.comparison.questions import first_question, questions
 from vllm_budgetdraft.comparison.summary import summarise
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.training.questions import first_question, questions
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] "

@@ -15,11 +15,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from vllm_budgetdraft.comparison.questions import questions
 from vllm_budgetdraft.conversations import encode, render
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation.acceptance import passages
 from vllm_budgetdraft.training.data import open_source, read_texts
+from vllm_budgetdraft.training.questions import questions
 
 EXCERPT = Path(__file__).with_name("excerpt.txt")
 

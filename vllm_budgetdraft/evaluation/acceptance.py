@@ -4,6 +4,7 @@ The drafts are those of serving, from a ``DraftProposer``; the target is a plain
 ``transformers`` model on the same tokens, and verifies as vLLM does.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -25,11 +26,12 @@ class AcceptanceRow:
     """Of one context length, budget and temperature.
 
     Attributes:
+        context: tokens of each prompt, or the name of prompts of other lengths.
         acceptance_length: tokens that a step emits, the bonus token among them.
         acceptance_rate: accepted drafts over all drafts.
     """
 
-    context: int
+    context: int | str
     budget: int
     temperature: float
     acceptance_length: float
@@ -135,8 +137,9 @@ def speculate(
     new_tokens: int,
     kv_budget: int,
     temperature: float,
+    end_tokens: Collection[int] = (),
 ) -> list[int]:
-    """Drafts accepted in each step, until there are so many new tokens.
+    """Drafts accepted in each step, until there are so many new tokens, or an end.
 
     Args:
         context: the prompt and the first new token.
@@ -155,45 +158,45 @@ def speculate(
         drafts = proposer.draft(slots, last, slots + len(context), None, temperatures)
         tokens, q = drafts.tokens[0], drafts.probabilities
         accepted, following = verify(tokens, None if q is None else q[0])
-        context += [*tokens[:accepted].tolist(), following]
+        emitted = [*tokens[:accepted].tolist(), following]
+        context += emitted
         steps.append(accepted)
+        if not set(end_tokens).isdisjoint(emitted):
+            break
     proposer.release_request(0)
     return steps
 
 
 class HeldOutAcceptance:
-    """Measures drafters of one target on the same passages of held-out texts."""
+    """Measures drafters of one target on the same held-out prompts."""
 
     def __init__(
         self,
         target: PreTrainedModel,
-        texts: Any,
+        prompts: Mapping[int | str, list[list[int]]],
         *,
-        contexts: list[int],
         budgets: list[int],
         temperatures: list[float],
-        num_prompts: int,
         new_tokens: int,
         settings: dict[str, Any],
+        end_tokens: Collection[int] = (),
         seed: int = 0,
     ) -> None:
         """
         Args:
-            texts: rows with ``input_ids``, in any format.
+            prompts: token ids, by the tokens of each, or by name if lengths differ.
+            new_tokens: after each prompt, at most.
             settings: of a ``BudgetDraftConfig``, less model and kv_budget.
-
-        Raises:
-            ConfigurationError: no text is as long as a context.
+            end_tokens: what ends an answer.
         """
         self._target, self._settings = target, settings
         self._budgets, self._temperatures = sorted(budgets), temperatures
         self._new_tokens, self._seed = new_tokens, seed
         self._num_drafts = settings["num_speculative_tokens"]
-        self._prompts = {
-            context: passages(texts, context, num_prompts, seed) for context in contexts
-        }
-        self._longest = max(contexts) + new_tokens + self._num_drafts + 2
-        self._written: dict[int, list[list[int]]] = {}
+        self._prompts, self._ends = prompts, end_tokens
+        longest = max(len(each) for some in prompts.values() for each in some)
+        self._longest = longest + new_tokens + self._num_drafts + 2
+        self._written: dict[int | str, list[list[int]]] = {}
 
     def measure(self, drafter: Path) -> dict[str, float]:
         """Of a drafter's folder: ``acceptance_length``, and the same by case.
@@ -202,8 +205,7 @@ class HeldOutAcceptance:
         """
         rows = self.rows(drafter)
         found = {
-            f"acceptance_length_context_{row.context}_budget_{row.budget}"
-            f"_temperature_{row.temperature:g}": row.acceptance_length
+            case_name(row.context, row.budget, row.temperature): row.acceptance_length
             for row in rows
         }
         lengths = torch.tensor([row.acceptance_length for row in rows])
@@ -213,7 +215,7 @@ class HeldOutAcceptance:
     def rows(self, drafter: Path) -> list[AcceptanceRow]:
         """Of every context, budget and temperature."""
         proposer = self._proposer(drafter)
-        steps: dict[tuple[int, int, float], list[int]] = {
+        steps: dict[tuple[int | str, int, float], list[int]] = {
             (context, budget, temperature): []
             for context in self._prompts
             for budget in self._budgets
@@ -233,9 +235,10 @@ class HeldOutAcceptance:
         return [self._row(*case, accepted) for case, accepted in steps.items()]
 
     def _row(
-        self, context: int, budget: int, temperature: float, accepted: list[int]
+        self, context: int | str, budget: int, temperature: float, accepted: list[int]
     ) -> AcceptanceRow:
-        mean = sum(accepted) / len(accepted)
+        # Where every answer is an end and nothing else, nothing is drafted.
+        mean = sum(accepted) / max(1, len(accepted))
         return AcceptanceRow(
             context, budget, temperature, 1 + mean, mean / self._num_drafts
         )
@@ -249,6 +252,8 @@ class HeldOutAcceptance:
         budget: int,
         temperature: float,
     ) -> list[int]:
+        if written[0] in self._ends:
+            return []
         verify: Verifier = GreedyVerifier(written[1:])
         if temperature:
             if more := cache.get_seq_length() - len(prompt):
@@ -263,9 +268,10 @@ class HeldOutAcceptance:
             new_tokens=self._new_tokens,
             kv_budget=budget,
             temperature=temperature,
+            end_tokens=self._ends,
         )
 
-    def _greedy(self, context: int) -> list[list[int]]:
+    def _greedy(self, context: int | str) -> list[list[int]]:
         """What the target writes after each prompt, and as much as may be drafted."""
         if context not in self._written:
             longest = self._new_tokens + self._num_drafts + 2
@@ -289,6 +295,12 @@ class HeldOutAcceptance:
             vocab_size=self._target.config.vocab_size,
             seed=self._seed,
         )
+
+
+def case_name(context: int | str, budget: int, temperature: float) -> str:
+    """What an acceptance length is called in a log."""
+    prompts = context if isinstance(context, str) else f"context_{context}"
+    return f"acceptance_length_{prompts}_budget_{budget}_temperature_{temperature:g}"
 
 
 def passages(texts: Any, length: int, count: int, seed: int) -> list[list[int]]:

@@ -10,8 +10,6 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,6 @@ from transformers import (
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.drafter.checkpoint import keep_layers_alone
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
-from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance
-from vllm_budgetdraft.evaluation.flexdraft_acceptance import FlexDraftAcceptance
 from vllm_budgetdraft.flexdraft.checkpoint import fingerprint
 from vllm_budgetdraft.training.arguments import (
     AcceptanceArguments,
@@ -52,6 +48,7 @@ from vllm_budgetdraft.training.drafters import (
     make_flexdraft,
 )
 from vllm_budgetdraft.training.flexdraft import FlexDraftModel
+from vllm_budgetdraft.training.held_out import held_out_acceptance
 from vllm_budgetdraft.training.model import MultiViewModel
 from vllm_budgetdraft.training.model_card import model_card
 from vllm_budgetdraft.training.teacher_cache import TeacherCache
@@ -152,13 +149,22 @@ def train(argv: list[str]) -> None:
         drafter.config.budgetdraft = learnt
         cache = _cache(objective, drafter_args, data, arguments, target.config)
         model = MultiViewModel(drafter, target, views, objective, eviction, cache)
-    held_out: HeldOutAcceptance | None = None
+    held_out = held_out_acceptance(
+        target,
+        tokenizer,
+        acceptance,
+        data,
+        views,
+        eviction,
+        flexdraft.selection_page_size if isinstance(model, FlexDraftModel) else None,
+    )
     is_measured_on_the_way = arguments.eval_strategy != "no"
-    if is_measured_on_the_way or acceptance.eval_texts:
-        held_out = _held_out(
-            acceptance, data, views, eviction, target, tokenizer, flexdraft, model
-        )
     if is_measured_on_the_way:
+        if held_out is None:
+            raise ConfigurationError(
+                "eval_strategy is set, but neither eval_conversations nor eval_texts "
+                "is; give held-out conversations or texts"
+            )
         _keep_best(arguments)
 
     trainer = DrafterTrainer(
@@ -219,7 +225,16 @@ def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) 
         )
     windows_per_step = _windows_per_step(arguments)
     return TokenWindows(
-        _texts(data.texts, data, tokenizer) if data.texts else None,
+        (
+            read_texts(
+                data.texts,
+                tokenizer,
+                column=data.text_column,
+                unwraps_lines=data.unwrap_lines,
+            )
+            if data.texts
+            else None
+        ),
         read_continuations(data.continuations) if data.continuations else None,
         prefix_tokens=data.prefix_tokens,
         continuation_tokens=data.continuation_tokens,
@@ -232,15 +247,6 @@ def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) 
             if data.conversations
             else None
         ),
-    )
-
-
-def _texts(sources: list[str], data: DataArguments, tokenizer: Any) -> Any:
-    return read_texts(
-        sources,
-        tokenizer,
-        column=data.text_column,
-        unwraps_lines=data.unwrap_lines,
     )
 
 
@@ -296,41 +302,6 @@ def _check_flexdraft(
             "teacher_cache keeps hidden states, and flexdraft needs the target's keys "
             "and values too; leave it out"
         )
-
-
-def _held_out(
-    acceptance: AcceptanceArguments,
-    data: DataArguments,
-    views: ViewArguments,
-    eviction: EvictionSettings,
-    target: Any,
-    tokenizer: Any,
-    flexdraft: FlexDraftArguments,
-    model: MultiViewModel | FlexDraftModel,
-) -> HeldOutAcceptance:
-    if not acceptance.eval_texts:
-        raise ConfigurationError(
-            "eval_strategy is set, but eval_texts is not; give held-out texts"
-        )
-    kind: Callable[..., HeldOutAcceptance] = HeldOutAcceptance
-    if isinstance(model, FlexDraftModel):
-        kind = partial(FlexDraftAcceptance, page_size=flexdraft.selection_page_size)
-    return kind(
-        target,
-        _texts(acceptance.eval_texts, data, tokenizer),
-        contexts=acceptance.eval_contexts,
-        budgets=acceptance.eval_budgets,
-        temperatures=acceptance.eval_temperatures,
-        num_prompts=acceptance.eval_prompts,
-        new_tokens=acceptance.eval_new_tokens,
-        settings={
-            "num_speculative_tokens": acceptance.eval_draft_tokens,
-            "position_mode": views.position_mode,
-            "draft_prefill": views.draft_prefill,
-            "draft_prefill_chunk": views.draft_prefill_chunk,
-            **eviction.model_dump(),
-        },
-    )
 
 
 def _keep_best(arguments: TrainingArguments) -> None:

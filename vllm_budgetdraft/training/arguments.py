@@ -227,8 +227,16 @@ class AcceptanceArguments:
     eval_texts: list[str] = field(
         default_factory=list, metadata={"help": "Held-out texts, as --texts."}
     )
+    eval_conversations: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Held-out conversations, as --conversations, or questions as of "
+            "HumanEval or GSM8K: the target answers the first of each."
+        },
+    )
     eval_contexts: list[int] = field(
-        default_factory=lambda: [1024, 4096], metadata={"help": "Prompt lengths."}
+        default_factory=lambda: [1024, 4096],
+        metadata={"help": "Of texts, prompt lengths."},
     )
     eval_budgets: list[int] = field(
         default_factory=lambda: [128, 512], metadata={"help": "KV budgets."}
@@ -236,8 +244,10 @@ class AcceptanceArguments:
     eval_temperatures: list[float] = field(
         default_factory=lambda: [0.0], metadata={"help": "Of the target; 0: greedy."}
     )
-    eval_prompts: int = field(default=6, metadata={"help": "Of each length."})
-    eval_new_tokens: int = field(default=128, metadata={"help": "Of each prompt."})
+    eval_prompts: int = field(
+        default=6, metadata={"help": "Of each length, and source."}
+    )
+    eval_new_tokens: int = field(default=128, metadata={"help": "Of each, at most."})
     eval_draft_tokens: int = field(default=8, metadata={"help": "Drafted per step."})
 
 

@@ -5,7 +5,9 @@ from typing import Any
 from transformers import TrainerState
 
 from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.evaluation.acceptance import case_name
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft
+from vllm_budgetdraft.training.held_out import CHAT
 
 CARD = """\
 ---
@@ -109,30 +111,27 @@ def _acceptance(options: dict[str, Any], state: TrainerState) -> str:
     """A table of the checkpoint that was kept."""
     measured = [e for e in state.log_history if "eval_acceptance_length" in e]
     if not measured:
-        return "Not measured: no held-out texts were given (`eval_texts`)."
+        return (
+            "Not measured: neither held-out conversations (`eval_conversations`) nor "
+            "texts (`eval_texts`) were given."
+        )
     best = max(measured, key=lambda entry: entry["eval_acceptance_length"])
-    contexts, budgets = options["eval_contexts"], sorted(options["eval_budgets"])
+    budgets = sorted(options["eval_budgets"])
+    prompts: list[int | str] = options["eval_contexts"] if options["eval_texts"] else []
+    if options["eval_conversations"]:
+        prompts = [*prompts, CHAT]
     lines = [
         f"Acceptance length (bonus token included) at {options['eval_draft_tokens']} "
-        f"draft tokens, {options['eval_prompts']} held-out passages of each length, "
-        f"{options['eval_new_tokens']} new tokens, step {best['step']}:",
+        f"draft tokens, {options['eval_prompts']} held-out prompts of each kind, "
+        f"{options['eval_new_tokens']} new tokens at most, step {best['step']}:",
         "",
-        "| temperature | context | "
-        + " | ".join(f"budget {b}" for b in budgets)
-        + " |",
+        "| temperature | prompt | " + " | ".join(f"budget {b}" for b in budgets) + " |",
         "|---" * (2 + len(budgets)) + "|",
     ]
     for temperature in options["eval_temperatures"]:
-        for context in contexts:
-            cells = [
-                f"{best[_key(context, budget, temperature)]:.2f}" for budget in budgets
-            ]
-            lines.append(f"| {temperature:g} | {context} | {' | '.join(cells)} |")
+        for each in prompts:
+            names = [f"eval_{case_name(each, b, temperature)}" for b in budgets]
+            cells = " | ".join(f"{best[name]:.2f}" for name in names)
+            kind = each if isinstance(each, str) else f"{each} tokens of a text"
+            lines.append(f"| {temperature:g} | {kind} | {cells} |")
     return "\n".join(lines)
-
-
-def _key(context: int, budget: int, temperature: float) -> str:
-    return (
-        f"eval_acceptance_length_context_{context}_budget_{budget}"
-        f"_temperature_{temperature:g}"
-    )
