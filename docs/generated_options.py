@@ -22,7 +22,7 @@ def training_options() -> str:
         for each in vars(arguments).values()
         if isinstance(each, type)
         and dataclasses.is_dataclass(each)
-        and each is not arguments.EvictionArguments
+        and each is not arguments.SeenArguments
     ]
     parts = []
     for each in classes:

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.eviction.catalogue import POLICIES
 from vllm_budgetdraft.vllm_integration.compatibility import NEWEST, OLDEST
@@ -147,6 +147,6 @@ def test_the_first_table_of_the_pages_is_what_was_measured() -> None:
     drafter = read_drafter_config(DRAFTER)
     heads = drafter.num_hidden_layers * drafter.num_key_value_heads
     kib = 2 * heads * drafter.head_dim * 4 / 1024
-    config = BudgetDraftConfig(model=str(DRAFTER), num_speculative_tokens=8)
+    config = SettledConfig(model=str(DRAFTER), num_speculative_tokens=8)
     assert shown["budgetdraft"][4] == f"{config.cache_capacity(8192) * kib:,.0f} KiB"
     assert shown["draft_model"][4] == f"{(4096 + 256) * kib:,.0f} KiB"

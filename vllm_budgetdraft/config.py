@@ -1,7 +1,8 @@
 """Every setting, declared once: JSON keys, command line and README share this list."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -14,6 +15,8 @@ from pydantic import (
 
 from vllm_budgetdraft.errors import ConfigurationError
 
+Config = TypeVar("Config", bound="BudgetDraftConfig")
+
 BUILT_IN_POLICIES = (
     "chunk_retrieval",
     "observation_window",
@@ -24,7 +27,7 @@ BUILT_IN_POLICIES = (
 
 
 class EvictionSettings(BaseModel):
-    """What an eviction policy needs to know; training and serving share it."""
+    """What an eviction policy needs to know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -92,8 +95,39 @@ class EvictionSettings(BaseModel):
         return self.sink_tokens + self.chunk_size
 
 
-class BudgetDraftConfig(EvictionSettings):
-    """The settings of ``--speculative-config '{"method": "budgetdraft", ...}'``."""
+class ViewSettings(EvictionSettings):
+    """All that decides which keys a drafter sees, beside the budget.
+
+    Training writes them into the drafter's folder, and serving takes them from there.
+    """
+
+    position_mode: Literal["absolute", "cache_relative"] = Field(
+        "absolute",
+        description="Where the drafter's keys stand: absolute, at their position in "
+        "the context, or cache_relative, at their index in the draft cache, so that a "
+        "drafter of a short native range drafts at any context.",
+    )
+    draft_prefill: Literal["full", "streaming"] = Field(
+        "full",
+        description="How the drafter reads a prompt: in full, keeping the budget in "
+        "the end, or streaming, keeping the budget after every chunk, so that time is "
+        "linear in the prompt and memory does not depend on it. Streaming is the "
+        "default for cache_relative positions, which need it for long prompts.",
+    )
+    draft_prefill_chunk: int = Field(
+        4096,
+        ge=1,
+        description="Prompt tokens that the drafter reads at once; in serving, per "
+        "engine step, of all requests together. Streaming keeps the budget after so "
+        "many, or as many as the native range leaves for cache_relative positions.",
+    )
+
+
+class BudgetDraftConfig(ViewSettings):
+    """The settings of ``--speculative-config '{"method": "budgetdraft", ...}'``.
+
+    What they leave out of a ``ViewSettings`` the drafter's folder says: see ``settle``.
+    """
 
     model: str = Field(description="Folder of the drafter (Hugging Face layout).")
     drafter_type: Literal["auto", "decoder", "flexdraft"] = Field(
@@ -148,27 +182,6 @@ class BudgetDraftConfig(EvictionSettings):
         description="Memory of the draft cache in GiB, if not what max_num_seqs "
         "requests take; a request that finds no room in it goes on without drafts.",
     )
-    position_mode: Literal["auto", "absolute", "cache_relative"] = Field(
-        "auto",
-        description="Where the drafter's keys stand: absolute, at their position in "
-        "the context, or cache_relative, at their index in the draft cache, so that a "
-        "drafter of a short native range drafts at any context; auto is what the "
-        "drafter was trained with.",
-    )
-    draft_prefill: Literal["auto", "full", "streaming"] = Field(
-        "auto",
-        description="How the drafter reads a prompt: in full, keeping the budget in "
-        "the end, or streaming, keeping the budget after every chunk, so that time is "
-        "linear in the prompt and memory does not depend on it; auto is streaming "
-        "for cache_relative positions, which need it for long prompts, and for "
-        "absolute ones what the drafter was trained with, else full.",
-    )
-    draft_prefill_chunk: int = Field(
-        4096,
-        ge=1,
-        description="Prompt tokens that the drafter reads per engine step, of all "
-        "requests together.",
-    )
     attention_backend: Literal["auto", "torch", "triton"] = Field(
         "auto",
         description="What the drafter's attention and cache operations run on; auto is "
@@ -205,20 +218,41 @@ class BudgetDraftConfig(EvictionSettings):
             previous = last
         return schedule
 
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_left_out(cls, settings: Any) -> Any:
+        """``auto`` is what the drafter was trained with, as if nothing were said."""
+        names = ("position_mode", "draft_prefill")
+        if not isinstance(settings, dict):
+            return settings
+        return {
+            name: value
+            for name, value in settings.items()
+            if not (name in names and value == "auto")
+        }
+
     @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
-        if self.eviction_policy != "keep_all" and self.kv_budget < self.min_budget:
-            raise ValueError(
-                f"kv_budget={self.kv_budget} is below {self.min_budget} tokens, the "
-                f"sinks (sink_tokens={self.sink_tokens}) plus one chunk (chunk_size="
-                f"{self.chunk_size}); raise kv_budget or lower sink_tokens"
-            )
+    def _recent_window_holds_drafts(self) -> Self:
         floor = self.num_speculative_tokens + 2 * self.page_size
         if self.recent_window < floor:
             raise ValueError(
                 f"recent_window={self.recent_window} is below {floor} tokens, the "
                 f"drafts (num_speculative_tokens={self.num_speculative_tokens}) plus "
                 f"two pages (page_size={self.page_size}); raise recent_window"
+            )
+        return self
+
+
+class SettledConfig(BudgetDraftConfig):
+    """What a ``BudgetDraftConfig`` means for its drafter: see ``settle``."""
+
+    @model_validator(mode="after")
+    def _budget_holds_a_chunk(self) -> Self:
+        if self.eviction_policy != "keep_all" and self.kv_budget < self.min_budget:
+            raise ValueError(
+                f"kv_budget={self.kv_budget} is below {self.min_budget} tokens, the "
+                f"sinks (sink_tokens={self.sink_tokens}) plus one chunk (chunk_size="
+                f"{self.chunk_size}); raise kv_budget or lower sink_tokens"
             )
         return self
 
@@ -288,7 +322,7 @@ def check_flexdraft_settings(config: BudgetDraftConfig) -> None:
 
 
 def parse_request_settings(
-    extra_args: dict[str, Any] | None, config: BudgetDraftConfig
+    extra_args: dict[str, Any] | None, config: SettledConfig
 ) -> RequestSettings:
     """Reads our keys of a request's ``extra_args``, which may hold those of others.
 
@@ -327,8 +361,54 @@ def parse_speculative_config(settings: dict[str, Any]) -> BudgetDraftConfig:
         ConfigurationError: names every key that is unknown, missing or out of range,
             with its value and limit.
     """
+    return _valid(BudgetDraftConfig, settings)
+
+
+def settle(config: BudgetDraftConfig, trained: Mapping[str, Any]) -> SettledConfig:
+    """The config with what it leaves out of the view as the drafter was trained.
+
+    Args:
+        trained: what the ``config.json`` of the drafter's folder has under
+            ``budgetdraft``; empty if it was trained elsewhere.
+
+    Raises:
+        ConfigurationError: settings that do not fit each other.
+    """
+    given = config.model_dump(exclude_unset=True)
+    settings = _view_of(trained) | given
+    is_relative = settings.get("position_mode") == "cache_relative"
+    if is_relative and "draft_prefill" not in given:
+        settings["draft_prefill"] = "streaming"  # whose range a prompt may exceed
+    return _valid(SettledConfig, settings)
+
+
+def compare_views(
+    config: BudgetDraftConfig, trained: Mapping[str, Any]
+) -> tuple[str, str]:
+    """What ``settle`` takes from the drafter's folder, and what the user has otherwise.
+
+    Returns:
+        Settings and values, each may be empty.
+    """
+    given = config.model_dump(exclude_unset=True)
+    taken, different = [], []
+    for name, value in _view_of(trained).items():
+        if name not in given:
+            taken.append(f"{name}={value!r}")
+        elif given[name] != value:
+            different.append(f"{name}={given[name]!r} (trained with {value!r})")
+    return ", ".join(taken), ", ".join(different)
+
+
+def _view_of(trained: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: trained[name] for name in ViewSettings.model_fields if name in trained
+    }
+
+
+def _valid(kind: type[Config], settings: dict[str, Any]) -> Config:
     try:
-        return BudgetDraftConfig(**settings)
+        return kind(**settings)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise ConfigurationError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.evaluation import provenance
@@ -36,14 +36,20 @@ def straightforward(
     prefix = window[:, :-continuation]
     with torch.no_grad():
         log_p = target(window).logits[:, -continuation:].float().log_softmax(-1)
-    policy = make_policy(EvictionSettings())
+    policy = make_policy(ViewSettings())
     losses = []
     for budget in (None, 512):
         if budget is None:
             (hidden,) = continuation_hidden(drafter, window, [View([], [], 0)])
             logits = drafter.logits(hidden)[:, -continuation:]
         else:
-            found = PrefixViews(drafter, policy, prefix)  # again, and with gradients
+            found = PrefixViews(  # again, and with gradients
+                drafter,
+                policy,
+                prefix,
+                ViewSettings(),
+                continuation_tokens=continuation,
+            )
             view = found.sparse(budget)
             tokens = window[:, -continuation:]
             (hidden,) = continuation_hidden(drafter, tokens, [view])
@@ -64,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         target,
         ViewArguments(budgets=[512], budget_weights=[1.0]),
         ObjectiveArguments(objective="kl"),
-        EvictionSettings(),
+        ViewSettings(),
     )
     optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-5)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.engines import DRAFTER, FLEXDRAFT
-from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.config import SettledConfig
 
 pytestmark = pytest.mark.vllm
 
@@ -15,7 +15,7 @@ def only_on_v1(data_parallel_size: int = 1, **settings: object) -> list[str]:
 
     settings = {"model": DRAFTER, "num_speculative_tokens": 4, **settings}
     config = SimpleNamespace(
-        speculative_config=SimpleNamespace(settings=BudgetDraftConfig(**settings)),
+        speculative_config=SimpleNamespace(settings=SettledConfig(**settings)),
         parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size),
     )
     return speculative_config.only_on_v1(config)
@@ -54,7 +54,7 @@ def test_vllm_asks_us_and_other_methods_are_judged_as_before(monkeypatch):
     theirs = ["speculative method 'custom_class'", "something else"]
     monkeypatch.setattr(VllmConfig, name, lambda self: list(theirs))
     runner_v2.apply()
-    settings = BudgetDraftConfig(
+    settings = SettledConfig(
         model=DRAFTER, num_speculative_tokens=4, draft_confidence_threshold=0.3
     )
     parallel = SimpleNamespace(data_parallel_size=1)

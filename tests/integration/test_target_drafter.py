@@ -11,7 +11,7 @@ from torch import Tensor
 from budgetdraft_kernels import reference
 from tests.support import models
 from tests.support.flex_twin import NUM_LAYERS, random_drafter, twin_logits
-from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.training.flexdraft import target_states
 
@@ -76,7 +76,7 @@ def cache() -> Cache:
 def drafter_of(cache: Cache, **settings: Any) -> Any:
     from vllm_budgetdraft.vllm_integration.target_drafter import TargetDrafter
 
-    config = BudgetDraftConfig(
+    config = SettledConfig(
         model="",
         num_speculative_tokens=NUM_DRAFTS,
         **{

@@ -58,9 +58,13 @@ class ListTwin:
         longest, native = core.max_model_len, drafter.config.max_position_embeddings
         self._budget = config.budget(longest) if kv_budget is None else kv_budget
         self._num_pages = config.cache_capacity(longest, kv_budget) // config.page_size
-        self._scratch_tokens = config.scratch_tokens(longest, native)
         self._is_relative = config.position_mode == "cache_relative"
-        self._streams = config.draft_prefill == "streaming"
+        keeps_all = config.eviction_policy == "keep_all"
+        self._streams = config.draft_prefill == "streaming" and not keeps_all
+        self._piece = config.draft_prefill_chunk
+        if self._is_relative:
+            self._piece = min(self._piece, native - self._budget)
+        self._num_unchosen = 0  # tokens read since the policy chose
         self._skipped = range(0)
         if self._streams:
             self._skipped = policy.unread(num_tokens, self._budget)
@@ -87,17 +91,21 @@ class ListTwin:
         """Reads ``count`` more tokens of a context."""
         self._skip()
         while count:
-            chunk = min(count, self._scratch_tokens - self._num_held)
+            chunk = min(count, self._piece - self._num_unchosen)
             self._run(context[self.num_seen : self.num_seen + chunk], reading=True)
             count -= chunk
-            if self._streams:
-                self._select()
+            self._num_unchosen += chunk
+            is_before_gap = self._skipped and self.num_seen == self._skipped.start
+            if is_before_gap or self._num_unchosen == self._piece:
+                self._num_unchosen = 0
+                if self._streams:
+                    self._select()
         self._skip()
 
     def finish(self, context: list[int]) -> None:
         """Keeps what the policy does of the context, which has been read."""
         self.known, self.num_known = list(context), len(context)
-        if self._num_held and not self._streams:
+        if self._num_held and (self._num_unchosen or not self._streams):
             self._select()
         for layer in self._layers:
             self._count(layer.received.sum(0))

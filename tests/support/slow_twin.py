@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 
@@ -25,7 +25,7 @@ class SlowTwin:
         self,
         model: PreTrainedModel,
         policy: EvictionPolicy,
-        config: BudgetDraftConfig,
+        config: SettledConfig,
         max_model_len: int,
     ) -> None:
         self._model = copy.deepcopy(model)
@@ -60,6 +60,9 @@ class SlowTwin:
         unread = self._policy.unread(len(tokens), self._budget) if streams else range(0)
         positions = torch.arange(len(tokens))
         size = self._config.draft_prefill_chunk if streams else len(tokens)
+        if self._is_relative and streams:
+            native = self._model.config.max_position_embeddings
+            size = min(size, native - self._budget)
         for stretch in (positions[: unread.start], positions[unread.stop :]):
             for chunk in stretch.split(size) if len(stretch) else ():
                 self._num_seen = int(chunk[0])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.support import models
 from tests.support.books import write_books, write_target
 from tests.support.flex_twin import random_drafter, random_target, twin_logits
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.training.__main__ import main
 from vllm_budgetdraft.training.arguments import (
@@ -124,7 +124,7 @@ def model(chains: bool = False, **views: object) -> FlexDraftModel:
         target,
         ViewArguments(**{"budgets": [16], "budget_weights": [1.0], **views}),
         ObjectiveArguments(draft_tokens=4),
-        EvictionSettings(sink_tokens=3, local_tokens=4),
+        ViewSettings(sink_tokens=3, local_tokens=4),
         FlexDraftArguments(anchors_per_window=5, selection_page_size=4),
         {},
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support import models
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.catalogue import make_policy
@@ -52,7 +52,7 @@ def model_of(
         ObjectiveArguments(
             objective=objective, teacher=teacher, match_temperature=match_temperature
         ),
-        EvictionSettings(),
+        ViewSettings(),
         cache,
     )
 
@@ -64,7 +64,13 @@ def loss(model: MultiViewModel, **more) -> torch.Tensor:
 def losses_by_parts(drafter, target, objective: str, budgets: list[int]) -> list[float]:
     """L_A, and L_C of each budget."""
     log_p = target(TOKENS).logits[:, PREFIX_TOKENS:].log_softmax(-1)
-    found = PrefixViews(drafter, make_policy(EvictionSettings()), PREFIX)
+    found = PrefixViews(
+        drafter,
+        make_policy(ViewSettings()),
+        PREFIX,
+        ViewSettings(),
+        continuation_tokens=CONTINUATION_TOKENS,
+    )
     losses = []
     for view in (found.full(), *map(found.sparse, budgets)):
         (hidden,) = continuation_hidden(drafter, CONTINUATION, [view])

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.support import models
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
 from vllm_budgetdraft.training.arguments import ObjectiveArguments, ViewArguments
 from vllm_budgetdraft.training.model import MultiViewModel
@@ -30,7 +30,7 @@ def model_of(drafter_folder: Path) -> MultiViewModel:
         models.random_model(models.llama(num_hidden_layers=2), seed=1),
         ViewArguments(budgets=[64], budget_weights=[1.0]),
         ObjectiveArguments(objective="lk_hybrid"),
-        EvictionSettings(),
+        ViewSettings(),
     )
 
 

@@ -94,7 +94,10 @@ def test_the_paper_is_a_preset():
         (["--resume_from_checkpoint", "true"], "no complete checkpoint"),
         (["--resume_from_checkpoint", "nowhere"], "not written to its end"),
         (["--config", "nowhere.yaml"], "a preset (paper)"),
-        (["--eval_strategy", "steps", "--eval_steps", "1"], "give held-out texts"),
+        (
+            ["--eval_strategy", "steps", "--eval_steps", "1"],
+            "give held-out conversations or texts",
+        ),
         (
             ["--position_weights", "dpace", "--draft_tokens", "7"],
             "no multiple of draft_tokens=7",

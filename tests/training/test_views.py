@@ -1,5 +1,7 @@
 """Training sees what serving sees."""
 
+from random import Random
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from budgetdraft_kernels.reference import rotate
 from tests.support import models
 from tests.support.drafting import build_proposer, held_by
 from tests.support.policies import EVERY_SECOND
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.views import PrefixViews, View, continuation_hidden
@@ -22,7 +24,7 @@ SETTINGS = {
     "keep_all": {"eviction_policy": "keep_all"},
     "of_the_user": {"eviction_policy": EVERY_SECOND},
 }
-KEEP_ALL = make_policy(EvictionSettings(eviction_policy="keep_all"))
+KEEP_ALL = make_policy(ViewSettings(eviction_policy="keep_all"))
 every_policy = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 every_mode = pytest.mark.parametrize("position_mode", ["absolute", "cache_relative"])
 every_prefill = pytest.mark.parametrize("draft_prefill", ["full", "streaming"])
@@ -37,13 +39,16 @@ def drafter(drafter_folder):
 
 @torch.no_grad()
 def views_of(drafter, prefixes, policy, position_mode="absolute", draft_prefill="full"):
-    return PrefixViews(
-        drafter,
-        policy,
-        prefixes,
-        is_relative=position_mode == "cache_relative",
-        streams=draft_prefill == "streaming",
-        chunk_tokens=CHUNK,
+    view = view_settings(position_mode, draft_prefill)
+    return PrefixViews(drafter, policy, prefixes, view, continuation_tokens=1)
+
+
+def view_settings(position_mode="absolute", draft_prefill="full", **more):
+    return ViewSettings(
+        position_mode=position_mode,
+        draft_prefill=draft_prefill,
+        draft_prefill_chunk=CHUNK,
+        **more,
     )
 
 
@@ -131,7 +136,7 @@ def test_the_full_view_is_a_plain_forward_pass(
 @every_prefill
 def test_views_together_are_what_they_are_alone(drafter, position_mode, draft_prefill):
     tokens = models.random_tokens(2 * 230).view(2, 230)
-    policy = make_policy(EvictionSettings())
+    policy = make_policy(ViewSettings())
     found = views_of(drafter, tokens[:, :200], policy, position_mode, draft_prefill)
     with torch.no_grad():
         views = [found.sparse(90), found.full(), found.sparse(BUDGET)]
@@ -144,7 +149,7 @@ def test_views_together_are_what_they_are_alone(drafter, position_mode, draft_pr
 
 def test_sparse_views_leave_the_full_one_as_it_was(drafter):
     tokens = models.random_tokens(200)[None]
-    views = views_of(drafter, tokens, make_policy(EvictionSettings()))
+    views = views_of(drafter, tokens, make_policy(ViewSettings()))
     before = [keys.clone() for keys in views.full().keys]
     views.sparse(BUDGET)
     assert all(map(torch.equal, views.full().keys, before))
@@ -159,7 +164,7 @@ def backward(drafter, view: View, tokens, **changes) -> dict[str, torch.Tensor]:
 
 def test_gradients_reach_every_parameter_through_the_continuation_alone(drafter):
     tokens = models.random_tokens(130)[None]
-    policy = make_policy(EvictionSettings(chunk_score="last_queries"))
+    policy = make_policy(ViewSettings(chunk_score="last_queries"))
     view = views_of(drafter, tokens[:, :100], policy).sparse(BUDGET)
     assert not any(x.requires_grad for x in (*view.keys, *view.values))
     gradients = backward(drafter, view, tokens[:, 100:])
@@ -175,15 +180,15 @@ def test_gradients_flow_through_the_prefix_if_they_are_wanted(
 ):
     """Those of the full view are those of a plain forward pass."""
     tokens = models.random_tokens(130)[None]
-    policy = make_policy(EvictionSettings(**settings))
+    policy = make_policy(ViewSettings(**settings))
 
     def found() -> PrefixViews:
         return PrefixViews(
             drafter,
             policy,
             tokens[:, :100],
-            is_relative=position_mode == "cache_relative",
-            chunk_tokens=CHUNK,
+            view_settings(position_mode),
+            continuation_tokens=30,
         )
 
     full = backward(drafter, found().full(), tokens[:, 100:])
@@ -205,3 +210,97 @@ def test_gradients_are_the_same_with_activations_computed_again(drafter):
     again = backward(drafter, view, tokens[:, 100:], checkpoints=True)
     for name, gradient in kept.items():
         torch.testing.assert_close(again[name], gradient)
+
+
+def random_case(seed: int) -> dict:
+    """A native range, and what fits into it."""
+    rng = Random(seed)
+    native = rng.choice([96, 128, 200, 512])
+    budget = rng.randrange(24, native - 40)
+    policy = rng.choice([name for name in SETTINGS if name != "keep_all"])
+    return {
+        "native": native,
+        "budget": budget,
+        "chunk": rng.choice([7, 30, 100, 4096]),
+        "prefix_tokens": rng.randrange(1, 420),
+        "settings": SETTINGS[policy],
+        "seed": seed,
+    }
+
+
+@every_mode
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"native": 128, "budget": 64, "chunk": 100, "prefix_tokens": 400, "seed": 0},
+        *map(random_case, range(12)),
+    ],
+    ids=lambda case: "-".join(map(str, case.values())),
+)
+def test_training_reads_as_serving_whatever_is_read_at_once(
+    tmp_path, case, position_mode
+):
+    """Engines give a reader as many tokens as they can; training gives all."""
+    native, budget, rng = case["native"], case["budget"], Random(case["seed"])
+    config = models.llama(max_position_embeddings=native)
+    folder = models.write_model(tmp_path / "drafter", config, seed=3)
+    settings = {"chunk_size": 4, "sink_tokens": 4, **case.get("settings", {})}
+    view = ViewSettings(
+        position_mode=position_mode,
+        draft_prefill="streaming",
+        draft_prefill_chunk=case["chunk"],
+        **settings,
+    )
+    prefix = models.random_tokens(case["prefix_tokens"], seed=case["seed"])
+    proposer = build_proposer(
+        folder,
+        kv_budget=budget,
+        page_size=4,
+        recent_window=12,
+        **view.model_dump(),
+    )
+    proposer.start_request(0)
+    reader = proposer.reader
+    reader.start(len(prefix))
+    while unread := reader.unread(len(prefix)):
+        given = unread[: rng.randint(1, 150)]
+        reader.read(prefix[given.start : given.stop])
+    proposer.finish_reading(0)
+
+    drafter = load_drafter(folder, max_positions=512)
+    seen, rotary = [], drafter.rotary
+
+    def watched(positions):
+        seen.append(int(positions.max()))
+        return rotary(positions)
+
+    drafter.rotary = watched
+    with torch.no_grad():
+        views = PrefixViews(
+            drafter, make_policy(view), prefix[None], view, continuation_tokens=20
+        )
+        sparse, full = views.sparse(budget), views.full()
+    is_relative = position_mode == "cache_relative"
+    assert sparse.num_tokens + int(proposer.cache.num_evicted[0]) == len(prefix)
+    if is_relative:
+        assert max(seen) < native
+        assert full.first_position + 20 <= native
+    else:
+        assert full.num_tokens == len(prefix)
+    keys, values = held_by(proposer, 0, sparse.num_tokens)
+    if is_relative:
+        cos, sin = rotary(torch.arange(sparse.num_tokens))
+        keys = rotate(keys, cos[:, None], sin[:, None])
+    for ours, theirs in ((sparse.keys, keys), (sparse.values, values)):
+        trained = torch.stack([layer[0] for layer in ours]).transpose(1, 2)
+        torch.testing.assert_close(trained, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_policy_that_keeps_too_much_is_refused_in_training_too(drafter):
+    class Greedy(type(KEEP_ALL)):
+        keeps_all = False
+
+    policy = Greedy(ViewSettings(), KEEP_ALL.operations)
+    views = views_of(drafter, models.random_tokens(100)[None], policy)
+    with pytest.raises(ValueError, match="kept 100 positions; it must keep 1 to 64"):
+        views.sparse(BUDGET)

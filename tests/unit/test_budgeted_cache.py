@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.page_pool import PagePool
-from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ class NumberedCache:
         num_slots: int = 1,
         by_attention: bool = False,
     ) -> None:
-        config = BudgetDraftConfig(
+        config = SettledConfig(
             model="unused",
             num_speculative_tokens=k,
             kv_budget=budget,

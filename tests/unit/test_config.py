@@ -5,6 +5,7 @@ from vllm_budgetdraft.config import (
     RequestSettings,
     parse_request_settings,
     parse_speculative_config,
+    settle,
 )
 from vllm_budgetdraft.errors import ConfigurationError
 
@@ -12,7 +13,7 @@ VALID = {"model": "drafter", "num_speculative_tokens": 4}
 
 
 def settings(**changes):
-    return parse_speculative_config({**VALID, **changes})
+    return settle(parse_speculative_config({**VALID, **changes}), {})
 
 
 @pytest.mark.parametrize(

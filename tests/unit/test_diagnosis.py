@@ -14,10 +14,8 @@ from vllm_budgetdraft import __version__
 from vllm_budgetdraft.cli import main
 from vllm_budgetdraft.comparison import room
 from vllm_budgetdraft.comparison.races import race
-from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.diagnosis import check, env
 from vllm_budgetdraft.diagnosis.memory import describe
-from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
 from vllm_budgetdraft.vllm_integration.compatibility import NEWEST
 
 ROOT = Path(__file__).parents[2]
@@ -167,11 +165,3 @@ def test_what_a_user_says_of_the_length_is_measured(monkeypatch):
     given = {"model": TARGET, "max_model_len": 500}
     check._measure(args, given, {"method": "budgetdraft", "model": DRAFTER}, 50)
     assert {engine.engine_args["max_model_len"] for engine in StubEngine.made} == {500}
-
-
-@pytest.mark.parametrize("trained", [{}, {"position_mode": "cache_relative"}])
-def test_how_a_drafter_reads_does_not_depend_on_the_length(trained):
-    drafter = read_drafter_config(DRAFTER)
-    drafter.budgetdraft = trained
-    config = parse_speculative_config({"model": DRAFTER, "num_speculative_tokens": 8})
-    assert settle(config, drafter, 1024) == settle(config, drafter, 2**17)

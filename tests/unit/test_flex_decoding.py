@@ -8,7 +8,7 @@ from tests.support.distributions import joint, next_logits, p_value, probabiliti
 from tests.support.flex_twin import random_drafter, random_target
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.evaluation.acceptance import greedy_continuation
+from vllm_budgetdraft.evaluation.acceptance import greedy_continuation, passages
 from vllm_budgetdraft.evaluation.flexdraft_acceptance import FlexDraftAcceptance
 from vllm_budgetdraft.flexdraft.checkpoint import fingerprint, save_flexdraft
 from vllm_budgetdraft.flexdraft.decoding import TRIALS, FlexDecoder, ModeSwitch
@@ -121,11 +121,9 @@ def test_acceptance_is_that_of_decoding(tmp_path):
     texts = {"input_ids": [(models.random_tokens(90) % 5).tolist()]}
     held_out = FlexDraftAcceptance(
         target,
-        texts,
-        contexts=[50],
+        {50: passages(texts, 50, 2, seed=0)},
         budgets=[16, 64],
         temperatures=[0.0, 1.0],
-        num_prompts=2,
         new_tokens=40,
         settings={
             "num_speculative_tokens": NUM_DRAFTS,
@@ -179,11 +177,9 @@ def test_a_policy_that_needs_attention_is_refused_before_measuring(target):
     with pytest.raises(ConfigurationError, match="by keys alone"):
         FlexDraftAcceptance(
             target,
-            {"input_ids": [[1] * 90]},
-            contexts=[50],
+            {50: [[1] * 50]},
             budgets=[16],
             temperatures=[0.0],
-            num_prompts=1,
             new_tokens=4,
             settings=settings,
             page_size=4,

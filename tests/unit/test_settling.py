@@ -3,60 +3,99 @@
 import pytest
 
 from tests.support import models
-from vllm_budgetdraft.config import BudgetDraftConfig
-from vllm_budgetdraft.drafter.configuration import settle
+from vllm_budgetdraft.config import (
+    BudgetDraftConfig,
+    SettledConfig,
+    ViewSettings,
+    compare_views,
+    settle,
+)
+from vllm_budgetdraft.drafter.configuration import check_native_range
 from vllm_budgetdraft.errors import ConfigurationError
 
+#: Of no setting the default.
+TRAINED = {
+    "eviction_policy": "heavy_hitter",
+    "sink_tokens": 4,
+    "local_tokens": 64,
+    "chunk_size": 16,
+    "chunk_score": "last_queries",
+    "observation_tokens": 8,
+    "pooling_size": 7,
+    "position_mode": "cache_relative",
+    "draft_prefill": "streaming",
+    "draft_prefill_chunk": 400,
+}
 
-def settled(recorded=None, prefill=None, native=512, max_model_len=4096, **settings):
-    drafter = models.llama(max_position_embeddings=native)
-    if recorded is not None:
-        drafter.budgetdraft = {"position_mode": recorded, "budgets": [64]}
-        if prefill is not None:
-            drafter.budgetdraft["draft_prefill"] = prefill
-    config = BudgetDraftConfig(
-        **{
-            "model": "drafter",
-            "num_speculative_tokens": 4,
-            "kv_budget": 256,
-            "recent_window": 128,
-            **settings,
-        }
+
+def asked(**settings) -> BudgetDraftConfig:
+    sizes = {"kv_budget": 256, "recent_window": 128}
+    return BudgetDraftConfig(
+        model="drafter", num_speculative_tokens=4, **{**sizes, **settings}
     )
-    config = settle(config, drafter, max_model_len)
-    return config.position_mode, config.draft_prefill
 
 
-def test_positions_are_absolute_unless_the_drafter_or_the_user_says_otherwise():
-    assert settled() == ("absolute", "full")
-    assert settled(recorded="absolute") == ("absolute", "full")
-    assert settled(recorded="cache_relative") == ("cache_relative", "streaming")
-    assert settled(position_mode="cache_relative") == ("cache_relative", "streaming")
+def settled(trained=None, **settings) -> SettledConfig:
+    return settle(asked(**settings), trained or {})
 
 
-@pytest.mark.parametrize("trained", ["full", "streaming"])
-def test_prompts_are_read_as_in_training_where_any_length_can_be(trained):
-    assert settled(recorded="absolute", prefill=trained)[1] == trained
-    assert settled(recorded="cache_relative", prefill=trained)[1] == "streaming"
-    asked = {"draft_prefill": "full" if trained == "streaming" else "streaming"}
-    found = settled(recorded="absolute", prefill=trained, **asked)[1]
-    assert found == asked["draft_prefill"]
+def view_of(config: SettledConfig) -> dict:
+    return config.model_dump(include=ViewSettings.model_fields.keys())
 
 
-def test_what_agrees_is_no_conflict():
-    for mode in ("absolute", "cache_relative"):
-        assert settled(recorded=mode, position_mode=mode)[0] == mode
+def test_a_drafter_trained_elsewhere_has_the_defaults():
+    assert view_of(settled()) == ViewSettings().model_dump()
 
 
-@pytest.mark.parametrize(
-    ("recorded", "asked"),
-    [("absolute", "cache_relative"), ("cache_relative", "absolute")],
-)
-def test_another_mode_than_the_drafter_was_trained_with_is_refused(recorded, asked):
-    with pytest.raises(ConfigurationError) as refusal:
-        settled(recorded=recorded, position_mode=asked)
-    for part in (f"position_mode='{asked}'", f"'{recorded}'", "leave position_mode"):
-        assert part in str(refusal.value)
+def test_the_whole_view_is_the_drafters():
+    assert TRAINED.keys() == ViewSettings.model_fields.keys()
+    assert view_of(settled({**TRAINED, "budgets": [64]})) == TRAINED
+    taken, different = compare_views(asked(), TRAINED)
+    assert all(f"{name}={value!r}" in taken for name, value in TRAINED.items())
+    assert not different
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_a_user_says_is_taken_and_told_of(name):
+    default = ViewSettings.model_fields[name].default
+    assert view_of(settled(TRAINED, **{name: default})) == {**TRAINED, name: default}
+    taken, different = compare_views(asked(**{name: default}), TRAINED)
+    assert f"{name}=" not in taken
+    assert different == f"{name}={default!r} (trained with {TRAINED[name]!r})"
+    assert not compare_views(asked(**{name: TRAINED[name]}), TRAINED)[1]
+
+
+def test_auto_is_as_if_nothing_were_said():
+    asks = {"position_mode": "auto", "draft_prefill": "auto"}
+    assert view_of(settled(TRAINED, **asks)) == TRAINED
+    assert compare_views(asked(**asks), TRAINED) == compare_views(asked(), TRAINED)
+
+
+def test_settling_again_changes_nothing():
+    once = settled(TRAINED, chunk_size=32)
+    assert settle(once, TRAINED) == settle(once, {}) == once
+
+
+@pytest.mark.parametrize("trained", [{}, {"draft_prefill": "full"}])
+def test_cache_relative_positions_stream_unless_the_user_says_otherwise(trained):
+    """A prompt may exceed their range."""
+    trained = {**trained, "position_mode": "cache_relative"}
+    assert settled(trained).draft_prefill == "streaming"
+    assert settled(trained, draft_prefill="full").draft_prefill == "full"
+    assert settled(position_mode="cache_relative").draft_prefill == "streaming"
+
+
+def test_a_budget_is_held_against_the_drafters_chunks():
+    assert settled({"chunk_size": 4}, kv_budget=12).kv_budget == 12
+    with pytest.raises(ConfigurationError, match="kv_budget=12 is below 16 tokens"):
+        settled(kv_budget=12)
+    with pytest.raises(ConfigurationError, match="kv_budget=100 .*chunk_size=64"):
+        settled({"chunk_size": 64}, kv_budget=100)
+
+
+def test_what_no_view_can_be_is_refused():
+    with pytest.raises(ConfigurationError, match="chunk_size='many'"):
+        settled({"chunk_size": "many"})
 
 
 @pytest.mark.parametrize(
@@ -73,14 +112,14 @@ def test_another_mode_than_the_drafter_was_trained_with_is_refused(recorded, ask
 def test_cache_relative_positions_beyond_the_native_range_are_refused(
     settings, mentions
 ):
+    config = settled(position_mode="cache_relative", **settings)
+    drafter = models.llama(max_position_embeddings=512)
     with pytest.raises(ConfigurationError) as refusal:
-        settled(position_mode="cache_relative", **settings)
+        check_native_range(config, drafter, max_model_len=4096)
     for part in ("cache_relative", "max_position_embeddings", *mentions):
         assert part in str(refusal.value)
 
 
 def test_a_short_context_may_be_read_in_full_with_cache_relative_positions():
-    modes = settled(
-        position_mode="cache_relative", draft_prefill="full", max_model_len=400
-    )
-    assert modes == ("cache_relative", "full")
+    config = settled(position_mode="cache_relative", draft_prefill="full")
+    check_native_range(config, models.llama(max_position_embeddings=512), 400)

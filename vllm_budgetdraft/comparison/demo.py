@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_budgetdraft.comparison import measure
 from vllm_budgetdraft.comparison.methods import Method, all_methods
 from vllm_budgetdraft.comparison.summary import same, summarise
-from vllm_budgetdraft.config import parse_speculative_config
+from vllm_budgetdraft.config import parse_speculative_config, settle
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.fetch import pretrained_pair
@@ -166,7 +166,7 @@ def _draft_kv_bytes(
     import torch
 
     from vllm_budgetdraft.attention.backend import default_device
-    from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
+    from vllm_budgetdraft.drafter.configuration import read_drafter_config, trained_view
     from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 
     if method.kind not in ("draft_model", "budgetdraft"):
@@ -180,7 +180,7 @@ def _draft_kv_bytes(
     drafter_config = read_drafter_config(drafter)
     max_model_len = engine_args["max_model_len"]
     plan = MemoryPlan.of(
-        settle(config, drafter_config, max_model_len),
+        settle(config, trained_view(drafter_config)),
         drafter_config,
         num_slots=engine_args["max_num_seqs"],
         max_model_len=max_model_len,

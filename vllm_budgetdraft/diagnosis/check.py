@@ -97,7 +97,6 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
     from vllm_budgetdraft.drafter.configuration import (
         range_warning,
         read_drafter_config,
-        settle,
     )
     from vllm_budgetdraft.flexdraft.checkpoint import drafter_type
     from vllm_budgetdraft.vllm_integration.speculative_config import (
@@ -113,9 +112,8 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
         if note := compare_vocabularies(drafter, model):
             facts["vocabulary"] = note
         found = read_drafter_config(drafter)
-        settled = settle(config, found, model.max_model_len)
-        facts["positions"] = range_warning(settled, found, model.max_model_len) or (
-            f"{settled.position_mode}, within the {found.max_position_embeddings} "
+        facts["positions"] = range_warning(config, found, model.max_model_len) or (
+            f"{config.position_mode}, within the {found.max_position_embeddings} "
             "tokens that the drafter was made for"
         )
     facts["memory"] = describe(
@@ -174,7 +172,6 @@ def _measure(
     methods = [Method(PLAIN), ours]
     sampling = {"temperature": 0.0, "max_tokens": args.new_tokens, "ignore_eos": True}
     # As long as the prompts need: a cache for more would leave no room for two engines.
-    # How the drafter reads and counts positions does not depend on it (see ``settle``).
     longest = {"max_model_len": context_tokens + args.new_tokens}
     shared = measure.SHARED_ENGINE_ARGS | longest | engine_args
     memory = memory_at_hand()

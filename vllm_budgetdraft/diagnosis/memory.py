@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from vllm_budgetdraft.config import parse_speculative_config
-from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
+from vllm_budgetdraft.config import parse_speculative_config, settle
+from vllm_budgetdraft.drafter.configuration import read_drafter_config, trained_view
 from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.flexdraft.checkpoint import drafter_type
 from vllm_budgetdraft.proposer.memory import MemoryPlan, packs_matrices, resolve_dtype
@@ -37,7 +37,7 @@ def describe(
     drafter.vocab_size = vocab_size or drafter.vocab_size
     dtype = resolve_dtype(config, device_type, target_dtype)
     plan = MemoryPlan.of(
-        settle(config, drafter, max_model_len),
+        settle(config, trained_view(drafter)),
         drafter,
         num_slots=max_num_seqs,
         max_model_len=max_model_len,

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError
 
 #: Llama-family decoders: RMSNorm, rotary embedding, gated SiLU, grouped queries.
@@ -76,62 +76,40 @@ def check_drafter_config(config: PretrainedConfig, name: str) -> None:
         )
 
 
-def settle(
-    config: BudgetDraftConfig, drafter: PretrainedConfig, max_model_len: int
-) -> BudgetDraftConfig:
-    """The config with what it leaves to the drafter's checkpoint filled in.
+def trained_view(drafter: PretrainedConfig) -> dict[str, Any]:
+    """What its training wrote of itself; nothing if it was trained elsewhere."""
+    return getattr(drafter, "budgetdraft", None) or {}
 
-    Raises:
-        ConfigurationError: the drafter was trained with another ``position_mode``, or
-            cache_relative positions would leave its native range.
-    """
-    trained = getattr(drafter, "budgetdraft", None) or {}
-    recorded = trained.get("position_mode")
-    mode = config.position_mode
-    if mode == "auto":
-        mode = recorded or "absolute"
-    elif recorded not in (None, mode):
-        raise ConfigurationError(
-            f"position_mode={mode!r}, but the drafter was trained with {recorded!r} "
-            "(budgetdraft.position_mode of its config.json); leave position_mode out, "
-            f"or use a drafter trained with {mode!r}"
-        )
-    prefill = config.draft_prefill
-    if prefill == "auto":
-        prefill = trained.get("draft_prefill", "full")
-        if mode == "cache_relative":  # whose range a whole prompt may exceed
-            prefill = "streaming"
-    config = config.model_copy(update={"position_mode": mode, "draft_prefill": prefill})
-    if mode == "cache_relative":
-        native = drafter.max_position_embeddings
-        rows = {
-            "the draft cache (kv_budget, recent_window and the drafts)": (
-                config.cache_capacity(max_model_len),
-                "lower kv_budget or recent_window",
-            ),
-            f"a prompt read with draft_prefill={prefill!r}": (
-                config.scratch_tokens(max_model_len, native),
-                "use draft_prefill='streaming'",
-            ),
-        }
-        for what, (tokens, remedy) in rows.items():
-            if tokens > native:
-                raise ConfigurationError(
-                    f"position_mode='cache_relative': {what} takes {tokens} positions, "
-                    f"the drafter was made for {native} (max_position_embeddings); "
-                    f"{remedy}"
-                )
-    return config
+
+def check_native_range(
+    config: SettledConfig, drafter: PretrainedConfig, max_model_len: int
+) -> None:
+    """Raises ConfigurationError if cache_relative positions leave the native range."""
+    if config.position_mode == "absolute":
+        return
+    native = drafter.max_position_embeddings
+    rows = {
+        "the draft cache (kv_budget, recent_window and the drafts)": (
+            config.cache_capacity(max_model_len),
+            "lower kv_budget or recent_window",
+        ),
+        f"a prompt read with draft_prefill={config.draft_prefill!r}": (
+            config.scratch_tokens(max_model_len, native),
+            "use draft_prefill='streaming'",
+        ),
+    }
+    for what, (tokens, remedy) in rows.items():
+        if tokens > native:
+            raise ConfigurationError(
+                f"position_mode='cache_relative': {what} takes {tokens} positions, "
+                f"the drafter was made for {native} (max_position_embeddings); {remedy}"
+            )
 
 
 def range_warning(
-    config: BudgetDraftConfig, drafter: PretrainedConfig, max_model_len: int
+    config: SettledConfig, drafter: PretrainedConfig, max_model_len: int
 ) -> str | None:
-    """Why drafts of long contexts may be poor, if they may.
-
-    Args:
-        config: settled, see ``settle``.
-    """
+    """Why drafts of long contexts may be poor, if they may."""
     native = drafter.max_position_embeddings
     if config.position_mode != "absolute" or max_model_len <= native:
         return None

@@ -11,9 +11,9 @@ from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.attention.prompt import PromptAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.page_pool import PagePool
-from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig, settle
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
-from vllm_budgetdraft.drafter.configuration import read_drafter_config, settle
+from vllm_budgetdraft.drafter.configuration import read_drafter_config, trained_view
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.drafter.packing import pack_matrices
 from vllm_budgetdraft.eviction.base import EvictionPolicy
@@ -38,7 +38,6 @@ class DraftProposer:
     """Reads prompts, keeps what the policy chooses, and drafts up to k tokens per call.
 
     Attributes:
-        config: settled, see ``settle``.
         kv_budget: most prompt tokens that a request keeps.
         reader: of the one context that is being read, up to ``finish_reading``.
         max_drafts: k.
@@ -52,7 +51,7 @@ class DraftProposer:
         policy: EvictionPolicy,
         cache: BudgetedCache,
         prompt: PromptAttention,
-        config: BudgetDraftConfig,
+        config: SettledConfig,
         operations: ModuleType,
         max_model_len: int,
         seed: int,
@@ -114,18 +113,18 @@ class DraftProposer:
         operations = select_operations(config.attention_backend, device)
         drafter_config = read_drafter_config(config.model)
         drafter_config.vocab_size = vocab_size or drafter_config.vocab_size
-        config = settle(config, drafter_config, max_model_len)
+        settled = settle(config, trained_view(drafter_config))
         plan = MemoryPlan.of(
-            config,
+            settled,
             drafter_config,
             num_slots=num_slots,
             max_model_len=max_model_len,
             dtype=dtype,
         )
-        capacity = config.cache_capacity(max_model_len)
+        capacity = settled.cache_capacity(max_model_len)
         scratch_tokens = plan.prompt_scratch // plan.bytes_per_token
-        positions = max_model_len + config.num_speculative_tokens
-        is_relative = config.position_mode == "cache_relative"
+        positions = max_model_len + settled.num_speculative_tokens
+        is_relative = settled.position_mode == "cache_relative"
         drafter = load_drafter(
             config.model,
             max_positions=max(capacity, scratch_tokens) if is_relative else positions,
@@ -133,9 +132,9 @@ class DraftProposer:
             device=device,
             vocab_size=vocab_size,
         )
-        if packs_matrices(config, device.type):
+        if packs_matrices(settled, device.type):
             pack_matrices(drafter)
-        policy = make_policy(config, operations)
+        policy = make_policy(settled, operations)
         shape = {
             "num_layers": drafter.num_layers,
             "num_kv_heads": drafter.num_kv_heads,
@@ -144,11 +143,11 @@ class DraftProposer:
             "device": device,
         }
         cache = BudgetedCache(
-            PagePool(num_pages=plan.num_pages, page_size=config.page_size, **shape),
+            PagePool(num_pages=plan.num_pages, page_size=settled.page_size, **shape),
             num_slots=num_slots,
             capacity=capacity,
-            protected_tokens=policy.protected_tokens(config.budget(max_model_len)),
-            max_growth=config.num_speculative_tokens + 1,
+            protected_tokens=policy.protected_tokens(settled.budget(max_model_len)),
+            max_growth=settled.num_speculative_tokens + 1,
             evicts_by_attention=policy.accumulates_attention,
             operations=operations,
         )
@@ -162,7 +161,7 @@ class DraftProposer:
             **shape,
         )
         return cls(
-            drafter, policy, cache, prompt, config, operations, max_model_len, seed
+            drafter, policy, cache, prompt, settled, operations, max_model_len, seed
         )
 
     @property

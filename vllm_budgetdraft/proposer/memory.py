@@ -6,8 +6,8 @@ import torch
 from transformers import PretrainedConfig
 
 from vllm_budgetdraft.attention.backend import is_gpu
-from vllm_budgetdraft.config import BudgetDraftConfig
-from vllm_budgetdraft.drafter.configuration import head_dim
+from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig
+from vllm_budgetdraft.drafter.configuration import check_native_range, head_dim
 from vllm_budgetdraft.drafter.packing import can_pack
 from vllm_budgetdraft.errors import ConfigurationError
 
@@ -41,7 +41,7 @@ class MemoryPlan:
     @classmethod
     def of(
         cls,
-        config: BudgetDraftConfig,
+        config: SettledConfig,
         drafter: PretrainedConfig,
         *,
         num_slots: int,
@@ -50,12 +50,13 @@ class MemoryPlan:
     ) -> "MemoryPlan":
         """
         Args:
-            config: settled, see ``settle``.
             num_slots: requests that draft at once, given the memory.
 
         Raises:
-            ConfigurationError: pool_memory_gib does not hold one request.
+            ConfigurationError: pool_memory_gib does not hold one request; or see
+                ``check_native_range``.
         """
+        check_native_range(config, drafter, max_model_len)
         heads = drafter.num_hidden_layers * drafter.num_key_value_heads
         per_token = 2 * heads * head_dim(drafter) * dtype.itemsize
         capacity = config.cache_capacity(max_model_len)

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from vllm_budgetdraft.attention.prompt import PromptAttention
-from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import (
     EvictionPolicy,
     PromptStates,
     check_selection,
 )
+from vllm_budgetdraft.eviction.reading import ReadingPlan
 
 
 class PromptReader:
@@ -26,22 +27,22 @@ class PromptReader:
         drafter: Drafter,
         policy: EvictionPolicy,
         prompt: PromptAttention,
-        config: BudgetDraftConfig,
+        view: ViewSettings,
         kv_budget: int,
     ) -> None:
         """
         Args:
-            config: settled, see ``settle``.
             kv_budget: most prompt tokens that a request keeps.
         """
         self._drafter = drafter
         self._policy = policy
         self.prompt = prompt
-        self._streams = config.draft_prefill == "streaming"
-        self._is_relative = config.position_mode == "cache_relative"
+        self._view = view
+        self._is_relative = view.position_mode == "cache_relative"
         self._max_budget = self._budget = kv_budget
         self.num_seen = 0
-        self._skipped = range(0)
+        self._plan = ReadingPlan()
+        self._has_chosen = False  # since it last read
 
     def start(self, num_tokens: int, kv_budget: int | None = None) -> None:
         """Begins another context; of one that was not finished nothing is left.
@@ -52,16 +53,18 @@ class PromptReader:
         """
         self.prompt.restart()
         self._budget = self._max_budget if kv_budget is None else kv_budget
-        self._skipped = range(0)
-        if self._streams:
-            self._skipped = self._policy.unread(num_tokens, self._budget)
+        self._plan = ReadingPlan.of(
+            self._view,
+            self._policy,
+            native_tokens=self._drafter.config.max_position_embeddings,
+            num_tokens=num_tokens,
+            budget=self._budget,
+        )
         self.num_seen = 0
-        self._skip()
 
     def unread(self, end: int) -> range:
         """Positions to be read next, of a context that ends at ``end``."""
-        before_gap = self.num_seen < self._skipped.start
-        return range(self.num_seen, self._skipped.start if before_gap else end)
+        return self._plan.unread(self.num_seen, end)
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> None:
@@ -71,17 +74,19 @@ class PromptReader:
             tokens: int64, at the first of the positions that are ``unread``.
         """
         prompt = self.prompt
+        position = self.unread(self.num_seen + len(tokens)).start
         while len(tokens):
-            room = prompt.max_tokens - prompt.num_held
-            assert room > 0, (prompt.max_tokens, len(tokens))
-            chunk, tokens = tokens[:room], tokens[room:]
-            start = prompt.num_held if self._is_relative else self.num_seen
-            positions = torch.arange(start, start + len(chunk), device=tokens.device)
-            self._drafter(chunk, prompt.chunk(*self._drafter.rotary(positions)))
-            self.num_seen += len(chunk)
-            if self._streams:
+            choice = self._plan.next_choice(position)
+            room = len(tokens) if choice is None else choice - position
+            piece, tokens = tokens[:room], tokens[room:]
+            start = prompt.num_held if self._is_relative else position
+            positions = torch.arange(start, start + len(piece), device=tokens.device)
+            self._drafter(piece, prompt.chunk(*self._drafter.rotary(positions)))
+            position += len(piece)
+            self._has_chosen = position == choice
+            if self._has_chosen:
                 prompt.keep(self._select())
-        self._skip()
+        self.num_seen = position
 
     def kept(self) -> Tensor:
         """Rows of the buffer to keep for drafting, [num_layers, num_kv_heads, n].
@@ -89,12 +94,7 @@ class PromptReader:
         Raises:
             ValueError: the policy's choice is none.
         """
-        # Streaming has chosen after every chunk.
-        return self._states().all_positions() if self._streams else self._select()
-
-    def _skip(self) -> None:
-        if self._skipped and self.num_seen == self._skipped.start:
-            self.num_seen = self._skipped.stop
+        return self._states().all_positions() if self._has_chosen else self._select()
 
     def _select(self) -> Tensor:
         states = self._states()

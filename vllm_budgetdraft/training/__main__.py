@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.checkpoint import keep_layers_alone
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 from vllm_budgetdraft.flexdraft.checkpoint import fingerprint
@@ -30,9 +30,9 @@ from vllm_budgetdraft.training.arguments import (
     AcceptanceArguments,
     DataArguments,
     DrafterArguments,
-    EvictionArguments,
     FlexDraftArguments,
     ObjectiveArguments,
+    SeenArguments,
     ViewArguments,
 )
 from vllm_budgetdraft.training.chats import read_conversations
@@ -60,7 +60,7 @@ PARTS = (
     DataArguments,
     ViewArguments,
     ObjectiveArguments,
-    EvictionArguments,
+    SeenArguments,
     AcceptanceArguments,
     TrainingArguments,
 )
@@ -89,11 +89,11 @@ def train(argv: list[str]) -> None:
         data,
         views,
         objective,
-        eviction_args,
+        seen,
         acceptance,
         arguments,
     ) = parts
-    eviction = EvictionSettings(**dataclasses.asdict(eviction_args))
+    view = ViewSettings(**dataclasses.asdict(seen))
     # Windows have columns that no model's signature names.
     arguments.remove_unused_columns = False
     arguments.ddp_find_unused_parameters = False
@@ -107,10 +107,8 @@ def train(argv: list[str]) -> None:
     learnt = {
         "target": Path(drafter_args.target).name,
         "budgets": views.budgets,
-        "position_mode": views.position_mode,
-        "draft_prefill": views.draft_prefill,
         "objective": objective.objective,
-        **eviction.model_dump(),
+        **view.model_dump(),
     }
     tokenizer = AutoTokenizer.from_pretrained(drafter_args.target)
     options = {k: v for part in parts[:-1] for k, v in dataclasses.asdict(part).items()}
@@ -125,7 +123,7 @@ def train(argv: list[str]) -> None:
     }
     model: MultiViewModel | FlexDraftModel
     if drafter_args.drafter_type == "flexdraft":
-        _check_flexdraft(data, views, objective)
+        _check_flexdraft(data, view, objective)
         settings = {
             "target": learnt["target"],
             "fingerprint": fingerprint(target),
@@ -137,25 +135,25 @@ def train(argv: list[str]) -> None:
             target,
             views,
             objective,
-            eviction,
+            view,
             flexdraft,
             settings,
         )
     else:
         drafter = make_drafter(drafter_args, target, window)
-        if views.position_mode == "absolute":  # those of the whole window are learnt
+        if view.position_mode == "absolute":  # those of the whole window are learnt
             native = drafter.config.max_position_embeddings
             drafter.config.max_position_embeddings = max(native, window)
+        _check_native_range(drafter.config.max_position_embeddings, data, views, view)
         drafter.config.budgetdraft = learnt
         cache = _cache(objective, drafter_args, data, arguments, target.config)
-        model = MultiViewModel(drafter, target, views, objective, eviction, cache)
+        model = MultiViewModel(drafter, target, views, objective, view, cache)
     held_out = held_out_acceptance(
         target,
         tokenizer,
         acceptance,
         data,
-        views,
-        eviction,
+        view,
         flexdraft.selection_page_size if isinstance(model, FlexDraftModel) else None,
     )
     is_measured_on_the_way = arguments.eval_strategy != "no"
@@ -210,6 +208,27 @@ def _check_window(
             f"draft_tokens={objective.draft_tokens}, whose positions have weights "
             "together; change one of them"
         )
+
+
+def _check_native_range(
+    native: int, data: DataArguments, views: ViewArguments, view: ViewSettings
+) -> None:
+    """Of cache_relative positions; absolute ones are learnt of the whole window."""
+    if view.position_mode == "absolute":
+        return
+    prefix, room = max(data.prefix_tokens), native - data.continuation_tokens
+    reads_whole = view.draft_prefill == "full" or view.eviction_policy == "keep_all"
+    for what, tokens, remedy in (
+        ("budgets", min(max(views.budgets), prefix), "lower them"),
+        ("prefix_tokens", prefix * reads_whole, "use draft_prefill='streaming'"),
+    ):
+        if tokens > room:
+            raise ConfigurationError(
+                f"position_mode='cache_relative': {what} of {tokens} tokens, and "
+                f"continuation_tokens={data.continuation_tokens} after them, leave the "
+                f"{native} positions that the drafter was made for "
+                f"(max_position_embeddings); {remedy}, or shorten the continuation"
+            )
 
 
 def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) -> Any:
@@ -284,12 +303,12 @@ def _windows_per_step(arguments: TrainingArguments) -> int:
 
 
 def _check_flexdraft(
-    data: DataArguments, views: ViewArguments, objective: ObjectiveArguments
+    data: DataArguments, view: ViewSettings, objective: ObjectiveArguments
 ) -> None:
-    if views.position_mode != "absolute" or views.draft_prefill != "full":
+    if view.position_mode != "absolute" or view.draft_prefill != "full":
         raise ConfigurationError(
-            f"position_mode={views.position_mode!r} and draft_prefill="
-            f"{views.draft_prefill!r}: flexdraft reads the target's own cache, which "
+            f"position_mode={view.position_mode!r} and draft_prefill="
+            f"{view.draft_prefill!r}: flexdraft reads the target's own cache, which "
             "is 'absolute' and 'full'; leave both out"
         )
     if objective.draft_tokens >= data.continuation_tokens:

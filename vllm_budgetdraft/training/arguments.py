@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, make_dataclass
 
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.training.objectives import OBJECTIVES
 
 
@@ -148,20 +148,6 @@ class ViewArguments:
     views_per_step: int = field(
         default=1, metadata={"help": "Sparse views, of different budgets if possible."}
     )
-    position_mode: str = field(
-        default="absolute",
-        metadata={
-            "help": "As in serving; the drafter remembers it.",
-            "choices": ["absolute", "cache_relative"],
-        },
-    )
-    draft_prefill: str = field(
-        default="full",
-        metadata={"help": "As in serving.", "choices": ["full", "streaming"]},
-    )
-    draft_prefill_chunk: int = field(
-        default=4096, metadata={"help": "As in serving; of each prefix."}
-    )
     prefix_gradient: bool = field(
         default=False,
         metadata={"help": "Train through the prefix's keys and values too."},
@@ -251,15 +237,15 @@ class AcceptanceArguments:
     eval_draft_tokens: int = field(default=8, metadata={"help": "Drafted per step."})
 
 
-#: Who chooses the sparse view: serving's own settings, under the same names.
-EvictionArguments = make_dataclass(
-    "EvictionArguments",
+#: What a budget keeps, and of what: serving's own settings, under the same names.
+SeenArguments = make_dataclass(
+    "SeenArguments",
     [
         (
             name,
             info.annotation,
             field(default=info.default, metadata={"help": info.description}),
         )
-        for name, info in EvictionSettings.model_fields.items()
+        for name, info in ViewSettings.model_fields.items()
     ],
 )

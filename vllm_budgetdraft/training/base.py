@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.training.arguments import ObjectiveArguments, ViewArguments
 from vllm_budgetdraft.training.losses import ViewMeans, multi_view_loss
@@ -27,14 +27,14 @@ class DrafterTraining(nn.Module, ABC):
         target: PreTrainedModel,
         views: ViewArguments,
         objective: ObjectiveArguments,
-        eviction: EvictionSettings,
+        view: ViewSettings,
     ) -> None:
         """
         Raises:
             ConfigurationError: settings that do not fit each other, or this target.
         """
         super().__init__()
-        _check(views, objective, eviction)
+        _check(views, objective, view)
         check_target(target)
         # In a tuple, so that the frozen target is neither trained nor saved.
         self._target = (target.eval().requires_grad_(False),)
@@ -113,11 +113,11 @@ class DrafterTraining(nn.Module, ABC):
 
 
 def _check(
-    views: ViewArguments, objective: ObjectiveArguments, eviction: EvictionSettings
+    views: ViewArguments, objective: ObjectiveArguments, view: ViewSettings
 ) -> None:
-    if min(views.budgets) < eviction.min_budget:
+    if min(views.budgets) < view.min_budget:
         raise ConfigurationError(
-            f"budgets={views.budgets}: the smallest is below {eviction.min_budget} "
+            f"budgets={views.budgets}: the smallest is below {view.min_budget} "
             "tokens, the sinks plus one chunk; raise it or lower sink_tokens"
         )
     if len(views.budgets) != len(views.budget_weights):

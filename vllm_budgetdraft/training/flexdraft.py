@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from budgetdraft_kernels.reference import rotate
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft, save_flexdraft
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft, TargetParts
@@ -40,7 +40,7 @@ class FlexDraftModel(DrafterTraining):
         target: PreTrainedModel,
         views: ViewArguments,
         objective: ObjectiveArguments,
-        eviction: EvictionSettings,
+        view: ViewSettings,
         flexdraft: FlexDraftArguments,
         settings: dict[str, Any],
     ) -> None:
@@ -52,9 +52,9 @@ class FlexDraftModel(DrafterTraining):
         Raises:
             ConfigurationError: settings that do not fit each other, or this target.
         """
-        super().__init__(target, views, objective, eviction)
+        super().__init__(target, views, objective, view)
         self.drafter = drafter
-        self._selector = PageSelector(eviction, flexdraft.selection_page_size)
+        self._selector = PageSelector(view, flexdraft.selection_page_size)
         self._parts = TargetParts(target, drafter.num_layers)
         self._num_anchors = flexdraft.anchors_per_window
         self._settings = settings

@@ -8,14 +8,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.conversations import set_chat_template
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance, passages
 from vllm_budgetdraft.evaluation.flexdraft_acceptance import FlexDraftAcceptance
 from vllm_budgetdraft.training.arguments import (
     AcceptanceArguments,
     DataArguments,
-    ViewArguments,
 )
 from vllm_budgetdraft.training.data import read_texts
 from vllm_budgetdraft.training.questions import questions
@@ -32,8 +31,7 @@ def held_out_acceptance(
     tokenizer: PreTrainedTokenizerBase,
     acceptance: AcceptanceArguments,
     data: DataArguments,
-    views: ViewArguments,
-    eviction: EvictionSettings,
+    view: ViewSettings,
     page_size: int | None = None,
 ) -> HeldOutAcceptance | None:
     """Measures drafters of a target; None where there is nothing to measure them on.
@@ -61,10 +59,7 @@ def held_out_acceptance(
         new_tokens=acceptance.eval_new_tokens,
         settings={
             "num_speculative_tokens": acceptance.eval_draft_tokens,
-            "position_mode": views.position_mode,
-            "draft_prefill": views.draft_prefill,
-            "draft_prefill_chunk": views.draft_prefill_chunk,
-            **eviction.model_dump(),
+            **view.model_dump(),
         },
         end_tokens=[ends] if isinstance(ends, int) else ends or [],
         seed=SEED,

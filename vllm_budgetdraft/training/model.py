@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.catalogue import make_policy
@@ -32,7 +32,7 @@ class MultiViewModel(DrafterTraining):
         target: PreTrainedModel,
         views: ViewArguments,
         objective: ObjectiveArguments,
-        eviction: EvictionSettings,
+        view: ViewSettings,
         cache: TeacherCache | None = None,
     ) -> None:
         """
@@ -42,10 +42,11 @@ class MultiViewModel(DrafterTraining):
         Raises:
             ConfigurationError: settings that do not fit each other, or this target.
         """
-        super().__init__(target, views, objective, eviction)
+        super().__init__(target, views, objective, view)
         self.drafter = drafter
+        self._view = view
         self._cache = cache
-        self._policy = make_policy(eviction)
+        self._policy = make_policy(view)
         self._checkpoints = False
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
@@ -90,7 +91,7 @@ class MultiViewModel(DrafterTraining):
                 hidden.flatten(0, 1), self._target[0].get_output_embeddings(), drawn_at
             )
 
-        views, names = self._views_of(prefix_ids)
+        views, names = self._views_of(prefix_ids, continuation_ids.shape[1])
         hidden = continuation_hidden(
             self.drafter, continuation_ids, views, checkpoints=self._checkpoints
         )
@@ -130,7 +131,9 @@ class MultiViewModel(DrafterTraining):
             self._cache.write(window, hidden)
         return hidden
 
-    def _views_of(self, prefix: Tensor) -> tuple[list[View], list[str]]:
+    def _views_of(
+        self, prefix: Tensor, continuation_tokens: int
+    ) -> tuple[list[View], list[str]]:
         """The full view first."""
         settings = self._views
         with torch.set_grad_enabled(
@@ -140,9 +143,8 @@ class MultiViewModel(DrafterTraining):
                 self.drafter,
                 self._policy,
                 prefix,
-                is_relative=settings.position_mode == "cache_relative",
-                streams=settings.draft_prefill == "streaming",
-                chunk_tokens=settings.draft_prefill_chunk,
+                self._view,
+                continuation_tokens=continuation_tokens,
             )
             views, names = [found.full()], ["full"]
             for budget in self._draw_budgets():

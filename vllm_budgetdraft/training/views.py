@@ -4,7 +4,6 @@ Letters in shapes: V views, B sequences, T tokens, H query heads, G KV heads, D 
 size, P prefix tokens, C continuation tokens, n tokens kept.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from budgetdraft_kernels.reference import accumulated_attention, rotate
+from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import (
     EvictionPolicy,
     PromptStates,
+    check_selection,
     take_positions,
 )
+from vllm_budgetdraft.eviction.reading import ReadingPlan
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,16 @@ class PrefixStates:
 
         drafter(tokens, attend)
 
-    def skip(self, length: int) -> None:
-        """So many tokens of each prefix are never read."""
-        self._num_seen += length
+    def skip_to(self, position: int) -> None:
+        """What of each prefix comes before is never read, if it has not been."""
+        self._num_seen = position
 
     def kept(self, budget: int) -> "PrefixStates":
-        """What the policy keeps, chosen per layer, sequence and head as in serving."""
+        """What the policy keeps, chosen per layer, sequence and head as in serving.
+
+        Raises:
+            ValueError: the policy's choice is none.
+        """
         other = PrefixStates(self._drafter, self._policy, is_relative=self._is_relative)
         other._num_seen, other._queries = self._num_seen, list(self._queries)
         for layer, (keys, values) in enumerate(
@@ -125,6 +131,7 @@ class PrefixStates:
                 self._as_read(keys).detach(), self._last_queries(layer), received
             )
             kept = self._policy.select(states, budget)
+            check_selection(kept, states, budget)
             other._keys.append(take_positions(keys, kept))
             other._values.append(take_positions(values, kept))
             if received is not None:
@@ -175,46 +182,51 @@ class PrefixViews:
         drafter: Drafter,
         policy: EvictionPolicy,
         prefix: Tensor,
+        view: ViewSettings,
         *,
-        is_relative: bool = False,
-        streams: bool = False,
-        chunk_tokens: int = 4096,
+        continuation_tokens: int,
     ) -> None:
         """
         Args:
             prefix: [B, P] int64.
-            is_relative: whether ``position_mode`` is "cache_relative".
-            streams: whether ``draft_prefill`` is "streaming".
-            chunk_tokens: ``draft_prefill_chunk``.
+            continuation_tokens: C.
         """
         self._drafter, self._policy, self._prefix = drafter, policy, prefix
-        self._is_relative, self._streams = is_relative, streams
-        self._chunk_tokens = chunk_tokens
-        self._states = self._empty()
-        for chunk in self._chunks(range(prefix.shape[1])):
-            self._states.read(chunk)
+        self._view = view
+        self._is_relative = view.position_mode == "cache_relative"
+        self._native_tokens = drafter.config.max_position_embeddings
+        self._room = self._native_tokens - continuation_tokens
+        self._whole: PrefixStates | None = None
+        if not self._is_relative or prefix.shape[1] <= self._room:
+            self._whole = self._empty()
+            for chunk in prefix.split(view.draft_prefill_chunk, 1):
+                if chunk.shape[1]:  # there may be no prefix
+                    self._whole.read(chunk)
 
     def full(self) -> View:
-        return self._states.view()
+        """All of the prefix, or what of it the native range has positions for."""
+        return self._whole.view() if self._whole else self.sparse(self._room)
 
     def sparse(self, budget: int) -> View:
-        if not self._streams:
-            return self._states.kept(budget).view()
-        states, length = self._empty(), self._prefix.shape[1]
-        unread = self._policy.unread(length, budget)
-        for chunk in self._chunks(range(unread.start if unread else length)):
-            states.read(chunk)
+        """What serving keeps of the prefix, and how it is read there."""
+        length = self._prefix.shape[1]
+        plan = ReadingPlan.of(
+            self._view,
+            self._policy,
+            native_tokens=self._native_tokens,
+            num_tokens=length,
+            budget=budget,
+        )
+        if plan.piece_tokens is None:
+            assert self._whole is not None, (length, self._room)
+            keeps_all = self._policy.keeps_all
+            return (self._whole if keeps_all else self._whole.kept(budget)).view()
+        states = self._empty()
+        for piece in plan.pieces(length):
+            states.skip_to(piece.start)
+            states.read(self._prefix[:, piece.start : piece.stop])
             states = states.kept(budget)
-        if unread:
-            states.skip(len(unread))
-            for chunk in self._chunks(range(unread.stop, length)):
-                states.read(chunk)
-                states = states.kept(budget)
         return states.view()
-
-    def _chunks(self, positions: range) -> Iterator[Tensor]:
-        tokens = self._prefix[:, positions.start : positions.stop]
-        return iter(tokens.split(self._chunk_tokens, 1) if len(positions) else ())
 
     def _empty(self) -> PrefixStates:
         return PrefixStates(self._drafter, self._policy, is_relative=self._is_relative)

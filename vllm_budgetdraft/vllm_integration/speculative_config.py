@@ -13,13 +13,16 @@ from vllm.platforms import current_platform
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.config import (
     BudgetDraftConfig,
+    SettledConfig,
     check_flexdraft_settings,
+    compare_views,
     parse_speculative_config,
+    settle,
 )
 from vllm_budgetdraft.drafter.configuration import (
     check_drafter_config,
     read_drafter_config,
-    settle,
+    trained_view,
 )
 from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
 from vllm_budgetdraft.errors import (
@@ -49,8 +52,8 @@ class BudgetDraftSpeculativeConfig(SpeculativeConfig):
     budgetdraft: dict[str, Any] = Field(default_factory=dict)
 
     @property
-    def settings(self) -> BudgetDraftConfig:
-        return parse_speculative_config(self.budgetdraft)
+    def settings(self) -> SettledConfig:
+        return SettledConfig(**self.budgetdraft)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.budgetdraft.items())
@@ -95,9 +98,9 @@ def make_config(
         ours.attention_backend, torch.device(current_platform.device_type)
     )
     if drafter_type(ours) == "flexdraft":
-        _check_flexdraft(ours, target_model_config, target_parallel_config)
+        settled = _check_flexdraft(ours, target_model_config, target_parallel_config)
     else:
-        _check_decoder(ours, target_model_config)
+        settled = _check_decoder(ours, target_model_config)
     front_end.apply(BudgetDraftSpeculativeConfig)
     return BudgetDraftSpeculativeConfig(
         method="custom_class",
@@ -106,7 +109,7 @@ def make_config(
         num_speculative_tokens_per_batch_size=(
             ours.num_speculative_tokens_per_batch_size
         ),
-        budgetdraft=ours.model_dump(exclude_unset=True),
+        budgetdraft=settled.model_dump(exclude_unset=True),
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
     )
@@ -129,7 +132,7 @@ def compare_vocabularies(drafter: str, target: Any) -> str | None:
 
 def only_on_v1(vllm_config: VllmConfig) -> list[str]:
     """What is asked for that needs vLLM's model runner V1, as vLLM names features."""
-    config: BudgetDraftConfig = vllm_config.speculative_config.settings
+    config: SettledConfig = vllm_config.speculative_config.settings
     needs = {
         "budgetdraft's flexdraft drafters": drafter_type(config) == "flexdraft",
         "budgetdraft's draft_confidence_threshold": config.draft_confidence_threshold,
@@ -142,24 +145,42 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
     return [feature for feature, needed in needs.items() if needed]
 
 
-def _check_decoder(config: BudgetDraftConfig, target: Any) -> None:
-    make_policy(config)
+def _settle(config: BudgetDraftConfig, trained: dict[str, Any]) -> SettledConfig:
+    taken, different = compare_views(config, trained)
+    if taken:
+        logger.info("BudgetDraft drafts as the drafter was trained: %s", taken)
+    if different:
+        logger.warning(
+            "the drafter was trained with other settings: %s; fewer drafts may be "
+            "accepted; leave these out to draft as it was trained",
+            different,
+        )
+    return settle(config, trained)
+
+
+def _check_decoder(config: BudgetDraftConfig, target: Any) -> SettledConfig:
     drafter = read_drafter_config(config.model)
+    settled = _settle(config, trained_view(drafter))
+    make_policy(settled)
     if note := compare_vocabularies(config.model, target):
         logger.info("BudgetDraft vocabulary: %s", note)
     MemoryPlan.of(
-        settle(config, drafter, target.max_model_len),
+        settled,
         drafter,
         num_slots=1,  # at least; how many there will be is not known here
         max_model_len=target.max_model_len,
         dtype=resolve_dtype(config, current_platform.device_type, target.dtype),
     )
+    return settled
 
 
-def _check_flexdraft(config: BudgetDraftConfig, target: Any, parallel: Any) -> None:
+def _check_flexdraft(
+    config: BudgetDraftConfig, target: Any, parallel: Any
+) -> SettledConfig:
     check_flexdraft_settings(config)
-    PageSelector(config, page_size=1)
     found = read_flexdraft_config(config.model)
+    settled = _settle(config, found.get("budgetdraft", {}))
+    PageSelector(settled, page_size=1)
     if config.num_speculative_tokens > found["draft_tokens"]:
         raise ConfigurationError(
             f"num_speculative_tokens={config.num_speculative_tokens}, but the drafter "
@@ -177,3 +198,4 @@ def _check_flexdraft(config: BudgetDraftConfig, target: Any, parallel: Any) -> N
             f"tensor_parallel_size={parallel.tensor_parallel_size}: flexdraft drafts "
             "on one device; use 1, or a drafter that is a decoder"
         )
+    return settled

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_budgetdraft.config import (
-    BudgetDraftConfig,
     RequestSettings,
+    SettledConfig,
     parse_request_settings,
 )
 from vllm_budgetdraft.errors import UnsupportedVllmError
@@ -59,7 +59,7 @@ class TargetDrafter:
 
     def __init__(
         self,
-        config: BudgetDraftConfig,
+        config: SettledConfig,
         target: Any,
         drafter: FlexDraft,
         operations: ModuleType,

@@ -1,0 +1,75 @@
+"""Which tokens of a context a drafter reads, and when the policy chooses of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_budgetdraft.config import ViewSettings
+from vllm_budgetdraft.eviction.base import EvictionPolicy
+
+
+@dataclass(frozen=True)
+class ReadingPlan:
+    """The same in training and in serving, however many tokens an engine gives at once.
+
+    The policy chooses after every piece, and at the end of the context.
+
+    Attributes:
+        skipped: positions that are never read.
+        piece_tokens: in streaming, from the start and again after what is skipped; None
+            where the end of the context is the one choice.
+    """
+
+    skipped: range = range(0)
+    piece_tokens: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        view: ViewSettings,
+        policy: EvictionPolicy,
+        *,
+        native_tokens: int,
+        num_tokens: int,
+        budget: int,
+    ) -> "ReadingPlan":
+        """
+        Args:
+            native_tokens: longest context that the drafter was made for. Positions
+                that are indices in the cache stay below it.
+            num_tokens: of the context, as far as it is known.
+            budget: most tokens that are kept after a choice.
+        """
+        if view.draft_prefill == "full" or policy.keeps_all:
+            return cls()
+        piece = view.draft_prefill_chunk
+        if view.position_mode == "cache_relative":
+            piece = min(piece, native_tokens - budget)
+        assert piece > 0, (native_tokens, budget)
+        return cls(policy.unread(num_tokens, budget), piece)
+
+    def unread(self, num_seen: int, end: int) -> range:
+        """Positions to be read next, in a row, of a context that ends at ``end``.
+
+        Args:
+            num_seen: tokens that were read or skipped.
+        """
+        if num_seen < self.skipped.start:
+            return range(num_seen, self.skipped.start)
+        return range(max(num_seen, self.skipped.stop), end)
+
+    def next_choice(self, start: int) -> int | None:
+        """Where the piece ends that ``start`` is in; None if with the context."""
+        if self.piece_tokens is None:
+            return None
+        is_before = start < self.skipped.start
+        first = 0 if is_before else self.skipped.stop
+        end = start + self.piece_tokens - (start - first) % self.piece_tokens
+        return min(end, self.skipped.start) if is_before else end
+
+    def pieces(self, end: int) -> Iterator[range]:
+        """What is read before each choice, of a context that ends at ``end``."""
+        num_seen = 0
+        while unread := self.unread(num_seen, end):
+            choice = self.next_choice(unread.start)
+            num_seen = unread.stop if choice is None else min(unread.stop, choice)
+            yield range(unread.start, num_seen)
