@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.support.engines import DRAFTER, TARGET
+from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.errors import (
     ConfigurationError,
     UnsupportedDrafterError,
@@ -59,6 +61,33 @@ def test_the_budget_does_not_change_the_hash_of_the_targets_compile_cache() -> N
         for budget in (256, 512)
     }
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("kind", ["books-9m-drafter", "books-9m-flexdraft"])
+def test_what_is_not_set_is_as_the_drafter_was_trained(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the log says so, of what differs as of what was taken."""
+    from vllm_budgetdraft.vllm_integration import speculative_config
+
+    folder = tmp_path / "drafter"
+    shutil.copytree(Path(DRAFTER).with_name(kind), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["budgetdraft"] |= {"local_tokens": 40, "sink_tokens": 5, "chunk_size": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    told: dict[str, str] = {}
+    for level in ("info", "warning"):
+        monkeypatch.setattr(
+            speculative_config.logger,
+            level,
+            lambda text, *values, level=level: told.update({level: text % values}),
+        )
+    settings = {**SETTINGS, "model": str(folder), "sink_tokens": 8}
+    found = engine_config(settings).speculative_config.settings
+    assert type(found) is SettledConfig
+    assert (found.local_tokens, found.sink_tokens, found.chunk_size) == (40, 8, 4)
+    assert "local_tokens=40" in told["info"] and "sink_tokens" not in told["info"]
+    assert "sink_tokens=8 (trained with 5)" in told["warning"]
 
 
 def test_other_methods_are_left_alone() -> None:

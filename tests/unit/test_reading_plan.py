@@ -1,4 +1,4 @@
-"""What is read before each choice, by hand; that both sides do so is tested of views."""
+"""What is read before each choice, by hand; ``test_views`` holds both sides to it."""
 
 import pytest
 
