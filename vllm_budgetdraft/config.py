@@ -44,7 +44,7 @@ class EvictionSettings(BaseModel):
         256,
         ge=0,
         description="Last tokens of the prompt that chunk_retrieval always keeps; at "
-        "most half of the budget that the sinks leave. 0 is the paper's selection.",
+        "most half of the budget that the sinks leave.",
     )
     chunk_size: int = Field(
         8, ge=1, description="Tokens per chunk that chunk_retrieval keeps or drops."

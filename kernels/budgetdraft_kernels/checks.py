@@ -192,7 +192,7 @@ def check_chunk_scores(
     """Arguments of ``chunk_scores``."""
     tensors = {
         "keys": (keys, ("L", "G", "num_tokens", "D")),
-        "queries": (queries, ("L", "G", "num_queries", "D")),
+        "queries": (queries, ("L", "G", "heads", "num_queries", "D")),
     }
     _check_tensors(tensors)
     _check_types((*FLOATS, torch.float64), keys=keys, queries=queries)
@@ -200,6 +200,11 @@ def check_chunk_scores(
     _check_last_contiguous(keys=keys, queries=queries)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}; it must be 1 or more")
+    if queries.shape[3] > keys.shape[2]:
+        raise ValueError(
+            f"queries are of {queries.shape[3]} tokens and keys only of "
+            f"{keys.shape[2]}; a query's token has a key too"
+        )
     if score not in ("mean_key", "attention"):
         raise ValueError(f"score={score!r}; it is 'mean_key' or 'attention'")
 

@@ -14,19 +14,21 @@ from budgetdraft_kernels.checks import check_chunk_scores
 QUERY_BLOCK = 16
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_queries", "num_chunks"])
+@triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_queries", "num_chunks"])
 def chunk_scores_kernel(
-    scores,  # [L, G, num_queries, num_chunks]
+    scores,  # [L, G, num_heads * num_queries, num_chunks]
     keys,
     queries,
     logit_scale,
     num_tokens,
+    num_heads,
     num_queries,
     num_chunks,
     key_stride_layer,
     key_stride_head,
     key_stride_token,
     query_stride_layer,
+    query_stride_kv_head,
     query_stride_head,
     query_stride_token,
     NUM_KV_HEADS: tl.constexpr,
@@ -55,17 +57,21 @@ def chunk_scores_kernel(
     )
 
     query = tl.program_id(2) * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
-    query_rows = queries + layer * query_stride_layer + kv_head * query_stride_head
-    query_rows += query * query_stride_token
+    in_queries = query < num_heads * num_queries
+    query_rows = queries + layer * query_stride_layer + kv_head * query_stride_kv_head
+    query_rows += (query // num_queries) * query_stride_head
+    query_rows += (query % num_queries) * query_stride_token
     q = tl.load(
         query_rows[:, None] + dim[None, :],
-        mask=(query < num_queries)[:, None] & in_dim,
+        mask=in_queries[:, None] & in_dim,
         other=0.0,
     )
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * logit_scale
     shape: tl.constexpr = (QUERY_BLOCK, TILE_CHUNKS, CHUNK_BLOCK)
     if LOG_SUM_EXP:
-        logits = tl.where(present[None, :], logits, float("-inf"))
+        own = num_tokens - num_queries + query % num_queries
+        seen = present[None, :] & (token[None, :] <= own[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
         by_chunk = tl.reshape(logits, shape)
         highest = tl.max(by_chunk, 2)
         highest = tl.where(highest == float("-inf"), 0.0, highest)
@@ -76,8 +82,9 @@ def chunk_scores_kernel(
         reduced = tl.sum(by_chunk, 2) / tl.maximum(tl.sum(counts, 1), 1.0)[None, :]
 
     chunks = tl.program_id(1) * TILE_CHUNKS + tl.arange(0, TILE_CHUNKS)
-    lanes = (row * num_queries + query)[:, None] * num_chunks + chunks[None, :]
-    mask = (query < num_queries)[:, None] & (chunks < num_chunks)[None, :]
+    lanes = (row * num_heads * num_queries + query)[:, None] * num_chunks
+    lanes += chunks[None, :]
+    mask = in_queries[:, None] & (chunks < num_chunks)[None, :]
     tl.store(scores + lanes, reduced, mask=mask)
 
 
@@ -90,19 +97,20 @@ def chunk_scores(
     """See ``reference.chunk_scores``."""
     check_chunk_scores(keys, queries, chunk_size, score)
     num_layers, num_kv_heads, num_tokens, head_dim = keys.shape
-    num_queries, num_chunks = queries.shape[2], triton.cdiv(num_tokens, chunk_size)
+    num_heads, num_queries = queries.shape[2:4]
+    num_chunks = triton.cdiv(num_tokens, chunk_size)
     chunk_block = triton.next_power_of_2(chunk_size)
     settings = launch_settings.settings_of(keys.device)
     tile_chunks = max(1, settings.chunk_scores_tokens // chunk_block)
     scores = torch.empty(
-        (num_layers, num_kv_heads, num_queries, num_chunks),
+        (num_layers, num_kv_heads, num_heads * num_queries, num_chunks),
         dtype=torch.float32,
         device=keys.device,
     )
     grid = (
         num_layers * num_kv_heads,
         triton.cdiv(num_chunks, tile_chunks),
-        triton.cdiv(num_queries, QUERY_BLOCK),
+        triton.cdiv(num_heads * num_queries, QUERY_BLOCK),
     )
     dim_block = max(16, triton.next_power_of_2(head_dim))
     by_attention = score == "attention"
@@ -112,10 +120,11 @@ def chunk_scores(
         queries,
         head_dim**-0.5 if by_attention else 1.0,
         num_tokens,
+        num_heads,
         num_queries,
         num_chunks,
         *keys.stride()[:3],
-        *queries.stride()[:3],
+        *queries.stride()[:4],
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         DIM_BLOCK=dim_block,

@@ -244,12 +244,12 @@ def chunk_scores(
 
     Args:
         keys: [L, G, num_tokens, D].
-        queries: [L, G, num_queries, D].
+        queries: [L, G, heads, num_queries, D], of the last tokens of ``keys``.
         chunk_size: tokens per chunk; the last chunk holds what is left.
         score: "mean_key", a query against the mean of the chunk's keys (BudgetDraft's
             and TriForce's retrieval, https://arxiv.org/abs/2404.11912); or "attention",
-            the share of a query's attention over all of ``keys`` that goes to the
-            chunk. Each is averaged over the queries.
+            the share of a query's attention that goes to the chunk, of the keys up to
+            its own. Each is averaged over the queries and heads.
 
     Returns:
         [L, G, num_chunks] float32.
@@ -259,12 +259,16 @@ def chunk_scores(
         TypeError: a tensor of another type.
     """
     check_chunk_scores(keys, queries, chunk_size, score)
-    logits = queries.float() @ keys.float().mT
-    num_tokens = keys.shape[2]
+    logits = queries.float() @ keys[:, :, None].float().mT
+    num_tokens, num_queries = keys.shape[2], queries.shape[3]
     remainder = -num_tokens % chunk_size
     if score == "attention":
-        logits = (logits * keys.shape[-1] ** -0.5).softmax(-1)
-    chunks = F.pad(logits.mean(-2), (0, remainder)).unflatten(-1, (-1, chunk_size))
+        later = torch.ones_like(logits[0, 0, 0], dtype=torch.bool)
+        later = later.triu(num_tokens - num_queries + 1)
+        logits = (logits * keys.shape[-1] ** -0.5).masked_fill(later, -torch.inf)
+        logits = logits.softmax(-1)
+    by_token = logits.mean((-3, -2))
+    chunks = F.pad(by_token, (0, remainder)).unflatten(-1, (-1, chunk_size))
     sums: Tensor = chunks.sum(-1)
     if score == "attention":
         return sums

@@ -63,7 +63,7 @@ def compaction() -> Arguments:
 def chunk_scores() -> Arguments:
     return {
         "keys": torch.zeros(2, 3, 9, 32),
-        "queries": torch.zeros(2, 3, 4, 32),
+        "queries": torch.zeros(2, 3, 2, 4, 32),
         "chunk_size": 4,
         "score": "attention",
     }
@@ -250,14 +250,15 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
     ],
     "chunk_scores": [
         ({"keys": zeros(2, 9, 32)}, r"keys has shape \[2, 9, 32\], not \[L, G,"),
-        ({"queries": zeros(2, 2, 4, 32)}, r"queries .*\[2, 2, 4, 32\], .*G=3"),
-        ({"queries": zeros(2, 3, 4, 16)}, r"queries .*16\], .*D=32"),
+        ({"queries": zeros(2, 2, 2, 4, 32)}, r"queries .*\[2, 2, 2, 4, 32\], .*G=3"),
+        ({"queries": zeros(2, 3, 2, 4, 16)}, r"queries .*16\], .*D=32"),
+        ({"queries": zeros(2, 3, 2, 10, 32)}, r"queries are of 10 tokens .* only of 9"),
         ({"keys": strided(2, 3, 9, 32)}, r"keys has strides \(1728, 576, 64, 2\)"),
-        ({"queries": strided(2, 3, 4, 32)}, r"queries has strides \(768, 256, 64, 2\)"),
+        ({"queries": strided(2, 3, 2, 4, 32)}, r"queries has strides \(1536, .*, 2\)"),
         ({"chunk_size": 0}, r"chunk_size=0; it must be 1 or more"),
         ({"chunk_size": -8}, r"chunk_size=-8; it must be 1 or more"),
         ({"score": "median"}, r"score='median'; it is 'mean_key' or 'attention'"),
-        ({"queries": zeros(2, 3, 4, 32).to("meta")}, r"several devices.*meta"),
+        ({"queries": zeros(2, 3, 2, 4, 32).to("meta")}, r"several devices.*meta"),
     ],
     "greedy_pick": [
         ({"logits": zeros(50)}, r"logits has shape \[50\], not \[B, V\]"),
@@ -324,7 +325,10 @@ WRONG_TYPES: dict[str, list[tuple[Arguments, str]]] = {
     ],
     "chunk_scores": [
         ({"keys": zeros(2, 3, 9, 32).int()}, r"keys is torch\.int32"),
-        ({"queries": zeros(2, 3, 4, 32).half()}, r"queries .*16, not torch\.float32"),
+        (
+            {"queries": zeros(2, 3, 2, 4, 32).half()},
+            r"queries .*16, not torch\.float32",
+        ),
     ],
     "greedy_pick": [
         ({"logits": zeros(3, 50, dtype=DOUBLE)}, r"logits is torch\.float64"),

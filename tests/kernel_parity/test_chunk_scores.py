@@ -4,15 +4,16 @@ import torch
 from budgetdraft_kernels import fused, reference
 from tests.kernel_parity.tolerances import assert_close
 
-#: Layers, KV heads, tokens, queries and head size.
+#: Layers, KV heads, tokens, heads of each, queries and head size.
 SIZES = {
-    "plain": (2, 2, 100, 4, 64),
-    "one_token": (1, 1, 1, 1, 32),
-    "63_tokens": (2, 3, 63, 1, 10),
-    "tile_of_64": (1, 2, 64, 16, 80),
-    "several_tiles": (1, 3, 257, 17, 96),
-    "many_queries": (1, 1, 130, 40, 128),
-    "head_dim_256": (1, 1, 70, 3, 256),
+    "plain": (2, 2, 100, 2, 4, 64),
+    "one_token": (1, 1, 1, 1, 1, 32),
+    "63_tokens": (2, 3, 63, 1, 1, 10),
+    "tile_of_64": (1, 2, 64, 1, 16, 80),
+    "several_tiles": (1, 3, 257, 1, 17, 96),
+    "many_queries": (1, 1, 130, 4, 40, 128),
+    "head_dim_256": (1, 1, 70, 3, 3, 256),
+    "as_many_queries_as_keys": (1, 2, 9, 2, 9, 32),
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -20,13 +21,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def prompt(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device):
     """Keys as a prefill leaves them, tokens first, with NaN around; and queries."""
     torch.manual_seed(0)
-    layers, kv_heads, num_tokens, num_queries, head_dim = sizes
+    layers, kv_heads, num_tokens, heads, num_queries, head_dim = sizes
     around = torch.full((layers, num_tokens + 2, kv_heads, head_dim), torch.nan)
     around[:, 1:-1] = torch.randn(layers, num_tokens, kv_heads, head_dim)
     keys = around.to(device, dtype)[:, 1:-1].transpose(1, 2)
-    around = torch.full((layers, kv_heads, num_queries + 1, head_dim), torch.nan)
-    around[:, :, :-1] = torch.randn(layers, kv_heads, num_queries, head_dim)
-    return keys, around.to(device, dtype)[:, :, :-1]
+    around = torch.full((layers, kv_heads, heads, num_queries + 1, head_dim), torch.nan)
+    around[..., :-1, :] = torch.randn(layers, kv_heads, heads, num_queries, head_dim)
+    return keys, around.to(device, dtype)[..., :-1, :]
 
 
 @pytest.mark.parametrize("score", ["mean_key", "attention"])
@@ -78,8 +79,27 @@ def test_attention_survives_logits_that_overflow_an_exponential(factor, device):
 
 @pytest.mark.parametrize("score", ["mean_key", "attention"])
 def test_a_chunk_longer_than_the_prompt_has_one_score(score, device):
-    keys, queries = prompt((1, 2, 5, 2, 32), torch.float32, device)
+    keys, queries = prompt((1, 2, 5, 1, 2, 32), torch.float32, device)
     found = fused.chunk_scores(keys, queries, 100, score)
     expected = reference.chunk_scores(keys, queries, 100, score)
     assert found.shape == (1, 2, 1)
     assert_close("scores", found / 8, expected / 8, torch.float32)
+
+
+@pytest.mark.parametrize("module", [reference, fused], ids=["reference", "fused"])
+def test_a_query_sees_no_key_that_is_later_than_its_own(module, device):
+    """All keys are 0 but the last of 24, which the last of 16 queries alone sees.
+
+    Before it, attention is even: the i-th query's over i of 24 tokens, by hand.
+    """
+    keys = torch.zeros(1, 1, 24, 4, device=device)
+    keys[0, 0, 23, 0] = 40.0
+    queries = torch.zeros(1, 1, 1, 16, 4, device=device)
+    queries[..., 0] = 1.0
+    found = module.chunk_scores(keys, queries, 8, "attention")
+    early = [8 / seen for seen in range(9, 24)]
+    second = [min(8, seen - 8) / seen for seen in range(9, 24)]
+    third = [max(0, seen - 16) / seen for seen in range(9, 24)]
+    expected = [sum(early) / 16, sum(second) / 16, (sum(third) + 1) / 16]
+    assert found[0, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert expected == pytest.approx([0.508, 0.345, 0.146], abs=1e-3)

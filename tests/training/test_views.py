@@ -24,6 +24,7 @@ SETTINGS = {
     "keep_all": {"eviction_policy": "keep_all"},
     "of_the_user": {"eviction_policy": EVERY_SECOND},
 }
+OBSERVES = SETTINGS["observation_window"]
 KEEP_ALL = make_policy(ViewSettings(eviction_policy="keep_all"))
 every_policy = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 every_mode = pytest.mark.parametrize("position_mode", ["absolute", "cache_relative"])
@@ -233,6 +234,10 @@ def random_case(seed: int) -> dict:
     "case",
     [
         {"native": 128, "budget": 64, "chunk": 100, "prefix_tokens": 400, "seed": 0},
+        {  # more tokens observe than are held
+            **{"native": 200, "budget": 40, "chunk": 30, "prefix_tokens": 150},
+            **{"seed": 1, "settings": {"observation_tokens": 100, **OBSERVES}},
+        },
         *map(random_case, range(12)),
     ],
     ids=lambda case: "-".join(map(str, case.values())),

@@ -50,8 +50,8 @@ def random_prompt(
     keys = torch.randn(*heads, num_tokens, HEAD_DIM)
     queries = attention = None
     if policy.observation_tokens:
-        num_queries = GROUP * min(policy.observation_tokens, num_tokens)
-        queries = torch.randn(*heads, num_queries, HEAD_DIM)
+        num_queries = min(policy.observation_tokens, num_tokens)
+        queries = torch.randn(*heads, GROUP, num_queries, HEAD_DIM)
     if policy.accumulates_attention:
         attention = torch.rand(*heads, num_tokens)
     return PromptStates(keys, queries, attention)
@@ -109,6 +109,20 @@ def test_a_head_is_served_alike_alone_and_among_others(settings):
         assert torch.equal(alone, together[1, head])
 
 
+def slow_attention(keys: Tensor, queries: Tensor) -> Tensor:
+    """What keys [num_tokens, D] are given by queries of the last tokens, [heads, n, D].
+
+    Each sees the keys up to its own.
+    """
+    weights = torch.zeros(len(keys))
+    for head in queries:
+        for back, query in enumerate(head.flip(0)):
+            seen = len(keys) - back
+            logits = torch.stack([query @ key for key in keys[:seen]]) / HEAD_DIM**0.5
+            weights[:seen] += logits.exp() / logits.exp().sum()
+    return weights
+
+
 def slow_chunk_retrieval(
     keys: Tensor,
     queries: Tensor | None,
@@ -129,14 +143,10 @@ def slow_chunk_retrieval(
         start += size
     tail = list(range(start, num_tokens))
 
-    def attention(query: Tensor) -> Tensor:
-        logits = torch.stack([query @ key for key in keys]) / HEAD_DIM**0.5
-        return logits.exp() / logits.exp().sum()
-
     if queries is None:
         scores = [float(keys[chunk].mean(0) @ keys[-1]) for chunk in chunks]
     else:
-        weights = sum(attention(query) for query in queries)
+        weights = slow_attention(keys, queries)
         scores = [float(weights[chunk].sum()) for chunk in chunks]
     room = (budget - sinks - len(tail)) // size
     best = sorted(range(len(chunks)), key=lambda i: scores[i])[len(chunks) - room :]
@@ -185,7 +195,7 @@ def test_chunk_retrieval_keeps_the_first_chunk_however_badly_it_scores(score):
     keys, queries = states.keys, states.queries
     keys[..., :8, :] = -100 * keys[..., -1:, :]
     if queries is not None:
-        queries[:] = keys[..., -1:, :]
+        queries[:] = keys[..., None, -1:, :]
     kept = policy.select(states, 64)
     assert torch.equal(kept[..., :8], torch.arange(8).expand(LAYERS, KV_HEADS, -1))
 
@@ -221,9 +231,7 @@ def slow_observation_window(
 ) -> list[int]:
     """Positions that one head keeps of keys [num_tokens, D], spelled out."""
     before = len(keys) - window
-    weights = torch.zeros(before)
-    for query in queries:
-        weights += (keys[:before] @ query / HEAD_DIM**0.5).softmax(0)
+    weights = slow_attention(keys, queries)[:before]
     reach = pooling // 2
     scores = {
         position: float(weights[max(0, position - reach) : position + reach + 1].mean())

@@ -144,15 +144,17 @@ class PromptAttention:
         return self._as_read(self.keys)
 
     def last_queries(self) -> Tensor | None:
-        """[num_layers, G, H / G * observation_tokens, D], or None if none are kept."""
+        """[num_layers, G, H / G, observation_tokens or less, D]; None if not kept."""
         if not self._observation_tokens:
             return None
-        queries = torch.stack([q for q in self._queries if q is not None])
+        queries = torch.stack(
+            [q[-self.num_held :] for q in self._queries if q is not None]
+        )
         queries = self._as_read(queries, start=self.num_held - queries.shape[1])
         num_kv_heads = self._keys.shape[2]
         # [layers, W, G, H / G, D]
         grouped: Tensor = queries.unflatten(2, (num_kv_heads, -1))
-        return grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        return grouped.permute(0, 2, 3, 1, 4).contiguous()
 
     def _observe(self, layer: int, queries: Tensor) -> None:
         last = queries[-self._observation_tokens :]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ class PromptStates:
 
     Attributes:
         keys: [..., num_tokens, head_dim], rotated as attention reads them.
-        queries: [..., num_queries, head_dim], the queries of the last
-            ``observation_tokens`` tokens of every query head that shares the KV head;
-            None when ``observation_tokens`` is 0.
+        queries: [..., heads, num_queries, head_dim], the queries of the last
+            ``observation_tokens`` tokens, or as many as there are, of every query head
+            that shares the KV head; None when ``observation_tokens`` is 0.
         attention: [..., num_tokens] float32, the attention that each key has received,
             summed over every query so far that shares the KV head; None unless the
             policy ``accumulates_attention``.
@@ -122,9 +123,24 @@ def take_positions(states: Tensor, kept: Tensor) -> Tensor:
     return states.gather(-2, kept[..., None].expand(*kept.shape, states.shape[-1]))
 
 
-def four_dimensions(states: Tensor) -> Tensor:
-    """[..., num_tokens, head_dim] as the operations take them.
+def chunk_scores(
+    operations: ModuleType,
+    keys: Tensor,
+    queries: Tensor,
+    chunk_size: int,
+    score: Literal["mean_key", "attention"],
+) -> Tensor:
+    """``reference.chunk_scores`` of a policy's states, [..., num_chunks].
 
-    Serving's [num_layers, num_kv_heads, num_tokens, head_dim] are left as they are.
+    Args:
+        operations: see ``EvictionPolicy``.
+        keys, queries: as ``PromptStates`` has them.
     """
-    return states if states.ndim == 4 else states.reshape(1, -1, *states.shape[-2:])
+    if keys.ndim == 4:  # serving's
+        scores: Tensor = operations.chunk_scores(keys, queries, chunk_size, score)
+        return scores
+    leading = keys.shape[:-2]
+    keys = keys.reshape(1, -1, *keys.shape[-2:])
+    queries = queries.reshape(1, -1, *queries.shape[-3:])
+    scores = operations.chunk_scores(keys, queries, chunk_size, score)
+    return scores.view(*leading, scores.shape[-1])

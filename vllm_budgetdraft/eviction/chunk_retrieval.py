@@ -9,7 +9,7 @@ from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.eviction.base import (
     EvictionPolicy,
     PromptStates,
-    four_dimensions,
+    chunk_scores,
 )
 
 
@@ -44,14 +44,14 @@ class ChunkRetrieval(EvictionPolicy):
         end = sinks + num_chunks * size
         num_kept = (budget - sinks - (num_tokens - end)) // size
 
-        by, queries = "attention", states.queries
-        if queries is None:
-            by, queries = "mean_key", keys[..., -1:, :]
-        scores = self.operations.chunk_scores(
-            four_dimensions(keys), four_dimensions(queries), size, by
-        )
+        if states.queries is None:
+            last = keys[..., None, -1:, :]
+            scores = chunk_scores(self.operations, keys, last, size, "mean_key")
+        else:
+            scores = chunk_scores(
+                self.operations, keys, states.queries, size, "attention"
+            )
         scores = scores[..., sink_chunks : sink_chunks + num_chunks]
-        scores = scores.view(*keys.shape[:-2], num_chunks)
         best = scores.topk(num_kept, dim=-1, sorted=False).indices.sort(-1).values
 
         within = torch.arange(size, device=keys.device)

@@ -10,7 +10,7 @@ from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.eviction.base import (
     EvictionPolicy,
     PromptStates,
-    four_dimensions,
+    chunk_scores,
 )
 
 
@@ -21,9 +21,8 @@ class ObservationWindow(EvictionPolicy):
     per layer and KV head by the attention that the last ``observation_tokens`` queries
     give them, averaged over ``pooling_size`` neighbours so that whole phrases stay.
 
-    Deviations: the first ``sink_tokens`` always stay; attention is shared out among the
-    positions before the window alone; the window takes at most half of what the sinks
-    leave of the budget.
+    Deviations: the first ``sink_tokens`` always stay; the window takes at most half of
+    what the sinks leave of the budget.
     """
 
     def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
@@ -37,15 +36,12 @@ class ObservationWindow(EvictionPolicy):
         assert states.queries is not None
         window = min(self.observation_tokens, (budget - sinks) // 2)
         end = num_tokens - window
-        weights = self.operations.chunk_scores(
-            four_dimensions(states.keys[..., :end, :]),
-            four_dimensions(states.queries),
-            chunk_size=1,
-            score="attention",
-        )
+        weights = chunk_scores(
+            self.operations, states.keys, states.queries, 1, "attention"
+        )[..., :end]
         pooling_size = self.settings.pooling_size
         scores = F.avg_pool1d(
-            weights.flatten(0, 1),
+            weights.reshape(-1, end),
             pooling_size,
             stride=1,
             padding=pooling_size // 2,

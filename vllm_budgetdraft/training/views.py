@@ -146,13 +146,13 @@ class PrefixStates:
         )
 
     def _last_queries(self, layer: int) -> Tensor | None:
-        """[B, G, H / G * observation_tokens, D]"""
+        """[B, G, H / G, observation_tokens or less, D]"""
         if not self._queries:
             return None
-        queries = self._queries[layer].detach()
+        queries = self._queries[layer].detach()[:, :, -self.num_held :]
         queries = self._as_read(queries, start=self.num_held - queries.shape[2])
         grouped: Tensor = queries.unflatten(1, (self._drafter.num_kv_heads, -1))
-        return grouped.flatten(2, 3)
+        return grouped
 
     def _count(self, layer: int, queries: Tensor, keys: Tensor) -> None:
         pairs = zip(
