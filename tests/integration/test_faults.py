@@ -158,6 +158,37 @@ def test_a_step_that_fails_for_one_is_repeated_for_each(
     assert "this slot fails on purpose" in log[0]
 
 
+@pytest.mark.parametrize("num_failures", [1, 2, 3, 7])
+def test_after_a_failure_of_no_request_all_begin_anew_but_not_for_ever(
+    drafter_folder, monkeypatch, num_failures
+):
+    """Each costs them all that they have read; of three in a row they draft no more."""
+    from vllm_budgetdraft.vllm_integration.request_drafter import RequestDrafter
+
+    engine = started(drafter_folder, "sink_window")
+    engine.step()
+    nothing = dict.fromkeys(engine.requests, [])
+
+    def fail(_, ready, limit):
+        if ready:
+            raise RuntimeError("on purpose")
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RequestDrafter, "_draft_ready", fail)
+        for _ in range(num_failures):
+            assert engine.step() == nothing
+    if num_failures < 3:
+        assert len(engine.step()["short"]) == 4
+    else:
+        assert engine.proposer._drafter._faults.num_faults == 3
+        assert engine.step() == nothing
+    engine.finish("other")
+    engine.start("new", 30)
+    assert len(engine.step()["new"]) == 4
+    engine.core.cache.check_invariants()
+
+
 def test_a_full_pool_costs_drafts_until_there_is_room(drafter_folder, log):
     engine = Engine(drafter_folder, eviction_policy="keep_all", **SETTINGS)
     pool = engine.core.cache.pool

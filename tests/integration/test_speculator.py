@@ -97,6 +97,10 @@ class Runner:
         self.states.all_token_ids.gpu[index, length:end] = torch.tensor(tokens)
         self.states.total_len.gpu[index] = end
 
+    def end(self, index: int) -> None:
+        name = self.states.index_to_req_id.pop(index)
+        del self.states.req_id_to_index[name]
+
     def propose(
         self, indices: list[int], num_drafts: int = 0, length: int = NUM_DRAFTS
     ) -> torch.Tensor:
@@ -286,9 +290,40 @@ def test_whoever_has_no_drafts_is_counted_by_reason(drafter_folder):
     assert faults == 2  # one of them that there was no room
 
 
-def test_a_failure_of_no_request_ends_the_drafts_of_that_step(
-    drafter_folder, monkeypatch
-):
+def never_repeats(drafts: torch.Tensor, token: int) -> bool:
+    """Whether every row [B, k] was drafted, and not filled with its last token."""
+    return bool((drafts != token).any(-1).all())
+
+
+def test_a_request_without_room_drafts_as_soon_as_there_is_some(drafter_folder):
+    """As if it had begun then: at once where another one ends, and no later."""
+    alone = build_proposer(
+        drafter_folder, num_slots=NUM_SLOTS, max_model_len=MAX_MODEL_LEN, kv_budget=64
+    )
+    requests = {2: 90, 3: 60}  # index and prompt
+    room = 1.5 * alone.cache.pool.num_bytes / NUM_SLOTS / 2**30
+    runner = Runner(drafter_folder, pool_memory_gib=room, draft_sample_method="greedy")
+    for index, num_tokens in requests.items():
+        runner.add(index, num_tokens)
+    for token in range(5, 25):  # verified, and refused each time
+        for index in requests:
+            runner.emit(index, [token])
+        drafts = runner.propose([2, 3], NUM_DRAFTS)
+        assert never_repeats(drafts[:1], token)
+        assert drafts[1].tolist() == [token] * NUM_DRAFTS
+    assert runner.speculator._faults.num_faults == 1, "it is not tried in vain"
+    runner.end(2)
+    runner.emit(3, [25])
+    drafted = runner.propose([3], NUM_DRAFTS)
+    context = runner.states.all_token_ids.gpu[3, :81].long()
+    alone.start_request(0)
+    alone.ingest(0, context[:-2])
+    expected = alone.draft(torch.tensor([0]), context[None, -2:], torch.tensor([81]))
+    assert drafted.tolist() == expected.tokens.tolist()
+    runner.core.cache.check_invariants()
+
+
+def test_after_a_failure_of_no_request_all_begin_anew(drafter_folder, monkeypatch):
     runner = Runner(drafter_folder)
     for index in (0, 1):
         runner.add(index, 30)
@@ -300,14 +335,39 @@ def test_a_failure_of_no_request_ends_the_drafts_of_that_step(
     runner.propose([1, 0])
     for index in (0, 1):
         runner.emit(index, [5])
-    monkeypatch.setattr(runner.core, "draft", fail)
-    assert runner.propose([1, 0], NUM_DRAFTS).tolist() == [[5] * NUM_DRAFTS] * 2
-    told = runner.speculator.draft_logits[:2].softmax(-1)
-    assert (told[..., 5] == 1).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.core, "draft", fail)
+        assert runner.propose([1, 0], NUM_DRAFTS).tolist() == [[5] * NUM_DRAFTS] * 2
+        told = runner.speculator.draft_logits[:2].softmax(-1)
+        assert (told[..., 5] == 1).all()
     assert runner.speculator._faults.num_faults == 1
-    monkeypatch.undo()
-    assert runner.propose([1, 0]).tolist() == [[5] * NUM_DRAFTS] * 2
+    for index in (0, 1):
+        runner.emit(index, [5])
+    assert never_repeats(runner.propose([1, 0], NUM_DRAFTS), 5)
+    runner.core.cache.check_invariants()
+
+
+def test_a_failure_that_persists_ends_the_drafts_of_all_that_meet_it(
+    drafter_folder, monkeypatch
+):
+    """Each costs a request all that it has read."""
+    runner = Runner(drafter_folder)
+    runner.add(0, 30)
+    calls = []
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        raise RuntimeError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.core, "draft", fail)
+        for _ in range(6):
+            runner.emit(0, [5])
+            runner.propose([0], NUM_DRAFTS)
+    assert len(calls) == 3
+    runner.emit(0, [5])
+    assert runner.propose([0]).tolist() == [[5] * NUM_DRAFTS]
     runner.add(1, 60)  # the next request drafts again
     runner.emit(1, [6])
-    assert runner.propose([1]).tolist() != [[6] * NUM_DRAFTS]
+    assert never_repeats(runner.propose([1]), 6)
     runner.core.cache.check_invariants()

@@ -8,6 +8,11 @@ from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 logger = logging.getLogger("vllm.budgetdraft")
 
 
+#: Failures of no request in particular, without a draft between them, after which the
+#: requests that draft do so no more: each may cost them all that they have read.
+MOST_IN_A_ROW = 3
+
+
 class FaultLog:
     """Counts failures, and logs the 1st, 2nd, 4th, 8th and so on.
 
@@ -16,8 +21,22 @@ class FaultLog:
     """
 
     def __init__(self, statistics: DraftStatistics) -> None:
-        self.num_faults = 0
+        self.num_faults = self._num_in_row = 0
         self._statistics = statistics
+
+    def report_every(self, error: Exception) -> bool:
+        """A failure of no request in particular.
+
+        Returns:
+            Whether it was one too many, and all requests of now are to give up.
+        """
+        self.report("every request", error)
+        self._num_in_row += 1
+        return self._num_in_row >= MOST_IN_A_ROW
+
+    def drafted(self) -> None:
+        """Something was drafted."""
+        self._num_in_row = 0
 
     def report(self, whose: str, error: Exception) -> None:
         """

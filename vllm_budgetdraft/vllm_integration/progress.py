@@ -14,9 +14,11 @@ class Progress:
     an upper bound here, and exact in ``runner_v2.BudgetDraftSpeculator``.
 
     Attributes:
-        num_prefill: tokens that it came with, all but the last of which are read.
+        num_prefill: tokens that it came with.
+        num_to_read: first tokens of its context that are read, not fed with drafts.
         why_not: a reason of ``drafts_skipped`` for one that holds no slot.
-        is_read: whether they are.
+        waits: whether it does so until there are pages.
+        is_read: whether it has read.
         has_drafted: whether it did where it last sampled. Then the cache has all but
             what the next draft feeds.
         max_missing: most tokens that it lacks besides those, otherwise.
@@ -26,12 +28,29 @@ class Progress:
     num_prefill: int
     kv_budget: int | None = None
     why_not: str = ""
+    waits: bool = False
     is_read: bool = False
     has_drafted: bool = False
-    max_missing: int = 1 - FIRST_WIDTH
+    num_to_read: int = 0
+    max_missing: int = 0
 
-    def step(self, batch: Any, row: int) -> tuple[int, bool]:
-        """How many drafts were verified in this step, and whether it sampled.
+    def __post_init__(self) -> None:
+        self.begin(self.num_prefill, has_sampled=False)
+
+    def begin(self, num_tokens: int, *, has_sampled: bool) -> None:
+        """Its draft cache is empty, and is to hold all but the last of so many tokens.
+
+        Args:
+            has_sampled: whether the last of them is of this step. If not, one will come
+                before the first draft, which is counted when it comes.
+        """
+        self.why_not = ""
+        self.waits = self.is_read = self.has_drafted = False
+        self.num_to_read = num_tokens + (not has_sampled) - FIRST_WIDTH
+        self.max_missing = 0 if has_sampled else -1
+
+    def step(self, batch: Any, row: int) -> bool:
+        """Takes note of a step, and returns whether it sampled.
 
         Args:
             batch: vLLM's InputBatch.
@@ -43,4 +62,7 @@ class Progress:
             + batch.num_scheduled_tokens[row]
             - num_drafts
         )
-        return num_drafts, bool(num_prefilled >= self.num_prefill)
+        has_sampled = bool(num_prefilled >= self.num_prefill)
+        if has_sampled:
+            self.max_missing += 1 + num_drafts
+        return has_sampled

@@ -80,10 +80,13 @@ class RequestDrafter:
         self._core.warm_up()
 
     def reset(self, error: Exception) -> None:
-        """Drops every request after a failure of none in particular."""
-        self._faults.report("every request", error)
+        """Has every request begin anew after a failure of none in particular.
+
+        After several in a row they draft no more, see ``FaultLog.report_every``.
+        """
+        give_up = self._faults.report_every(error)
         self._core.release_all()
-        self._slots = RequestSlots(self._core.cache.num_slots)
+        self._slots.release_all("failed" if give_up else None)
         self._reading = self.probabilities = None
 
     def forget_ended(self, live: Mapping[str, Any]) -> None:
@@ -130,6 +133,8 @@ class RequestDrafter:
                 self._drop(request, error)
         is_behind = any(_num_missing(*each) for each in ready)
         drafts = self._draft_ready(ready, limit)
+        if drafts:
+            self._faults.drafted()
         only_drafted = unread == budget and not is_behind
         self.has_only_drafted = only_drafted and len(drafts) == num_able
         for request in requests:

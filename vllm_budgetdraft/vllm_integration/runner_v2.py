@@ -116,8 +116,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         try:
             self._start(index, progress, request)
         except Exception as error:
-            is_full = isinstance(error, PagePoolExhaustedError)
-            progress.why_not = "no_pages" if is_full else "failed"
+            progress.waits = isinstance(error, PagePoolExhaustedError)
+            progress.why_not = "no_pages" if progress.waits else "failed"
             self._faults.report(f"request {request_id}", error)
 
     def _start(self, index: int, progress: Progress, request: Any) -> None:
@@ -215,6 +215,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         drafted = self._draft(slots, length)
         tokens = self._hand_over(drafted, last_tokens[where], slots, temperature)
         drafts[where, :length] = tokens
+        self._faults.drafted()
 
     def _share(self, drafts: Tensor, indices: Tensor) -> None:
         """The leader's drafts, on every rank.
@@ -246,11 +247,16 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         self._core.release_request(index)
 
     def _reset(self, error: Exception) -> None:
-        """Drops every request after a failure of none in particular."""
-        self._faults.report("every request", error)
+        """Has every request begin anew after a failure of none in particular.
+
+        After several in a row they draft no more, see ``FaultLog.report_every``.
+        """
+        give_up = self._faults.report_every(error)
         self._core.release_all()
         for progress in self._progress.values():
-            progress.why_not = progress.why_not or "failed"
+            if not progress.why_not:
+                progress.why_not = "failed"
+                progress.waits = not give_up
         self._reading = None
 
     def _ready(self, batch: Any, length: int) -> list[int]:
@@ -264,14 +270,19 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         for row, index in enumerate(batch.idx_mapping_np.tolist()):
             if (progress := held[row]) is None:
                 continue
-            num_drafts, has_sampled = progress.step(batch, row)
+            has_sampled = progress.step(batch, row)
+            if progress.waits and self._core.has_room(progress.kv_budget):
+                self._core.start_request(index, progress.kv_budget)
+                # It waits for the device, once, where it may have waited for long.
+                num_tokens = int(self._states.total_len.gpu[index])
+                progress.begin(num_tokens, has_sampled=has_sampled)
             is_ready = False
             if not progress.why_not:
                 try:
                     if not progress.is_read:
                         self._read(index, progress)
                     if has_sampled:
-                        is_ready = self._is_ready(index, progress, num_drafts, length)
+                        is_ready = self._is_ready(index, progress, length)
                 except Exception as error:
                     self._faults.report(f"request {progress.request_id}", error)
                     self._release(index)
@@ -284,12 +295,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
                 self._statistics.count("drafts_skipped", label=reason)
         return rows
 
-    def _is_ready(
-        self, index: int, progress: Progress, num_drafts: int, length: int
-    ) -> bool:
-        """Whether a request that sampled, after so many drafts, is to draft now."""
+    def _is_ready(self, index: int, progress: Progress, length: int) -> bool:
+        """Whether a request that sampled is to draft now."""
         had_drafted, progress.has_drafted = progress.has_drafted, False
-        progress.max_missing += 1 + num_drafts
         if had_drafted:
             progress.max_missing = 0
         if progress.is_read and length:
@@ -304,7 +312,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         """Reads more of a prompt, as far as this step may."""
         if self._reading not in (None, progress) or not self._to_read:
             return
-        reader, end = self._core.reader, progress.num_prefill - 1
+        reader, end = self._core.reader, progress.num_to_read
         if self._reading is None:
             reader.start(end, progress.kv_budget)
             self._reading = progress

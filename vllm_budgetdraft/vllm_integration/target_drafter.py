@@ -93,8 +93,10 @@ class TargetDrafter:
         """Nothing: there is no cache to read before vLLM has measured its memory."""
 
     def reset(self, error: Exception) -> None:
-        """After a failure of no request in particular."""
-        self._faults.report("every request", error)
+        """After a failure of no request in particular; see ``RequestDrafter``."""
+        if self._faults.report_every(error):
+            states = {name: served.state for name, served in self._served.items()}
+            self._given_up.update(states)
         self._served.clear()
         self._pages = []
         self.probabilities = None
@@ -125,6 +127,8 @@ class TargetDrafter:
             except Exception as error:
                 self._give_up(request, error)
         drafts = self._draft(ready) if ready else {}
+        if drafts:
+            self._faults.drafted()
         for request in requests:
             if request.sampled and not drafts.get(request.row):
                 self.statistics.count("drafts_skipped", label=self._why_not(request))
