@@ -17,6 +17,10 @@ MODELS = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "models"))
 MODULES = {
     "fetch": ("fetch", "make a pretrained target and its drafter, once"),
     "join": ("drafter.join", "add a target's embeddings to layers that were trained"),
+    "convert-flexdraft": (
+        "flexdraft.convert",
+        "take over a drafter as FlexDraft's authors release them",
+    ),
     "generate": ("generation", "have a target write on from texts, for training"),
     "evaluate": (
         "comparison.evaluate",

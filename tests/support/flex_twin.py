@@ -91,7 +91,8 @@ def twin_logits(
     for hidden in target.model.norm(x)[1:]:
         known = target.model.embed_tokens.weight[bonus]
         inner = drafter.calibration_in @ torch.cat([known, hidden])
-        delta = drafter.calibration_out @ torch.nn.functional.silu(inner)
+        inner = torch.nn.functional.silu(inner + drafter.calibration_in_bias)
+        delta = drafter.calibration_out @ inner + drafter.calibration_out_bias
         logits.append(target.lm_head(hidden) + delta)
         if drafter.chains:
             bonus = int(logits[-1].argmax()) if forced is None else forced[len(logits)]

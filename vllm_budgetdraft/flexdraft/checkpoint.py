@@ -18,6 +18,8 @@ KEYS = (
     *("num_layers", "calibration_rank", "sees_bonus", "chains"),
     *("draft_tokens", "target", "fingerprint"),
 )
+#: Parameters that are 0 in folders which were written before there were any.
+BIASES = ("calibration_in_bias", "calibration_out_bias")
 #: Rows of the embedding that tell a target from others of the same norms.
 EMBEDDING_ROWS = 8
 
@@ -117,6 +119,8 @@ def load_flexdraft(
             f"{path}, the drafter's weights, is missing; copy it along with config.json"
         )
     state = load_file(path)
+    for name in BIASES:
+        state.setdefault(name, torch.zeros_like(getattr(drafter, name)))
     expected = {name: x.shape for name, x in drafter.state_dict().items()}
     if {name: x.shape for name, x in state.items()} != expected:
         raise UnsupportedDrafterError(

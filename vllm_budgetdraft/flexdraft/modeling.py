@@ -52,7 +52,7 @@ class FlexDraft(nn.Module):
     A draft of k tokens takes k + 1 mask tokens: the first stands where the bonus token
     does, which is not known yet when masks go along with verification, and comes out
     unused. The others predict the tokens at their own positions. Calibration then adds
-    W2 SiLU(W1 [embedding of the bonus token; hidden]) to their logits.
+    W2 SiLU(W1 [embedding of the bonus token; hidden] + b1) + b2 to their logits.
 
     Two additions are ours. Where masks always come after verification, they may know
     the bonus token from the start (``sees_bonus``): W0 times its embedding is added to
@@ -100,6 +100,10 @@ class FlexDraft(nn.Module):
                 (config.vocab_size, calibration_rank),
             )
         )
+        self.calibration_in_bias, self.calibration_out_bias = (
+            nn.Parameter(torch.empty(size))
+            for size in (calibration_rank, config.vocab_size * (calibration_rank > 0))
+        )
         self.rotary_table: Tensor
         self.register_buffer(
             "rotary_table", rotary_table(config, max_positions), persistent=False
@@ -135,13 +139,19 @@ class FlexDraft(nn.Module):
         return target.norm(x)
 
     def features(self, hidden: Tensor, known: Tensor) -> Tensor:
-        """SiLU(W1 [embedding of a known token; hidden]), [..., calibration_rank].
+        """SiLU(W1 [embedding of a known token; hidden] + b1), [..., calibration_rank].
 
         Args:
             hidden: [..., hidden_size].
             known: the token's embedding, of that shape.
         """
-        return F.silu(F.linear(torch.cat([known, hidden], -1), self.calibration_in))
+        inputs = torch.cat([known, hidden], -1)
+        return F.silu(F.linear(inputs, self.calibration_in, self.calibration_in_bias))
+
+    def correction(self, features: Tensor) -> Tensor:
+        """W2 features + b2, [..., vocab_size], which is added to logits."""
+        bias = self.calibration_out_bias if self.calibration_rank else None
+        return F.linear(features, self.calibration_out, bias)
 
     def draft(
         self,
@@ -163,13 +173,13 @@ class FlexDraft(nn.Module):
         known = target.embed(bonus)
         if not self.chains:
             features = self.features(hidden, known[:, None].expand_as(hidden))
-            logits = logits + F.linear(features, self.calibration_out)
+            logits = logits + self.correction(features)
         picked = []
         for place in range(hidden.shape[1]):
             here = logits[:, place]
             if self.chains:
                 features = self.features(hidden[:, place], known)
-                here = here + F.linear(features, self.calibration_out)
+                here = here + self.correction(features)
             picked.append(pick(here))
             if self.chains:
                 known = target.embed(picked[-1][0])
@@ -197,3 +207,5 @@ def begin_as_target(drafter: FlexDraft, target: Any) -> None:
     nn.init.zeros_(drafter.bonus_in)
     nn.init.normal_(drafter.calibration_in, std=drafter.config.initializer_range)
     nn.init.zeros_(drafter.calibration_out)
+    nn.init.zeros_(drafter.calibration_in_bias)
+    nn.init.zeros_(drafter.calibration_out_bias)

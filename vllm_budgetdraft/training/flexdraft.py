@@ -123,6 +123,9 @@ class FlexDraftModel(DrafterTraining):
         # What calibration adds is one product with what the target's matrix does.
         found = torch.cat([found, features.to(found.dtype)], -1)
         head = torch.cat([parts.head, self.drafter.calibration_out], -1)
+        if self.drafter.calibration_rank:
+            found = F.pad(found, (0, 1), value=1.0)
+            head = torch.cat([head, self.drafter.calibration_out_bias[:, None]], -1)
         loss = self._loss(found, head, teacher, counted[:, predicting], names)
         return {"loss": loss}
 
