@@ -171,6 +171,8 @@ def test_a_run_that_was_killed_goes_on_and_its_counts_add_up(
         for x in ("whole", "killed")
     ]
     assert counts[0] == counts[1]
+    (tmp_path / "whole" / "counts.json").unlink()
+    assert generate("whole") == expected, "and none is known"
 
 
 def test_positions_of_a_model_of_text_and_images_are_its_texts(tmp_path: Path):

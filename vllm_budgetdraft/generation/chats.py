@@ -143,6 +143,7 @@ def run(args: Namespace, output: Path) -> None:
     sources = [open_source(source) for source in args.conversations]
     num_rows = sum(map(len, sources))
     counts_file = output / COUNTS
+    known = json.loads(counts_file.read_text()) if counts_file.is_file() else {}
     parts = missing_parts(range(num_rows), args.prompts_per_file, output)
     if parts:
         tokenizer = AutoTokenizer.from_pretrained(args.target)
@@ -165,14 +166,13 @@ def run(args: Namespace, output: Path) -> None:
         ]
         rows, counts = write_chats(chats, tokenizer, engine.write, longest)
         malformed = next((chat.why for chat in chats if chat.why), None)
-        known = json.loads(counts_file.read_text()) if counts_file.is_file() else {}
         known[path.name] = dict(counts)
         if malformed:
             known[path.name]["first malformed"] = malformed
         text = json.dumps(known, indent=1) + "\n"
         replace(counts_file, partial(Path.write_text, data=text))
         write_part(path, rows, args.top_logprobs)
-    _tell_counts(json.loads(counts_file.read_text()), num_rows, len(args.temperature))
+    _tell_counts(known, num_rows, len(args.temperature))
 
 
 def _positions_of(target: str) -> int:
