@@ -244,7 +244,12 @@ class BudgetDraftConfig(ViewSettings):
 
 
 class SettledConfig(BudgetDraftConfig):
-    """What a ``BudgetDraftConfig`` means for its drafter: see ``settle``."""
+    """What a ``BudgetDraftConfig`` means for its drafter: see ``settle``.
+
+    Only what depends on the device, attention_backend and draft_dtype, may be "auto".
+    """
+
+    drafter_type: Literal["decoder", "flexdraft"] = "decoder"
 
     @model_validator(mode="after")
     def _budget_holds_a_chunk(self) -> Self:
@@ -364,18 +369,23 @@ def parse_speculative_config(settings: dict[str, Any]) -> BudgetDraftConfig:
     return _valid(BudgetDraftConfig, settings)
 
 
-def settle(config: BudgetDraftConfig, trained: Mapping[str, Any]) -> SettledConfig:
+def settle(
+    config: BudgetDraftConfig,
+    trained: Mapping[str, Any],
+    drafter_type: Literal["decoder", "flexdraft"] = "decoder",
+) -> SettledConfig:
     """The config with what it leaves out of the view as the drafter was trained.
 
     Args:
         trained: what the ``config.json`` of the drafter's folder has under
             ``budgetdraft``; empty if it was trained elsewhere.
+        drafter_type: what the folder holds.
 
     Raises:
         ConfigurationError: settings that do not fit each other.
     """
     given = config.model_dump(exclude_unset=True)
-    settings = _view_of(trained) | given
+    settings = _view_of(trained) | given | {"drafter_type": drafter_type}
     is_relative = settings.get("position_mode") == "cache_relative"
     if is_relative and "draft_prefill" not in given:
         settings["draft_prefill"] = "streaming"  # whose range a prompt may exceed

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.engines import DRAFTER, FLEXDRAFT
+from tests.support.engines import DRAFTER
 from vllm_budgetdraft.config import SettledConfig
 
 pytestmark = pytest.mark.vllm
@@ -24,7 +24,7 @@ def only_on_v1(data_parallel_size: int = 1, **settings: object) -> list[str]:
 @pytest.mark.parametrize(
     ("settings", "feature"),
     [
-        ({"model": FLEXDRAFT}, "flexdraft drafters"),
+        ({"drafter_type": "flexdraft"}, "flexdraft drafters"),
         ({"draft_confidence_threshold": 0.3}, "draft_confidence_threshold"),
         (
             {"adaptive_draft_length": True, "data_parallel_size": 2},

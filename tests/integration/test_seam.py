@@ -85,6 +85,7 @@ def test_what_is_not_set_is_as_the_drafter_was_trained(
     settings = {**SETTINGS, "model": str(folder), "sink_tokens": 8}
     found = engine_config(settings).speculative_config.settings
     assert type(found) is SettledConfig
+    assert found.drafter_type == ("flexdraft" if "flexdraft" in kind else "decoder")
     assert (found.local_tokens, found.sink_tokens, found.chunk_size) == (40, 8, 4)
     assert "local_tokens=40" in told["info"] and "sink_tokens" not in told["info"]
     assert "sink_tokens=8 (trained with 5)" in told["warning"]

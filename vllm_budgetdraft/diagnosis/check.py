@@ -98,7 +98,6 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
         range_warning,
         read_drafter_config,
     )
-    from vllm_budgetdraft.flexdraft.checkpoint import drafter_type
     from vllm_budgetdraft.vllm_integration.speculative_config import (
         compare_vocabularies,
     )
@@ -106,7 +105,7 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
     config = vllm_config.speculative_config.settings
     model = vllm_config.model_config
     facts = {"vocabulary": _vocabulary(target, drafter, model.get_vocab_size())}
-    if drafter_type(config) == "flexdraft":
+    if config.drafter_type == "flexdraft":
         facts["positions"] = "the target's"
     else:
         if note := compare_vocabularies(drafter, model):

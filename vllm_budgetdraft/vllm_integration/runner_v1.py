@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_budgetdraft.attention.backend import select_operations
-from vllm_budgetdraft.flexdraft.checkpoint import drafter_type, load_flexdraft
+from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -49,7 +49,7 @@ class BudgetDraftProposer:
         """Allocates everything: only what lives after this does vLLM count as used."""
         if not self._is_leader:
             return
-        if drafter_type(self._config) == "flexdraft":
+        if self._config.drafter_type == "flexdraft":
             self._drafter = self._target_drafter(target)
         else:
             self._use(load_core(self._vllm_config, target))

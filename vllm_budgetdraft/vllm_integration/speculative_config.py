@@ -1,7 +1,7 @@
 """The SpeculativeConfig that carries our settings to every process."""
 
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import vllm
@@ -134,7 +134,7 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
     """What is asked for that needs vLLM's model runner V1, as vLLM names features."""
     config: SettledConfig = vllm_config.speculative_config.settings
     needs = {
-        "budgetdraft's flexdraft drafters": drafter_type(config) == "flexdraft",
+        "budgetdraft's flexdraft drafters": config.drafter_type == "flexdraft",
         "budgetdraft's draft_confidence_threshold": config.draft_confidence_threshold,
         # Ranks would verify different numbers of drafts, and wait for each other.
         "budgetdraft's adaptive_draft_length with data parallelism": (
@@ -145,7 +145,11 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
     return [feature for feature, needed in needs.items() if needed]
 
 
-def _settle(config: BudgetDraftConfig, trained: dict[str, Any]) -> SettledConfig:
+def _settle(
+    config: BudgetDraftConfig,
+    trained: dict[str, Any],
+    kind: Literal["decoder", "flexdraft"],
+) -> SettledConfig:
     taken, different = compare_views(config, trained)
     if taken:
         logger.info("BudgetDraft drafts as the drafter was trained: %s", taken)
@@ -155,12 +159,12 @@ def _settle(config: BudgetDraftConfig, trained: dict[str, Any]) -> SettledConfig
             "accepted; leave these out to draft as it was trained",
             different,
         )
-    return settle(config, trained)
+    return settle(config, trained, kind)
 
 
 def _check_decoder(config: BudgetDraftConfig, target: Any) -> SettledConfig:
     drafter = read_drafter_config(config.model)
-    settled = _settle(config, trained_view(drafter))
+    settled = _settle(config, trained_view(drafter), "decoder")
     make_policy(settled)
     if note := compare_vocabularies(config.model, target):
         logger.info("BudgetDraft vocabulary: %s", note)
@@ -179,7 +183,7 @@ def _check_flexdraft(
 ) -> SettledConfig:
     check_flexdraft_settings(config)
     found = read_flexdraft_config(config.model)
-    settled = _settle(config, found.get("budgetdraft", {}))
+    settled = _settle(config, found.get("budgetdraft", {}), "flexdraft")
     PageSelector(settled, page_size=1)
     if config.num_speculative_tokens > found["draft_tokens"]:
         raise ConfigurationError(
