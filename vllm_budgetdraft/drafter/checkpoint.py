@@ -1,17 +1,16 @@
 """Hugging Face folder in, Hugging Face folder out."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.drafter.weights import StoredWeights
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 
 #: Of a whole model, and of one without its embeddings.
@@ -58,37 +57,49 @@ def load_drafter(
         vocab_size: the target's; the folder's own if None.
 
     Raises:
-        UnsupportedDrafterError: see ``read_drafter_config``; or the weights are not in
-            safetensors, incomplete, or of other shapes than the config says; or the
-            model has no such layer; or the folder has layers alone.
+        UnsupportedDrafterError: see ``read_drafter_config`` and ``StoredWeights``; or
+            the model has no such layer; or the folder has layers alone.
     """
     config = read_drafter_config(folder)
-    weights = _read_weights(Path(folder), embeddings)
+    weights = check_weights(folder, config, embeddings is not None)
     if layers is not None:
         _choose_layers(config, layers)
     drafter = Drafter(config, max_positions)
+    given = embeddings if weights.lacks(EMBEDDING) else None
     state = {}
-    for name, parameter in drafter.state_dict().items():
-        names = _names_in_folder(name, layers)
-        missing = [part for part in names if part not in weights]
-        if missing:
-            raise UnsupportedDrafterError(
-                f"{folder} lacks the weights {missing}, which config.json speaks of; "
-                "download or copy both anew"
-            )
-        value = torch.cat([weights[part] for part in names])
-        if value.shape != parameter.shape:
-            raise UnsupportedDrafterError(
-                f"{folder}: {names} have shape {tuple(value.shape)}, "
-                f"config.json says {tuple(parameter.shape)}; they are of two models: "
-                "download or copy both anew"
-            )
-        state[name] = value
+    for name in drafter.state_dict():
+        parts = _names_in_folder(name, layers)
+        state[name] = torch.cat(
+            [given[p] if given and p in given else weights.read(p) for p in parts]
+        )
     drafter.load_state_dict(state)
     if vocab_size not in (None, config.vocab_size):
         _fit_vocabulary(drafter, vocab_size)
     # The rotary table stays in float32 until here and is then rounded once.
     return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def check_weights(
+    folder: str | Path, config: PretrainedConfig, has_embeddings: bool = False
+) -> StoredWeights:
+    """The weights of a folder, none of which has been read.
+
+    Args:
+        config: of the folder.
+        has_embeddings: whether the folder need not have them.
+
+    Raises:
+        UnsupportedDrafterError: see ``load_drafter``.
+    """
+    stored = _stored(Path(folder), has_embeddings)
+    with torch.device("meta"):
+        drafter = Drafter(config, max_positions=1)
+    expected = {name: tuple(x.shape) for name, x in _parts(drafter).items()}
+    if stored.lacks(EMBEDDING) and has_embeddings:
+        expected.pop(EMBEDDING), expected.pop(LM_HEAD, None)
+    # Where it is tied to the embedding, it may be stored even so.
+    stored.check(expected, ignored=(LM_HEAD,))
+    return stored
 
 
 def save_drafter(
@@ -141,18 +152,23 @@ def hugging_face_state_dict(
     drafter: Drafter, dtype: torch.dtype, own: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The weights under the names and in the parts that ``transformers`` has."""
+    parts = _parts(drafter, own)
+    return {name: part.to("cpu", dtype).contiguous() for name, part in parts.items()}
+
+
+def _parts(drafter: Drafter, own: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """See ``hugging_face_state_dict``; views of what there is."""
     q_rows, kv_rows = (
         heads * drafter.head_dim for heads in (drafter.num_heads, drafter.num_kv_heads)
     )
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, value in (own or drafter.state_dict()).items():
         parts: tuple[Tensor, ...] = (value,)
         if "qkv_" in name:
             parts = value.split((q_rows, kv_rows, kv_rows))
         elif "gate_up_" in name:
             parts = value.chunk(2)
-        for part_name, part in zip(_names_in_folder(name), parts, strict=True):
-            state[part_name] = part.to("cpu", dtype).contiguous()
+        state |= dict(zip(_names_in_folder(name), parts, strict=True))
     return state
 
 
@@ -190,39 +206,16 @@ def _choose_layers(config: PretrainedConfig, layers: list[int]) -> None:
         config.layer_types = [config.layer_types[layer] for layer in layers]
 
 
-def _read_weights(
-    folder: Path, embeddings: dict[str, Tensor] | None
-) -> dict[str, Tensor]:
+def _stored(folder: Path, apart: bool) -> StoredWeights:
+    """
+    Args:
+        apart: whether the embeddings are the target's, if the folder has none.
+    """
     if (folder / WEIGHTS).is_file() or not (folder / LAYERS).is_file():
-        return _read_safetensors(folder, WEIGHTS)
-    if embeddings is None:
+        return StoredWeights(folder, WEIGHTS)
+    if not apart:
         raise UnsupportedDrafterError(
             f"{folder} has layers alone; add its target's embeddings: budgetdraft join "
             f"--target TARGET --layers {folder} --output FOLDER"
         )
-    return _read_safetensors(folder, LAYERS) | embeddings
-
-
-def _read_safetensors(folder: Path, name: str) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / shard for shard in sorted(set(shards))]
-    else:
-        files = [folder / name]
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        if not file.is_file():
-            raise UnsupportedDrafterError(
-                f"{file} is missing; drafters are read from safetensors only: convert "
-                "pickled weights with transformers' save_pretrained on a machine that "
-                "trusts them"
-            )
-        try:
-            weights.update(load_file(file))
-        except SafetensorError as error:
-            raise UnsupportedDrafterError(
-                f"{file} is not safetensors ({error}); download it anew, whole: Git "
-                "LFS leaves a small text in its place"
-            ) from error
-    return weights
+    return StoredWeights(folder, LAYERS)

@@ -19,6 +19,7 @@ from vllm_budgetdraft.config import (
     parse_speculative_config,
     settle,
 )
+from vllm_budgetdraft.drafter.checkpoint import check_weights
 from vllm_budgetdraft.drafter.configuration import (
     check_drafter_config,
     read_drafter_config,
@@ -166,6 +167,7 @@ def _check_decoder(config: BudgetDraftConfig, target: Any) -> SettledConfig:
     drafter = read_drafter_config(config.model)
     settled = _settle(config, trained_view(drafter), "decoder")
     make_policy(settled)
+    check_weights(config.model, drafter)
     if note := compare_vocabularies(config.model, target):
         logger.info("BudgetDraft vocabulary: %s", note)
     MemoryPlan.of(
