@@ -1,6 +1,7 @@
 import pytest
 
 from vllm_budgetdraft.config import (
+    FOREIGN_KEYS,
     BudgetDraftConfig,
     RequestSettings,
     parse_request_settings,
@@ -285,3 +286,14 @@ def test_what_a_request_may_not_ask_for_is_refused_with_value_and_limit(
 def test_cache_capacity_does_not_grow_with_the_context():
     config = settings()
     assert config.cache_capacity(1_000) == config.cache_capacity(1_000_000)
+
+
+@pytest.mark.parametrize("key", FOREIGN_KEYS)
+def test_a_key_of_another_method_is_refused_with_what_to_do(key):
+    with pytest.raises(ConfigurationError) as refusal:
+        settings(**{key: 1})
+    assert f"{key}=1: {FOREIGN_KEYS[key]}" in str(refusal.value)
+
+
+def test_no_key_of_ours_is_of_another_method():
+    assert not FOREIGN_KEYS.keys() & BudgetDraftConfig.model_fields.keys()

@@ -10,7 +10,7 @@ from transformers import GPT2Config
 
 from tests.support import models
 from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
-from vllm_budgetdraft.drafter.configuration import read_drafter_config
+from vllm_budgetdraft.drafter.configuration import folder_of, read_drafter_config
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 from vllm_budgetdraft.training.views import View, continuation_hidden
@@ -229,3 +229,26 @@ def test_missing_weights_are_named(folder):
     assert "lacks the weights model.layers.1.self_attn.k_proj.weight," in refusal_of(
         folder
     )
+
+
+def test_a_name_is_looked_up_in_the_hubs_cache(drafter_folder, tmp_path, monkeypatch):
+    """As hf download leaves it there; nothing is downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--some--drafter" / "snapshots" / ("a" * 40)
+    shutil.copytree(drafter_folder, snapshot)
+    (tmp_path / "models--some--drafter" / "refs").mkdir()
+    (tmp_path / "models--some--drafter" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert folder_of("some/drafter") == str(snapshot)
+    with pytest.raises(UnsupportedDrafterError, match="hf download some/other"):
+        folder_of("some/other")
+
+
+def test_a_folder_is_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "drafter").mkdir()
+    assert folder_of("~/drafter") == str(tmp_path / "drafter")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "drafter").mkdir(parents=True)
+    assert folder_of("some/drafter") == "some/drafter"
+    assert folder_of("/nowhere/at/all") == "/nowhere/at/all"  # refused when it is read

@@ -56,7 +56,8 @@ def run(args: Namespace) -> None:
     vllm_config = _vllm_config(engine_args, speculative_config)
     target = vllm_config.model_config
     _say("target", f"{args.target}, max_model_len {target.max_model_len}")
-    for name, text in _facts(vllm_config, args.target, args.drafter).items():
+    drafter = vllm_config.speculative_config.settings.model
+    for name, text in _facts(vllm_config, args.target, drafter).items():
         _say(name, text)
     if args.seconds > 0:
         context = min(args.context_tokens, target.max_model_len - args.new_tokens)

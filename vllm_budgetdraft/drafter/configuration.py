@@ -1,12 +1,14 @@
 """What the drafter's folder says about the model in it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import cached_file
 
 from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError
@@ -20,6 +22,25 @@ ARCHITECTURES = {
 }
 #: Rotary schemes whose angles do not depend on the length of the input.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def folder_of(model: str) -> str:
+    """Where a drafter is: a folder, or the name of a model in the hub's local cache.
+
+    Raises:
+        UnsupportedDrafterError: it looks like such a name, and is not there.
+    """
+    path = Path(model).expanduser()
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return str(path)
+    try:
+        config = cached_file(model, "config.json", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnsupportedDrafterError(
+            f"model={model!r} is no folder, and the hub's cache has no model of that "
+            f"name; download it (hf download {model}), or give a drafter's folder"
+        ) from error
+    return str(Path(config).parent)
 
 
 def read_drafter_config(folder: str | Path) -> PretrainedConfig:

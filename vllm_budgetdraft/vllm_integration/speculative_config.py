@@ -22,6 +22,7 @@ from vllm_budgetdraft.config import (
 from vllm_budgetdraft.drafter.checkpoint import check_weights
 from vllm_budgetdraft.drafter.configuration import (
     check_drafter_config,
+    folder_of,
     read_drafter_config,
     trained_view,
 )
@@ -82,6 +83,7 @@ def make_config(
     """
     check_vllm_version(vllm.__version__)
     ours = parse_speculative_config(settings)
+    ours = ours.model_copy(update={"model": folder_of(ours.model)})
     stages = target_parallel_config.pipeline_parallel_size
     if stages > 1:
         raise UnsupportedVllmError(
