@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def training_options() -> str:
-    """Ours; those of the eviction policy are settings, and documented as such."""
+    """Ours; those of the view are settings, and documented as such."""
     classes = [
         each
         for each in vars(arguments).values()
         if isinstance(each, type)
         and dataclasses.is_dataclass(each)
-        and each is not arguments.SeenArguments
+        and each is not arguments.ViewSettingsArguments
     ]
     parts = []
     for each in classes:

@@ -259,8 +259,9 @@ def chunk_scores(
         TypeError: a tensor of another type.
     """
     check_chunk_scores(keys, queries, chunk_size, score)
-    logits = queries.float() @ keys[:, :, None].float().mT
     num_tokens, num_queries = keys.shape[2], queries.shape[3]
+    logits = queries.flatten(2, 3).float() @ keys.float().mT
+    logits = logits.unflatten(2, (-1, num_queries))
     remainder = -num_tokens % chunk_size
     if score == "attention":
         later = torch.ones_like(logits[0, 0, 0], dtype=torch.bool)

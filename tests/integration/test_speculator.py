@@ -371,3 +371,29 @@ def test_a_failure_that_persists_ends_the_drafts_of_all_that_meet_it(
     runner.emit(1, [6])
     assert never_repeats(runner.propose([1]), 6)
     runner.core.cache.check_invariants()
+
+
+def test_who_waits_for_pages_after_a_failure_is_counted_so(drafter_folder, monkeypatch):
+    runner = Runner(drafter_folder)
+    room = 1.5 * runner.core.cache.pool.num_bytes / NUM_SLOTS / 2**30
+    runner = Runner(drafter_folder, pool_memory_gib=room)
+    for index in (2, 3):
+        runner.add(index, 60)
+        runner.emit(index, [5])
+    runner.propose([2, 3])  # 2 drafts, and 3 waits
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.core, "draft", fail)
+        for index in (2, 3):
+            runner.emit(index, [5])
+        runner.propose([3, 2], NUM_DRAFTS)
+    runner.speculator.take_statistics()
+    for index in (2, 3):
+        runner.emit(index, [5])
+    runner.propose([3, 2], NUM_DRAFTS)  # 3 comes first, and takes the room
+    counts = runner.speculator.take_statistics()["counts"]
+    skipped = {label: n for name, label, n in counts if name == "drafts_skipped"}
+    assert skipped == {"no_pages": 1}

@@ -1,5 +1,6 @@
 """The drafter that reads vLLM's cache, over a cache laid out as vLLM's, by hand."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,10 +114,17 @@ def request(
     )
 
 
-def expected(cache: Cache, drafter: Any, each: Any, seen: Tensor | None) -> list[int]:
+def expected(
+    cache: Cache,
+    drafter: Any,
+    each: Any,
+    seen: Tensor | None,
+    num_drafts: int = NUM_DRAFTS,
+) -> list[int]:
+    """Of a step that drafts so many at most: mask tokens see each other."""
     context = each.context.tolist()
     own = drafter._drafter
-    logits = twin_logits(cache.model, own, context[:-1], context[-1], NUM_DRAFTS, seen)
+    logits = twin_logits(cache.model, own, context[:-1], context[-1], num_drafts, seen)
     return logits.argmax(-1).tolist()
 
 
@@ -189,7 +197,7 @@ def test_requests_get_what_they_ask_for(cache):
     drafts = drafter.draft(requests)
     assert {row: len(tokens) for row, tokens in drafts.items()} == {1: 2, 2: 3}
     for each in requests[1:3]:
-        whole = expected(cache, drafter, each, None)
+        whole = expected(cache, drafter, each, None, num_drafts=3)
         assert drafts[each.row] == whole[: len(drafts[each.row])]
 
 
@@ -253,3 +261,17 @@ def test_an_unknown_layout_is_said(cache):
     for _ in range(2):  # and not only the first time
         with pytest.raises(UnsupportedVllmError, match="2 kinds of cache"):
             drafter.draft([request(cache, 0, 20, State(19), block_tables=tables)])
+
+
+def test_a_failure_of_no_request_is_met_three_times_at_most(cache):
+    """A target with two kinds of cache, say, fails at every step."""
+    drafter = drafter_of(cache)
+    met = request(cache, 0, 20, State(19))
+    tables = met.block_tables * 2
+    faulty = dataclasses.replace(met, block_tables=tables)
+    for _ in range(6):
+        try:
+            assert drafter.draft([faulty]) == {}
+        except Exception as error:
+            drafter.reset(error)
+    assert drafter._faults.num_faults == 3

@@ -61,9 +61,10 @@ class ListTwin:
         self._is_relative = config.position_mode == "cache_relative"
         keeps_all = config.eviction_policy == "keep_all"
         self._streams = config.draft_prefill == "streaming" and not keeps_all
-        self._piece = config.draft_prefill_chunk
-        if self._is_relative:
-            self._piece = min(self._piece, native - self._budget)
+        self._piece = self._later = config.draft_prefill_chunk
+        if self._is_relative:  # as many as find positions beside what is held
+            self._piece = min(self._piece, native)
+            self._later = min(self._later, native - self._budget)
         self._num_unchosen = 0  # tokens read since the policy chose
         self._skipped = range(0)
         if self._streams:
@@ -97,7 +98,7 @@ class ListTwin:
             self._num_unchosen += chunk
             is_before_gap = self._skipped and self.num_seen == self._skipped.start
             if is_before_gap or self._num_unchosen == self._piece:
-                self._num_unchosen = 0
+                self._num_unchosen, self._piece = 0, self._later
                 if self._streams:
                     self._select()
         self._skip()

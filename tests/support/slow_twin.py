@@ -60,11 +60,13 @@ class SlowTwin:
         unread = self._policy.unread(len(tokens), self._budget) if streams else range(0)
         positions = torch.arange(len(tokens))
         size = self._config.draft_prefill_chunk if streams else len(tokens)
-        if self._is_relative and streams:
-            native = self._model.config.max_position_embeddings
-            size = min(size, native - self._budget)
+        native = self._model.config.max_position_embeddings
         for stretch in (positions[: unread.start], positions[unread.stop :]):
-            for chunk in stretch.split(size) if len(stretch) else ():
+            while len(stretch):
+                room = size
+                if self._is_relative and streams:
+                    room = min(size, native - (self._budget if self.num_held else 0))
+                chunk, stretch = stretch[:room], stretch[room:]
                 self._num_seen = int(chunk[0])
                 self._run(tokens[chunk].tolist())
                 self._keep()

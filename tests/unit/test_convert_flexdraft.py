@@ -41,13 +41,18 @@ def calibration(target) -> nn.Sequential:
 
 
 def release(
-    folder: Path, target, section: str = "dflash_config", **changes: Any
+    folder: Path,
+    target,
+    section: str = "dflash_config",
+    calibrates: bool = True,
+    num_target_layers: int | None = None,
+    extra: dict[str, Tensor] | None = None,
+    **changes: Any,
 ) -> dict[str, Tensor]:
     """Writes a folder of theirs, and returns what it holds."""
-    config, settings = target.config, {"anchor_bias_rank": RANK}
+    config, settings = target.config, {"anchor_bias_rank": 256}
     depth = config.num_hidden_layers
     settings |= {
-        "enable_anchor_bias_logits": True,
         "target_layer_ids": list(range(depth - LAYERS, depth)),
         **changes,
     }
@@ -55,19 +60,19 @@ def release(
     document = {
         "architectures": ["FlexDraftBiasModel"],
         "num_hidden_layers": LAYERS,
-        "num_target_layers": depth,
+        "num_target_layers": num_target_layers or depth,
         "block_size": BLOCK,
         section: settings,
     }
     (folder / "config.json").write_text(json.dumps(document))
     torch.manual_seed(1)
-    state = {"mask_embedding": torch.randn(config.hidden_size)}
+    state = {"mask_embedding": torch.randn(config.hidden_size), **(extra or {})}
     state["norm.weight"] = torch.ones(config.hidden_size)
     for layer in range(LAYERS):
         theirs = target.model.layers[depth - LAYERS + layer].state_dict()
         for name, weight in theirs.items():
             state[f"layers.{layer}.{name}"] = torch.randn_like(weight)
-    if settings["enable_anchor_bias_logits"]:
+    if calibrates:
         for name, weight in calibration(target).state_dict().items():
             state[f"anchor_bias_mlp.{name}"] = weight
     half = len(state) // 2  # in two files, as large ones are
@@ -114,7 +119,7 @@ def test_what_was_tuned_is_taken_over(target, tmp_path, section):
 
 
 def test_one_without_calibration_is_taken_over_too(target, tmp_path):
-    release(tmp_path / "theirs", target, enable_anchor_bias_logits=False)
+    release(tmp_path / "theirs", target, calibrates=False)
     convert(tmp_path / "theirs", target, "small", tmp_path / "ours")
     drafter = load_flexdraft(tmp_path / "ours", target, max_positions=64)
     assert drafter.calibration_rank == 0
@@ -125,8 +130,19 @@ def test_one_without_calibration_is_taken_over_too(target, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "mentions"),
     [
-        ({"target_layer_ids": [0, 2]}, [r"the layers [0, 2]", "are expected"]),
-        ({"anchor_bias_rank": 7}, ["calibration_in", "of other shapes"]),
+        (
+            {"target_layer_ids": [0, 2]},
+            ["the layers [0, 2]", "the last 2 are expected"],
+        ),
+        ({"num_target_layers": 99}, ["of a target of 99"]),
+        (
+            {"extra": {"fc.weight": torch.ones(3)}},
+            ["['fc.weight'] are missing, unknown"],
+        ),
+        (
+            {"extra": {"layers.0.self_attn.gate.weight": torch.ones(3)}},
+            ["['layers.0.self_attn.gate.weight']"],
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(target, tmp_path, changes, mentions):
@@ -143,6 +159,21 @@ def test_a_folder_of_something_else_is_refused(target, tmp_path, text):
     if text:
         (tmp_path / "theirs" / "config.json").write_text(text)
     with pytest.raises(UnsupportedDrafterError, match="as its authors release"):
+        convert(tmp_path / "theirs", target, "small", tmp_path / "ours")
+
+
+def test_a_shallow_target_is_refused(tmp_path):
+    shallow = random_target(models.qwen3, num_hidden_layers=1)
+    release(tmp_path / "theirs", random_target(models.qwen3))
+    with pytest.raises(UnsupportedDrafterError, match="give the target"):
+        convert(tmp_path / "theirs", shallow, "small", tmp_path / "ours")
+
+
+def test_weights_cut_short_are_refused(target, tmp_path):
+    release(tmp_path / "theirs", target)
+    file = next((tmp_path / "theirs").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UnsupportedDrafterError, match="cannot be read"):
         convert(tmp_path / "theirs", target, "small", tmp_path / "ours")
 
 

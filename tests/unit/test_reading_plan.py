@@ -31,12 +31,16 @@ WINDOW = {"eviction_policy": "sink_window", "sink_tokens": 8}
         ((0, 64), {}, []),
         ((250, 64), {"draft_prefill_chunk": 100}, [(0, 100), (100, 200), (200, 250)]),
         ((200, 64), {"draft_prefill_chunk": 100}, [(0, 100), (100, 200)]),
-        # The native range holds the budget and 64 more.
+        # The native range holds 128 tokens, or the budget and 64 more.
         (
-            (150, 64, 128),
+            (180, 64, 128),
             {"draft_prefill_chunk": 100, **RELATIVE},
-            [(0, 64), (64, 128), (128, 150)],
+            [(0, 100), (100, 164), (164, 180)],
         ),
+        ((220, 64, 128), RELATIVE, [(0, 128), (128, 192), (192, 220)]),
+        ((500, 505, 512), RELATIVE, [(0, 500)]),
+        ((40, 64, 128), {**RELATIVE, **WINDOW}, [(0, 40)]),
+        ((250, 64, 128), {**RELATIVE, **WINDOW}, [(0, 8), (194, 250)]),
         ((150, 64, 128), {"draft_prefill_chunk": 100}, [(0, 100), (100, 150)]),
         # Sinks, and the last 56 of 250: nothing between is read.
         ((250, 64), WINDOW, [(0, 8), (194, 250)]),
@@ -56,9 +60,10 @@ def test_pieces(arguments, settings, expected):
     assert pieces(*arguments, **settings) == expected
 
 
+@pytest.mark.parametrize("first", [6, 9, 30])
 @pytest.mark.parametrize("skipped", [range(0), range(10, 37)])
-def test_choices_do_not_depend_on_what_is_read_at_once(skipped):
-    plan, end = ReadingPlan(skipped, 6), 90
+def test_choices_do_not_depend_on_what_is_read_at_once(skipped, first):
+    plan, end = ReadingPlan(skipped, first, 6), 90
     choices = [piece.stop for piece in plan.pieces(end)]
     for position in range(end):
         if position not in skipped:

@@ -65,24 +65,27 @@ def test_what_a_user_says_is_taken_and_told_of(name):
     assert not compare_views(asked(**{name: TRAINED[name]}), TRAINED)[1]
 
 
-def test_auto_is_as_if_nothing_were_said():
-    asks = {"position_mode": "auto", "draft_prefill": "auto"}
-    assert view_of(settled(TRAINED, **asks)) == TRAINED
-    assert compare_views(asked(**asks), TRAINED) == compare_views(asked(), TRAINED)
-
-
 def test_settling_again_changes_nothing():
     once = settled(TRAINED, chunk_size=32)
     assert settle(once, TRAINED) == settle(once, {}) == once
 
 
-@pytest.mark.parametrize("trained", [{}, {"draft_prefill": "full"}])
-def test_cache_relative_positions_stream_unless_the_user_says_otherwise(trained):
+def test_cache_relative_positions_stream_where_nobody_says_otherwise():
     """A prompt may exceed their range."""
-    trained = {**trained, "position_mode": "cache_relative"}
+    trained = {"position_mode": "cache_relative"}
     assert settled(trained).draft_prefill == "streaming"
-    assert settled(trained, draft_prefill="full").draft_prefill == "full"
     assert settled(position_mode="cache_relative").draft_prefill == "streaming"
+    assert settled(trained, draft_prefill="full").draft_prefill == "full"
+    assert settled({**trained, "draft_prefill": "full"}).draft_prefill == "full"
+
+
+def test_code_that_a_folder_names_is_not_run():
+    trained = {"eviction_policy": "some.module:Policy"}
+    with pytest.raises(ConfigurationError, match="set eviction_policy to that"):
+        settled(trained)
+    own = "some.module:Policy"
+    assert settled(trained, eviction_policy=own).eviction_policy == own
+    assert settled(trained, eviction_policy="keep_all").eviction_policy == "keep_all"
 
 
 def test_a_budget_is_held_against_the_drafters_chunks():
@@ -94,7 +97,8 @@ def test_a_budget_is_held_against_the_drafters_chunks():
 
 
 def test_what_no_view_can_be_is_refused():
-    with pytest.raises(ConfigurationError, match="chunk_size='many'"):
+    """Of a folder, whose name is told, as of a user."""
+    with pytest.raises(ConfigurationError, match="of drafter.*\n.*chunk_size='many'"):
         settled({"chunk_size": "many"})
 
 

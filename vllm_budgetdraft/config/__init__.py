@@ -7,6 +7,7 @@ from vllm_budgetdraft.config.parsing import (
     parse_request_settings,
     parse_speculative_config,
     settle,
+    valid,
 )
 from vllm_budgetdraft.config.speculative import (
     CACHE_SETTINGS,
@@ -34,4 +35,5 @@ __all__ = [
     "parse_request_settings",
     "parse_speculative_config",
     "settle",
+    "valid",
 ]

@@ -10,7 +10,7 @@ from vllm_budgetdraft.config.speculative import BudgetDraftConfig, SettledConfig
 from vllm_budgetdraft.config.view import ViewSettings
 from vllm_budgetdraft.errors import ConfigurationError
 
-Config = TypeVar("Config", bound=BudgetDraftConfig)
+Settings = TypeVar("Settings", bound=ViewSettings)
 
 ELSEWHERE = "it belongs to another method; leave it out"
 ALWAYS = "it is not to be chosen here; leave it out"
@@ -94,7 +94,9 @@ def parse_speculative_config(settings: dict[str, Any]) -> BudgetDraftConfig:
         ConfigurationError: names every key that is unknown, missing or out of range,
             with its value and limit.
     """
-    return _valid(BudgetDraftConfig, settings)
+    return valid(
+        BudgetDraftConfig, settings, "speculative config for method 'budgetdraft'"
+    )
 
 
 def settle(
@@ -114,10 +116,17 @@ def settle(
     """
     given = config.model_dump(exclude_unset=True)
     settings = _view_of(trained) | given | {"drafter_type": drafter_type}
-    is_relative = settings.get("position_mode") == "cache_relative"
-    if is_relative and "draft_prefill" not in given:
-        settings["draft_prefill"] = "streaming"  # whose range a prompt may exceed
-    return _valid(SettledConfig, settings)
+    if settings.get("position_mode") == "cache_relative":
+        settings.setdefault("draft_prefill", "streaming")  # for any length of prompt
+    if ":" in settings.get("eviction_policy", "") and "eviction_policy" not in given:
+        raise ConfigurationError(
+            f"{config.model} was trained with eviction_policy="
+            f"{settings['eviction_policy']!r}, and code is not run because a drafter's "
+            "folder names it; set eviction_policy to that, or to another"
+        )
+    return valid(
+        SettledConfig, settings, f"settings (what is not set is of {config.model})"
+    )
 
 
 def compare_views(
@@ -144,15 +153,21 @@ def _view_of(trained: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _valid(kind: type[Config], settings: dict[str, Any]) -> Config:
+def valid(kind: type[Settings], settings: dict[str, Any], what: str) -> Settings:
+    """Settings of a kind.
+
+    Args:
+        what: they are, for the error.
+
+    Raises:
+        ConfigurationError: names every key that is unknown, missing or out of range,
+            with its value and limit.
+    """
     try:
         return kind(**settings)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
-        raise ConfigurationError(
-            "invalid speculative config for method 'budgetdraft':\n  "
-            + "\n  ".join(lines)
-        ) from None
+        raise ConfigurationError(f"invalid {what}:\n  " + "\n  ".join(lines)) from None
 
 
 def _explain(problem: Any) -> str:

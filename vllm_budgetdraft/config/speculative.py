@@ -1,6 +1,6 @@
 """The keys of a speculative config, as users write them and as they are used."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -108,19 +108,6 @@ class BudgetDraftConfig(ViewSettings):
                 )
             previous = last
         return schedule
-
-    @model_validator(mode="before")
-    @classmethod
-    def _auto_is_left_out(cls, settings: Any) -> Any:
-        """``auto`` is what the drafter was trained with, as if nothing were said."""
-        names = ("position_mode", "draft_prefill")
-        if not isinstance(settings, dict):
-            return settings
-        return {
-            name: value
-            for name, value in settings.items()
-            if not (name in names and value == "auto")
-        }
 
     @model_validator(mode="after")
     def _recent_window_holds_drafts(self) -> Self:

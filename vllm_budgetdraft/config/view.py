@@ -83,7 +83,7 @@ class EvictionSettings(BaseModel):
 
 
 class ViewSettings(EvictionSettings):
-    """All that decides which keys a drafter sees, beside the budget.
+    """All that decides which keys of a prompt a drafter sees, beside the budget.
 
     Training writes them into the drafter's folder, and serving takes them from there.
     """

@@ -98,8 +98,22 @@ def check_drafter_config(config: PretrainedConfig, name: str) -> None:
 
 
 def trained_view(drafter: PretrainedConfig) -> dict[str, Any]:
-    """What its training wrote of itself; nothing if it was trained elsewhere."""
-    return getattr(drafter, "budgetdraft", None) or {}
+    """What its training wrote of itself; nothing if it was trained elsewhere.
+
+    Raises:
+        UnsupportedDrafterError: something else stands there.
+    """
+    return check_trained(getattr(drafter, "budgetdraft", None))
+
+
+def check_trained(found: Any) -> dict[str, Any]:
+    """See ``trained_view``, of what ``config.json`` has under ``budgetdraft``."""
+    if not isinstance(found, dict | None):
+        raise UnsupportedDrafterError(
+            f"budgetdraft in the drafter's config.json is a {type(found).__name__}, "
+            "not an object; take config.json as training wrote it"
+        )
+    return found or {}
 
 
 def check_native_range(

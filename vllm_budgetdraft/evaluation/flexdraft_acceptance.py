@@ -17,7 +17,7 @@ from vllm_budgetdraft.proposer.draft_loop import Drafts
 
 
 class FlexDraftAcceptance(HeldOutAcceptance):
-    """Measures FlexDraft folders of one target on passages of held-out texts."""
+    """Measures FlexDraft folders of one target on held-out prompts."""
 
     def __init__(
         self, target: PreTrainedModel, *args: Any, page_size: int, **kwargs: Any

@@ -58,8 +58,6 @@ class EvictionPolicy(ABC):
     observation_tokens = 0
     #: Whether ``select`` reads ``attention``, which then is kept up in generation too.
     accumulates_attention = False
-    #: Whether every position is kept, whatever the budget.
-    keeps_all = False
 
     def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:
         """

@@ -14,7 +14,7 @@ from vllm_budgetdraft.eviction.base import (
 
 
 class ChunkRetrieval(EvictionPolicy):
-    """Keeps the first chunk, the best-scoring chunks, and the end of the prompt.
+    """Keeps the sinks' chunks, the best-scoring chunks, and the end of the prompt.
 
     Based on BudgetDraft (https://arxiv.org/abs/2606.00144), section 3.3, itself after
     TriForce's retrieval cache: chunks of 8 tokens, selected per layer and KV head.

@@ -8,8 +8,6 @@ from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
 class KeepAll(EvictionPolicy):
     """Keeps every position, whatever the budget."""
 
-    keeps_all = True
-
     def select(self, states: PromptStates, budget: int) -> Tensor:
         return states.all_positions()
 

@@ -15,12 +15,14 @@ class ReadingPlan:
 
     Attributes:
         skipped: positions that are never read.
-        piece_tokens: in streaming, from the start and again after what is skipped; None
-            where the end of the context is the one choice.
+        first_tokens: of the first piece, which finds nothing held; None where the end
+            of the context is the one choice.
+        piece_tokens: of the others, in streaming.
     """
 
     skipped: range = range(0)
-    piece_tokens: int | None = None
+    first_tokens: int | None = None
+    piece_tokens: int = 0
 
     @classmethod
     def of(
@@ -39,13 +41,14 @@ class ReadingPlan:
             num_tokens: of the context, as far as it is known.
             budget: most tokens that are kept after a choice.
         """
-        if view.draft_prefill == "full" or policy.keeps_all:
+        if view.draft_prefill == "full" or view.eviction_policy == "keep_all":
             return cls()
-        piece = view.draft_prefill_chunk
+        first = piece = view.draft_prefill_chunk
         if view.position_mode == "cache_relative":
+            first = min(first, native_tokens)
             piece = min(piece, native_tokens - budget)
         assert piece > 0, (native_tokens, budget)
-        return cls(policy.unread(num_tokens, budget), piece)
+        return cls(policy.unread(num_tokens, budget), first, piece)
 
     def unread(self, num_seen: int, end: int) -> range:
         """Positions to be read next, in a row, of a context that ends at ``end``.
@@ -59,12 +62,16 @@ class ReadingPlan:
 
     def next_choice(self, start: int) -> int | None:
         """Where the piece ends that ``start`` is in; None if with the context."""
-        if self.piece_tokens is None:
+        if self.first_tokens is None:
             return None
-        is_before = start < self.skipped.start
-        first = 0 if is_before else self.skipped.stop
-        end = start + self.piece_tokens - (start - first) % self.piece_tokens
-        return min(end, self.skipped.start) if is_before else end
+        is_after_gap = bool(self.skipped) and start >= self.skipped.stop
+        if start < self.first_tokens and not is_after_gap:
+            end = self.first_tokens
+        else:
+            begun = self.skipped.stop if is_after_gap else self.first_tokens
+            end = start + self.piece_tokens - (start - begun) % self.piece_tokens
+        is_before_gap = start < self.skipped.start
+        return min(end, self.skipped.start) if is_before_gap else end
 
     def pieces(self, end: int) -> Iterator[range]:
         """What is read before each choice, of a context that ends at ``end``."""

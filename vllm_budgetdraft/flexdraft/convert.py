@@ -6,6 +6,7 @@ tuned, and the target's fingerprint.
 """
 
 import json
+import re
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError
 
 #: Where their config keeps what is about drafting; released folders have the second.
 SECTIONS = ("flexdraft_config", "dflash_config")
+#: What comes along, and is never used: the target's is.
+OF_THE_TARGET = (
+    r"norm\.weight|rotary_emb\..*|"
+    r"layers\.\d+\.(mlp\..*|(input|post_attention)_layernorm\.weight)"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -56,34 +62,37 @@ def convert(released: Path, target: Any, name: str, output: Path) -> None:
     from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 
     config = _read_config(released)
+    weights = _read_weights(released)
+    num_layers, depth = config["num_hidden_layers"], target.config.num_hidden_layers
+    trained = config.get("num_target_layers", depth)
+    last = list(range(depth - num_layers, depth))
     section: dict[str, Any] = next(
         (config[each] for each in SECTIONS if config.get(each)), {}
     )
-    num_layers, depth = config["num_hidden_layers"], target.config.num_hidden_layers
-    last = list(range(depth - num_layers, depth))
-    if (layers := section.get("target_layer_ids", last)) != last:
+    layers = section.get("target_layer_ids", last)
+    if trained != depth or num_layers > depth or layers != last:
         raise UnsupportedDrafterError(
-            f"model={str(released)!r} goes through the layers {layers} of its target; "
-            f"of {name}, with {depth} layers, {last} are expected; give the target "
-            "that it was trained for"
+            f"model={str(released)!r} goes through the layers {layers} of a target of "
+            f"{trained}; {name} has {depth} layers, of which the last {num_layers} are "
+            "expected; give the target that it was trained for"
         )
-    calibrates = section.get("enable_anchor_bias_logits", False)
+    calibration = weights.get("anchor_bias_mlp.0.weight")
     drafter = FlexDraft(
         target.config,
         num_layers=num_layers,
-        calibration_rank=section.get("anchor_bias_rank", 256) if calibrates else 0,
+        calibration_rank=0 if calibration is None else len(calibration),
         max_positions=1,
     )
-    state = _renamed(_read_weights(released), num_layers)
+    state = _renamed(weights, num_layers)
     has = {each: tuple(x.shape) for each, x in state.items()}
     # What is not there, as the calibration of a drafter without one, holds nothing.
     needs = {k: tuple(x.shape) for k, x in drafter.state_dict().items() if x.numel()}
     if has != needs:
         different = sorted({each for each, _ in has.items() ^ needs.items()})
         raise UnsupportedDrafterError(
-            f"the weights in {released} do not fit {name}: {different} are missing, or "
-            "of other shapes; give the target that it was trained for, or download "
-            "the folder anew"
+            f"the weights in {released} do not fit {name}: {different} are missing, "
+            "unknown, or of other shapes; give the target that it was trained for, or "
+            "download the folder anew"
         )
     drafter.load_state_dict(state, strict=False)
     settings = {
@@ -113,6 +122,7 @@ def _read_config(released: Path) -> dict[str, Any]:
 
 
 def _read_weights(released: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     files = sorted(released.glob("*.safetensors"))
@@ -120,11 +130,19 @@ def _read_weights(released: Path) -> dict[str, Any]:
         raise UnsupportedDrafterError(
             f"{released} holds no *.safetensors; download its weights, too"
         )
-    return {name: x for file in files for name, x in load_file(file).items()}
+    try:
+        return {name: x for file in files for name, x in load_file(file).items()}
+    except SafetensorError as error:
+        raise UnsupportedDrafterError(
+            f"the weights in {released} cannot be read ({error}); download them anew"
+        ) from error
 
 
 def _renamed(theirs: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """By our names, less what of the target's comes along."""
+    """By our names, less what of the target's comes along, and has no part in drafts.
+
+    What is neither keeps its name.
+    """
     import torch
 
     names = {
@@ -134,7 +152,7 @@ def _renamed(theirs: dict[str, Any], num_layers: int) -> dict[str, Any]:
         "anchor_bias_mlp.2.weight": "calibration_out",
         "anchor_bias_mlp.2.bias": "calibration_out_bias",
     }
-    stacked = {}
+    stacked, of_qkv = {}, set()
     for layer in range(num_layers):
         attention, own = f"layers.{layer}.self_attn.", f"layers.{layer}."
         for each in ("q_norm", "k_norm"):
@@ -142,7 +160,12 @@ def _renamed(theirs: dict[str, Any], num_layers: int) -> dict[str, Any]:
         for kind in ("weight", "bias"):
             names[f"{attention}o_proj.{kind}"] = f"{own}o_{kind}"
             parts = [f"{attention}{each}_proj.{kind}" for each in "qkv"]
+            of_qkv.update(parts)
             if all(part in theirs for part in parts):
                 stacked[f"{own}qkv_{kind}"] = torch.cat([theirs[p] for p in parts])
-    renamed = {names[name]: x for name, x in theirs.items() if name in names}
-    return renamed | stacked
+    others = {
+        name: x
+        for name, x in theirs.items()
+        if name not in of_qkv and not re.fullmatch(OF_THE_TARGET, name)
+    }
+    return {names.get(name, name): x for name, x in others.items()} | stacked

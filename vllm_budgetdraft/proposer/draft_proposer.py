@@ -179,7 +179,7 @@ class DraftProposer:
         Raises:
             PagePoolExhaustedError: too few pages are free.
         """
-        budget = self.kv_budget if kv_budget is None else kv_budget
+        budget = min(kv_budget or self.kv_budget, self.kv_budget)
         protected = self.policy.protected_tokens(budget)
         self.cache.start_request(slot, self._capacity(kv_budget), protected)
 

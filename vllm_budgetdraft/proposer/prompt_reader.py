@@ -52,7 +52,8 @@ class PromptReader:
             kv_budget: as given to ``DraftProposer.start_request``.
         """
         self.prompt.restart()
-        self._budget = self._max_budget if kv_budget is None else kv_budget
+        self._budget = min(kv_budget or self._max_budget, self._max_budget)
+        self._has_chosen = False
         self._plan = ReadingPlan.of(
             self._view,
             self._policy,

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from vllm_budgetdraft.config import ViewSettings
+from vllm_budgetdraft.config import ViewSettings, valid
 from vllm_budgetdraft.drafter.checkpoint import keep_layers_alone
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 from vllm_budgetdraft.flexdraft.checkpoint import fingerprint
@@ -32,8 +32,8 @@ from vllm_budgetdraft.training.arguments import (
     DrafterArguments,
     FlexDraftArguments,
     ObjectiveArguments,
-    SeenArguments,
     ViewArguments,
+    ViewSettingsArguments,
 )
 from vllm_budgetdraft.training.chats import read_conversations
 from vllm_budgetdraft.training.config_files import with_config
@@ -60,7 +60,7 @@ PARTS = (
     DataArguments,
     ViewArguments,
     ObjectiveArguments,
-    SeenArguments,
+    ViewSettingsArguments,
     AcceptanceArguments,
     TrainingArguments,
 )
@@ -93,7 +93,7 @@ def train(argv: list[str]) -> None:
         acceptance,
         arguments,
     ) = parts
-    view = ViewSettings(**dataclasses.asdict(seen))
+    view = valid(ViewSettings, dataclasses.asdict(seen), "settings of the view")
     # Windows have columns that no model's signature names.
     arguments.remove_unused_columns = False
     arguments.ddp_find_unused_parameters = False
@@ -154,6 +154,7 @@ def train(argv: list[str]) -> None:
         acceptance,
         data,
         view,
+        model.drafter.config,
         flexdraft.selection_page_size if isinstance(model, FlexDraftModel) else None,
     )
     is_measured_on_the_way = arguments.eval_strategy != "no"
@@ -176,10 +177,10 @@ def train(argv: list[str]) -> None:
         measure=held_out.measure if held_out else None,
     )
     trainer.train(resume_from_checkpoint=_checkpoint(arguments))
-    if held_out and not is_measured_on_the_way:
-        trainer.evaluate()  # for the model card
     output = Path(arguments.output_dir)
     trainer.save_drafter(output)
+    if held_out and not is_measured_on_the_way:
+        trainer.evaluate()  # for the model card
     if trainer.is_world_process_zero():
         if drafter_args.layers_alone:
             keep_layers_alone(output)
@@ -216,19 +217,20 @@ def _check_native_range(
     """Of cache_relative positions; absolute ones are learnt of the whole window."""
     if view.position_mode == "absolute":
         return
-    prefix, room = max(data.prefix_tokens), native - data.continuation_tokens
-    reads_whole = view.draft_prefill == "full" or view.eviction_policy == "keep_all"
-    for what, tokens, remedy in (
-        ("budgets", min(max(views.budgets), prefix), "lower them"),
-        ("prefix_tokens", prefix * reads_whole, "use draft_prefill='streaming'"),
-    ):
-        if tokens > room:
-            raise ConfigurationError(
-                f"position_mode='cache_relative': {what} of {tokens} tokens, and "
-                f"continuation_tokens={data.continuation_tokens} after them, leave the "
-                f"{native} positions that the drafter was made for "
-                f"(max_position_embeddings); {remedy}, or shorten the continuation"
-            )
+    if view.draft_prefill != "streaming":
+        raise ConfigurationError(
+            "position_mode='cache_relative' is for prompts of any length, which are "
+            f"read with draft_prefill='streaming', not {view.draft_prefill!r}; train "
+            "with that"
+        )
+    room = native - data.continuation_tokens
+    if (longest := min(max(views.budgets), max(data.prefix_tokens))) > room:
+        raise ConfigurationError(
+            f"position_mode='cache_relative': a budget of {longest} tokens, and "
+            f"continuation_tokens={data.continuation_tokens} after it, leave the "
+            f"{native} positions that the drafter was made for "
+            "(max_position_embeddings); lower budgets, or shorten the continuation"
+        )
 
 
 def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) -> Any:

@@ -238,8 +238,8 @@ class AcceptanceArguments:
 
 
 #: What a budget keeps, and of what: serving's own settings, under the same names.
-SeenArguments = make_dataclass(
-    "SeenArguments",
+ViewSettingsArguments = make_dataclass(
+    "ViewSettingsArguments",
     [
         (
             name,

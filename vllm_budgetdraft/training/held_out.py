@@ -5,11 +5,12 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from vllm_budgetdraft.config import ViewSettings
+from vllm_budgetdraft.config import SettledConfig, ViewSettings, valid
 from vllm_budgetdraft.conversations import set_chat_template
+from vllm_budgetdraft.drafter.configuration import check_native_range
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance, passages
 from vllm_budgetdraft.evaluation.flexdraft_acceptance import FlexDraftAcceptance
 from vllm_budgetdraft.training.arguments import (
@@ -32,6 +33,7 @@ def held_out_acceptance(
     acceptance: AcceptanceArguments,
     data: DataArguments,
     view: ViewSettings,
+    drafter: PretrainedConfig,
     page_size: int | None = None,
 ) -> HeldOutAcceptance | None:
     """Measures drafters of a target; None where there is nothing to measure them on.
@@ -40,13 +42,26 @@ def held_out_acceptance(
         page_size: of FlexDraft's budget, if the drafters are that.
 
     Raises:
-        ConfigurationError: see ``open_source``, ``passages`` and ``questions``.
+        ConfigurationError: see ``open_source``, ``passages``, ``questions`` and
+            ``check_native_range``; or a budget is below what the policy needs.
     """
     longest = target.config.get_text_config().max_position_embeddings
     longest -= acceptance.eval_new_tokens + acceptance.eval_draft_tokens + 2
     prompts = _prompts(acceptance, data, tokenizer, longest)
     if not prompts:
         return None
+    settings = {
+        "num_speculative_tokens": acceptance.eval_draft_tokens,
+        **view.model_dump(),
+    }
+    longest = max(len(each) for some in prompts.values() for each in some)
+    for budget in acceptance.eval_budgets:  # now, and not when all is trained
+        config = valid(
+            SettledConfig,
+            {**settings, "model": "the drafter", "kv_budget": budget},
+            "settings to measure acceptance with",
+        )
+        check_native_range(config, drafter, longest + acceptance.eval_new_tokens)
     kind: Callable[..., HeldOutAcceptance] = HeldOutAcceptance
     if page_size is not None:
         kind = partial(FlexDraftAcceptance, page_size=page_size)
@@ -57,10 +72,7 @@ def held_out_acceptance(
         budgets=acceptance.eval_budgets,
         temperatures=acceptance.eval_temperatures,
         new_tokens=acceptance.eval_new_tokens,
-        settings={
-            "num_speculative_tokens": acceptance.eval_draft_tokens,
-            **view.model_dump(),
-        },
+        settings=settings,
         end_tokens=[ends] if isinstance(ends, int) else ends or [],
         seed=SEED,
     )

@@ -122,8 +122,9 @@ def _acceptance(options: dict[str, Any], state: TrainerState) -> str:
         prompts = [*prompts, CHAT]
     lines = [
         f"Acceptance length (bonus token included) at {options['eval_draft_tokens']} "
-        f"draft tokens, {options['eval_prompts']} held-out prompts of each kind, "
-        f"{options['eval_new_tokens']} new tokens at most, step {best['step']}:",
+        f"draft tokens, {options['eval_prompts']} held-out prompts of each kind "
+        f"and source, {options['eval_new_tokens']} new tokens at most, step "
+        f"{best['step']}:",
         "",
         "| temperature | prompt | " + " | ".join(f"budget {b}" for b in budgets) + " |",
         "|---" * (2 + len(budgets)) + "|",

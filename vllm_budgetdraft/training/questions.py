@@ -70,7 +70,7 @@ def questions(
         raise ConfigurationError(
             f"{source!r} has {len(found)} questions that can be asked, {count} are "
             f"asked for (left out: {reasons or 'none'}); ask for fewer prompts, or "
-            "give longer --context-tokens"
+            "let them be longer"
         )
     if left_out:
         tell(f"chat: rows of {source} that were left out: {reasons}.")

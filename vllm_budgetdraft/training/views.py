@@ -217,9 +217,9 @@ class PrefixViews:
             num_tokens=length,
             budget=budget,
         )
-        if plan.piece_tokens is None:
+        if plan.first_tokens is None:
             assert self._whole is not None, (length, self._room)
-            keeps_all = self._policy.keeps_all
+            keeps_all = self._view.eviction_policy == "keep_all"  # whatever the budget
             return (self._whole if keeps_all else self._whole.kept(budget)).view()
         states = self._empty()
         for piece in plan.pieces(length):

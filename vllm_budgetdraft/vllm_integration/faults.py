@@ -48,7 +48,7 @@ class FaultLog:
         if self.num_faults & (self.num_faults - 1) == 0:
             logger.error(
                 "drafting failed for %s (%d failures so far): %s: %s; generation goes "
-                "on without drafts",
+                "on",
                 whose,
                 self.num_faults,
                 type(error).__name__,

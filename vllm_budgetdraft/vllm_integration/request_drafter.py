@@ -64,6 +64,7 @@ class RequestDrafter:
         self._core = core
         self._slots = RequestSlots(num_slots)
         self._reading: Holding | None = None
+        self._batch: list[Request] = []
         self.statistics = DraftStatistics()
         self._faults = FaultLog(self.statistics)
         self._observer = CoreObserver(core, self.statistics)
@@ -86,7 +87,9 @@ class RequestDrafter:
         """
         give_up = self._faults.report_every(error)
         self._core.release_all()
-        self._slots.release_all("failed" if give_up else None)
+        self._slots.release_all()
+        for request in self._batch if give_up else []:
+            self._slots.give_up(request.request_id, request.state, "failed")
         self._reading = self.probabilities = None
 
     def forget_ended(self, live: Mapping[str, Any]) -> None:
@@ -104,6 +107,7 @@ class RequestDrafter:
             is_trial: whether it will do if some draft: nobody else begins to read.
         """
         self.probabilities = None
+        self._batch = list(requests)
         holdings = [self._holding(request) for request in requests]
         if self._reading and not any(held is self._reading for held in holdings):
             # Its request waits, and others may read: there is one buffer for prompts.

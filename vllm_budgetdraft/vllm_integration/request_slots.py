@@ -82,12 +82,9 @@ class RequestSlots:
         self._free.append(slot)
         return slot
 
-    def release_all(self, why_given_up: str | None) -> None:
-        """Frees all slots; their requests draft no more if there is a reason."""
-        for request_id, holding in list(self._held.items()):
+    def release_all(self) -> None:
+        for request_id in list(self._held):
             self.release(request_id)
-            if why_given_up:
-                self.give_up(request_id, holding.state, why_given_up)
 
     def give_up(self, request_id: str, state: Any, reason: str) -> None:
         """Remembers a request that drafts no more."""

@@ -28,8 +28,9 @@ NEVER = -1e30
 class BudgetDraftSpeculator(DraftModelSpeculator):
     """Drafts for the rows of a batch, by the indices that the runner gives requests.
 
-    An index of the runner is a slot of the proposer. Tokens, lengths and drafts never
-    leave the device: nothing waits for it, and scheduling may run ahead. vLLM verifies
+    An index of the runner is a slot of the proposer. Tokens, lengths and drafts stay on
+    the device: nothing waits for it (but see ``_begin_anew``), and scheduling may run
+    ahead. vLLM verifies
     drafts of every row; one that did not draft repeats its last token, with the
     probability 1 that it was "drawn" with, which is as lossless as any draft.
     """
@@ -254,7 +255,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         give_up = self._faults.report_every(error)
         self._core.release_all()
         for progress in self._progress.values():
-            if not progress.why_not:
+            if progress.waits or not progress.why_not:
                 progress.why_not = "failed"
                 progress.waits = not give_up
         self._reading = None
@@ -271,22 +272,19 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             if (progress := held[row]) is None:
                 continue
             has_sampled = progress.step(batch, row)
-            if progress.waits and self._core.has_room(progress.kv_budget):
-                self._core.start_request(index, progress.kv_budget)
-                # It waits for the device, once, where it may have waited for long.
-                num_tokens = int(self._states.total_len.gpu[index])
-                progress.begin(num_tokens, has_sampled=has_sampled)
             is_ready = False
-            if not progress.why_not:
+            if progress.waits or not progress.why_not:
                 try:
-                    if not progress.is_read:
+                    if progress.waits:
+                        self._begin_anew(index, progress, has_sampled)
+                    if not (progress.waits or progress.is_read):
                         self._read(index, progress)
-                    if has_sampled:
+                    if has_sampled and not progress.waits:
                         is_ready = self._is_ready(index, progress, length)
                 except Exception as error:
                     self._faults.report(f"request {progress.request_id}", error)
                     self._release(index)
-                    progress.why_not = "failed"
+                    progress.why_not, progress.waits = "failed", False
                     self._progress[index] = progress
             if is_ready:
                 rows.append(row)
@@ -294,6 +292,16 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
                 reason = progress.why_not or ("reading" if length else "draft_length")
                 self._statistics.count("drafts_skipped", label=reason)
         return rows
+
+    def _begin_anew(self, index: int, progress: Progress, has_sampled: bool) -> None:
+        """Gives a request that waits its pages, if there are enough."""
+        if not self._core.has_room(progress.kv_budget):
+            progress.why_not = "no_pages"
+            return
+        self._core.start_request(index, progress.kv_budget)
+        # The host waits for the device here, once for a request that waited itself.
+        num_tokens = int(self._states.total_len.gpu[index])
+        progress.begin(num_tokens, has_sampled=has_sampled)
 
     def _is_ready(self, index: int, progress: Progress, length: int) -> bool:
         """Whether a request that sampled is to draft now."""

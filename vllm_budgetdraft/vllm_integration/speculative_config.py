@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.config import (
+    CACHE_SETTINGS,
     BudgetDraftConfig,
     SettledConfig,
     check_flexdraft_settings,
@@ -22,6 +23,7 @@ from vllm_budgetdraft.config import (
 from vllm_budgetdraft.drafter.checkpoint import check_weights
 from vllm_budgetdraft.drafter.configuration import (
     check_drafter_config,
+    check_trained,
     folder_of,
     read_drafter_config,
     trained_view,
@@ -187,7 +189,10 @@ def _check_flexdraft(
 ) -> SettledConfig:
     check_flexdraft_settings(config)
     found = read_flexdraft_config(config.model)
-    settled = _settle(config, found.get("budgetdraft", {}), "flexdraft")
+    trained = check_trained(found.get("budgetdraft"))
+    # Of the target's cache there is nothing to say.
+    policy = {k: v for k, v in trained.items() if k not in CACHE_SETTINGS}
+    settled = _settle(config, policy, "flexdraft")
     PageSelector(settled, page_size=1)
     if config.num_speculative_tokens > found["draft_tokens"]:
         raise ConfigurationError(

@@ -79,6 +79,7 @@ class TargetDrafter:
         self._selector: PageSelector
         self._served: dict[str, Served] = {}
         self._given_up: dict[str, Any] = {}
+        self._batch: list[Request] = []
         self.statistics = DraftStatistics()
         self._faults = FaultLog(self.statistics)
         self.timer = DraftTimer(self._device)
@@ -95,7 +96,7 @@ class TargetDrafter:
     def reset(self, error: Exception) -> None:
         """After a failure of no request in particular; see ``RequestDrafter``."""
         if self._faults.report_every(error):
-            states = {name: served.state for name, served in self._served.items()}
+            states = {each.request_id: each.state for each in self._batch}
             self._given_up.update(states)
         self._served.clear()
         self._pages = []
@@ -114,8 +115,11 @@ class TargetDrafter:
     ) -> dict[int, list[int]]:
         """Drafts by row, of the rows that have sampled and do not fail."""
         self.probabilities = None
-        if requests and not self._pages:
-            self._find_pages(requests[0])
+        self._batch = [
+            each for each in requests if each.request_id not in self._given_up
+        ]
+        if self._batch and not self._pages:
+            self._find_pages(self._batch[0])
         ready = []
         for request in requests:
             if not request.sampled or request.request_id in self._given_up:
