@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance, passages
-from vllm_budgetdraft.training.data import read_texts
+from vllm_budgetdraft.training.sources import read_texts
 
 VIEWS = {
     "full": ["--sparse_weight", "0"],

@@ -13,15 +13,14 @@ from transformers import AutoTokenizer
 from tests.support.books import WORDS, write_books, write_target
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.training.chats import read_conversations
-from vllm_budgetdraft.training.data import (
-    TokenStream,
-    TokenWindows,
+from vllm_budgetdraft.training.data import TokenStream, TokenWindows
+from vllm_budgetdraft.training.objectives import IGNORED
+from vllm_budgetdraft.training.sources import (
     open_source,
     read_continuations,
     read_texts,
     unwrap,
 )
-from vllm_budgetdraft.training.objectives import IGNORED
 
 CONTINUATION = 12
 #: Prompts of 50, and 20 or 11 tokens that the target wrote, with the two likeliest.

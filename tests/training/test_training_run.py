@@ -319,6 +319,24 @@ def test_held_out_conversations_are_measured_in_the_template(inputs, tmp_path):
     assert "tokens of a text" not in card
 
 
+def test_budgets_that_hold_every_prefix_train_no_sparse_view(
+    inputs, tmp_path, monkeypatch
+):
+    """And the card does not say that they did."""
+    told = []
+    monkeypatch.setattr(
+        "vllm_budgetdraft.training.__main__.logger.warning",
+        lambda text, *values: told.append(text % values),
+    )
+    train(inputs, tmp_path / "none", "--budgets", "40", "64", steps=1)
+    assert "no sparse view" in told[0]
+    assert "sparse" not in (tmp_path / "none" / "README.md").read_text()
+    told.clear()
+    train(inputs, tmp_path / "some", steps=1)
+    assert not told
+    assert "0.5 of sparse views" in (tmp_path / "some" / "README.md").read_text()
+
+
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
     inputs, tmp_path, capsys, monkeypatch
 ):

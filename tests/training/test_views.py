@@ -306,7 +306,5 @@ def test_a_policy_that_keeps_too_much_is_refused_in_training_too(drafter_folder)
     drafter = load_drafter(drafter_folder, max_positions=801)
     policy = make_policy(ViewSettings(eviction_policy=KEEPS_TOO_MUCH))
     views = views_of(drafter, models.random_tokens(800)[None], policy)
-    with pytest.raises(
-        ValueError, match="positions that do not ascend"
-    ):
+    with pytest.raises(ValueError, match="positions that do not ascend"):
         views.sparse(BUDGET)

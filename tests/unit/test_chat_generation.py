@@ -12,7 +12,7 @@ from vllm_budgetdraft.cli import main
 from vllm_budgetdraft.generation import chats
 from vllm_budgetdraft.generation.chats import Chat, write_chats
 from vllm_budgetdraft.generation.engine import Written
-from vllm_budgetdraft.training.data import read_continuations
+from vllm_budgetdraft.training.sources import read_continuations
 
 LONGEST = 120
 

@@ -18,8 +18,8 @@ from datasets import Dataset
 from vllm_budgetdraft.conversations import encode, render
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation.acceptance import passages
-from vllm_budgetdraft.training.data import open_source, read_texts
 from vllm_budgetdraft.training.questions import questions
+from vllm_budgetdraft.training.sources import open_source, read_texts
 
 EXCERPT = Path(__file__).with_name("excerpt.txt")
 
@@ -72,8 +72,8 @@ def build_prompts(
     """``count`` of each task and length; chats have no length but that of the longest.
 
     Args:
-        sources: what each task reads, as ``training.data.open_source`` takes it; books
-            have a column ``text``, meetings ``context`` and ``input``.
+        sources: what each task reads, as ``training.sources.open_source`` takes it;
+            books have a column ``text``, meetings ``context`` and ``input``.
         uses_template: the tokenizer's chat template, where it has one; ``chat`` needs
             it then.
         tell: is told which rows of chats are left out.

@@ -120,7 +120,8 @@ def _of_texts(args: Namespace, output: Path) -> None:
     from transformers import AutoTokenizer
 
     from vllm_budgetdraft.generation.engine import Engine
-    from vllm_budgetdraft.training.data import TokenStream, read_texts
+    from vllm_budgetdraft.training.data import TokenStream
+    from vllm_budgetdraft.training.sources import read_texts
 
     texts = read_texts(
         args.texts,

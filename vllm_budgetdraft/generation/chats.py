@@ -20,7 +20,7 @@ from vllm_budgetdraft.conversations import (
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.generation.engine import Engine, Write
 from vllm_budgetdraft.generation.parts import missing_parts, replace, write_part
-from vllm_budgetdraft.training.data import open_source
+from vllm_budgetdraft.training.sources import open_source
 
 #: How many answers there are in each file, and how its conversations ended.
 COUNTS = "counts.json"

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch.utils.data import default_collate
 from transformers import (
-    AutoTokenizer,
     HfArgumentParser,
     PretrainedConfig,
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from vllm_budgetdraft.config import ViewSettings, valid
 from vllm_budgetdraft.drafter.checkpoint import keep_layers_alone
@@ -37,22 +37,22 @@ from vllm_budgetdraft.training.arguments import (
 )
 from vllm_budgetdraft.training.chats import read_conversations
 from vllm_budgetdraft.training.config_files import with_config
-from vllm_budgetdraft.training.data import (
-    TokenWindows,
-    read_continuations,
-    read_texts,
-)
+from vllm_budgetdraft.training.data import TokenWindows
 from vllm_budgetdraft.training.drafters import (
     load_target,
     make_drafter,
     make_flexdraft,
+    read_target,
 )
 from vllm_budgetdraft.training.flexdraft import FlexDraftModel
 from vllm_budgetdraft.training.held_out import held_out_acceptance
 from vllm_budgetdraft.training.model import MultiViewModel
 from vllm_budgetdraft.training.model_card import model_card
+from vllm_budgetdraft.training.sources import read_continuations, read_texts
 from vllm_budgetdraft.training.teacher_cache import TeacherCache
 from vllm_budgetdraft.training.trainer import DrafterTrainer, last_checkpoint
+
+logger = logging.get_logger(__name__)
 
 PARTS = (
     DrafterArguments,
@@ -101,16 +101,25 @@ def train(argv: list[str]) -> None:
         arguments.data_seed = arguments.seed
     set_seed(arguments.seed)
 
-    target = load_target(drafter_args.target, arguments)
+    target_config, tokenizer = read_target(drafter_args.target)
     window = max(data.prefix_tokens) + data.continuation_tokens
-    _check_window(window, target.config, data, objective)
+    _check_window(window, target_config, data, objective)
+    if views.sparse_weight and min(views.budgets) >= max(data.prefix_tokens):
+        logger.warning(
+            "no sparse view is trained: the smallest of budgets=%s holds the longest "
+            "of prefix_tokens=%s whole",
+            views.budgets,
+            data.prefix_tokens,
+        )
+    # All of the data is looked at before anything large is loaded.
+    windows = _windows(data, arguments, tokenizer, target_config.vocab_size)
+    target = load_target(drafter_args.target, arguments)
     learnt = {
         "target": Path(drafter_args.target).name,
         "budgets": views.budgets,
         "objective": objective.objective,
         **view.model_dump(),
     }
-    tokenizer = AutoTokenizer.from_pretrained(drafter_args.target)
     options = {k: v for part in parts[:-1] for k, v in dataclasses.asdict(part).items()}
     run = arguments.to_sanitized_dict()
     run["windows_per_step"] = _windows_per_step(arguments)
@@ -169,7 +178,7 @@ def train(argv: list[str]) -> None:
     trainer = DrafterTrainer(
         model=model,
         args=arguments,
-        train_dataset=_windows(data, arguments, tokenizer),
+        train_dataset=windows,
         eval_dataset=[] if held_out else None,  # which is not asked
         data_collator=default_collate,
         tokenizer_from=drafter_args.target,
@@ -233,7 +242,9 @@ def _check_native_range(
         )
 
 
-def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) -> Any:
+def _windows(
+    data: DataArguments, arguments: TrainingArguments, tokenizer: Any, vocab_size: int
+) -> Any:
     if not (data.texts or data.conversations or data.continuations):
         raise ConfigurationError(
             "there is nothing to train on; give --texts, --conversations or "
@@ -256,7 +267,11 @@ def _windows(data: DataArguments, arguments: TrainingArguments, tokenizer: Any) 
             if data.texts
             else None
         ),
-        read_continuations(data.continuations) if data.continuations else None,
+        (
+            read_continuations(data.continuations, vocab_size)
+            if data.continuations
+            else None
+        ),
         prefix_tokens=data.prefix_tokens,
         continuation_tokens=data.continuation_tokens,
         on_policy_fraction=data.on_policy_fraction,

@@ -15,7 +15,7 @@ from vllm_budgetdraft.conversations import (
     set_chat_template,
 )
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.training.data import open_source
+from vllm_budgetdraft.training.sources import open_source
 
 logger = logging.get_logger(__name__)
 

@@ -1,160 +1,18 @@
 """Token windows for training: of any text, and of what the target wrote itself."""
 
-import glob
-import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import pyarrow.compute
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.training.objectives import IGNORED
-
-#: Readers of the ``datasets`` library by suffix; it unpacks .gz, .xz and .zst.
-READERS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".txt": "text",
-    ".arrow": "arrow",
-}
-PACKED = (".gz", ".xz", ".zst")
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
-def open_source(source: str) -> Dataset:
-    """Rows of a glob of files, of a folder that ``save_to_disk`` wrote, or of a name.
-
-    Raises:
-        ConfigurationError: there is nothing of that name, or of no known format.
-    """
-    if (Path(source) / "dataset_info.json").is_file():
-        return load_from_disk(source)
-    if files := _files(source):
-        reader = _reader(files[0])
-        if reader is None:
-            raise ConfigurationError(
-                f"{files[0]} has no known suffix; use one of {', '.join(READERS)}, "
-                f"packed ({', '.join(PACKED)}) or not"
-            )
-        # Plain text is one document a file, and not one a line.
-        options = {"sample_by": "document"} if reader == "text" else {}
-        return load_dataset(reader, data_files=files, split="train", **options)
-    reason = "it is no name of one"
-    if HUB_NAME.fullmatch(source) and _reader(source) is None:
-        try:
-            return load_dataset(source, split="train")
-        except Exception as error:  # of the library's many kinds, and the network's
-            reason = str(error)
-    raise ConfigurationError(
-        f"{source!r} names no file here, and no dataset on the hub ({reason}); give a "
-        "file, a glob, a folder, or a dataset's name"
-    )
-
-
-def _files(source: str) -> list[str]:
-    if not Path(source).is_dir():
-        return sorted(glob.glob(source))
-    inside = sorted(str(path) for path in Path(source).iterdir())
-    by_reader = [[f for f in inside if _reader(f) == r] for r in READERS.values()]
-    return next(filter(None, by_reader), inside)
-
-
-def _reader(file: str) -> str | None:
-    suffixes = [suffix for suffix in Path(file).suffixes if suffix not in PACKED]
-    return READERS.get(suffixes[-1] if suffixes else "")
-
-
-def unwrap(text: str) -> str:
-    """Joins the hard-wrapped lines of prose paragraphs; verse keeps its lines."""
-
-    def join(paragraph: str) -> str:
-        lines = paragraph.split("\n")
-        body = lines[:-1]
-        prose = body and all(len(x) > 50 and not x.startswith(" ") for x in body)
-        return " ".join(lines) if prose else paragraph
-
-    return "\n\n".join(map(join, text.split("\n\n")))
-
-
-def read_texts(
-    sources: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    column: str = "text",
-    unwraps_lines: bool = False,
-) -> Dataset:
-    """Documents with ``input_ids``, each ended by the tokenizer's end of text, if any.
-
-    Tokens are kept in the library's cache, and are not computed again.
-
-    Raises:
-        ConfigurationError: see ``open_source``; or a source has no such column.
-    """
-    found = []
-    for source in sources:
-        rows = open_source(source)
-        if column not in rows.column_names:
-            raise ConfigurationError(
-                f"{source!r} has the columns {rows.column_names}, but no {column!r}; "
-                "name the column of the text with text_column"
-            )
-        encode = partial(
-            _encode, tokenizer=tokenizer, column=column, unwraps_lines=unwraps_lines
-        )
-        names = rows.column_names
-        found.append(
-            rows.map(encode, batched=True, batch_size=16, remove_columns=names)
-        )
-    return concatenate_datasets(found)
-
-
-def _encode(
-    batch: dict[str, list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    column: str,
-    unwraps_lines: bool,
-) -> dict[str, list[Any]]:
-    texts = map(unwrap, batch[column]) if unwraps_lines else batch[column]
-    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return {"input_ids": [np.array(each + end, dtype=np.int32) for each in ids]}
-
-
-def read_continuations(sources: list[str]) -> Dataset:
-    """What the target wrote: ``prompt`` and ``continuation`` of each row.
-
-    Where every source has them, ``top_ids`` and ``top_logprobs`` are the likeliest
-    tokens at each position of the continuation, [len(continuation), n], and
-    ``temperature`` is what it was written at.
-
-    Raises:
-        ConfigurationError: see ``open_source``; or a column is missing.
-    """
-    found = []
-    for source in sources:
-        rows = open_source(source)
-        missing = {"prompt", "continuation"} - set(rows.column_names)
-        if missing:
-            raise ConfigurationError(
-                f"{source!r} lacks the columns {sorted(missing)}; budgetdraft generate "
-                "writes such files"
-            )
-        found.append(rows)
-    shared = set.intersection(*(set(rows.column_names) for rows in found))
-    wanted = {"prompt", "continuation"}
-    for optional in ({"top_ids", "top_logprobs"}, {"temperature"}):
-        wanted |= optional if optional <= shared else set()
-    return concatenate_datasets([rows.select_columns(sorted(wanted)) for rows in found])
 
 
 class TokenStream:

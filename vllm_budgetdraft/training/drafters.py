@@ -4,9 +4,13 @@ import math
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainingArguments,
 )
 from transformers.utils import logging
@@ -31,6 +35,26 @@ logger = logging.get_logger(__name__)
 MOST_MASK_LAYERS = 10
 
 
+def read_target(folder: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """What is known of a target before it is loaded.
+
+    Raises:
+        ConfigurationError: there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        return config, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise _no_target(folder, error) from error
+
+
+def _no_target(folder: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"--target {folder!r} cannot be loaded ({error}); give the folder of a causal "
+        "language model, or its name on the hub"
+    )
+
+
 def load_target(folder: str, arguments: TrainingArguments) -> PreTrainedModel:
     """On the device that trains, in bfloat16 if that is what it trains in.
 
@@ -42,10 +66,7 @@ def load_target(folder: str, arguments: TrainingArguments) -> PreTrainedModel:
             folder, dtype=torch.bfloat16 if arguments.bf16 else None
         )
     except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"--target {folder!r} cannot be loaded ({error}); give the folder of a "
-            "causal language model, or its name on the hub"
-        ) from error
+        raise _no_target(folder, error) from error
     return target.to(arguments.device)
 
 

@@ -17,8 +17,8 @@ from vllm_budgetdraft.training.arguments import (
     AcceptanceArguments,
     DataArguments,
 )
-from vllm_budgetdraft.training.data import read_texts
 from vllm_budgetdraft.training.questions import questions
+from vllm_budgetdraft.training.sources import read_texts
 
 logger = logging.get_logger(__name__)
 

@@ -67,7 +67,9 @@ def model_card(
         if options[key]
     ]
     sparse = ""
-    if options["sparse_weight"]:
+    if options["sparse_weight"] and min(options["budgets"]) < max(
+        options["prefix_tokens"]
+    ):
         budgets = ", ".join(map(str, options["budgets"]))
         sparse = f" and {options['sparse_weight']:g} of sparse views ({budgets} tokens)"
     return CARD.format(

@@ -11,7 +11,7 @@ from vllm_budgetdraft.conversations import (
     prompt_tokens,
 )
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.training.data import open_source
+from vllm_budgetdraft.training.sources import open_source
 
 #: Columns of questions that are no conversations: HumanEval's and GSM8K's.
 PLAIN_COLUMNS = ("prompt", "question")
@@ -33,7 +33,7 @@ def questions(
     stand before it. Rows that cannot be asked are left out, and told of.
 
     Args:
-        source: as ``training.data.open_source`` takes it, of conversations
+        source: as ``training.sources.open_source`` takes it, of conversations
             (``messages``, ``conversations`` or ``turns``), or with a column ``prompt``
             or ``question``.
         longest: tokens of a prompt.
