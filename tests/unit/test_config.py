@@ -95,7 +95,7 @@ def settings(**changes):
         ),
         pytest.param(
             {"page_size": "sixteen"},
-            ["page_size='sixteen'", "valid integer"],
+            ["page_size='sixteen'", "a whole number"],
             id="not_a_number",
         ),
     ],
@@ -297,3 +297,36 @@ def test_a_key_of_another_method_is_refused_with_what_to_do(key):
 
 def test_no_key_of_ours_is_of_another_method():
     assert not FOREIGN_KEYS.keys() & BudgetDraftConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("value", ["512", 512.0, True, None, [512]])
+def test_what_is_no_whole_number_is_not_taken_for_one(value):
+    with pytest.raises(ConfigurationError, match="it must be a whole number"):
+        settings(kv_budget=value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_budget": 10**9},
+        {"recent_window": 10**9},
+        {"page_size": 10**9},
+        {"chunk_size": 10**9},
+        {"draft_prefill_chunk": 10**9},
+        {"pool_memory_gib": float("inf")},
+        {"pool_memory_gib": float("nan")},
+    ],
+)
+def test_sizes_that_nobody_can_mean_are_refused(changes):
+    (name,) = changes
+    with pytest.raises(ConfigurationError, match=f"{name}="):
+        settings(**changes)
+
+
+def test_a_long_value_is_not_said_whole():
+    with pytest.raises(ConfigurationError) as refusal:
+        settings(eviction_policy="x" * 200_000, kv_budget="y" * 200_000)
+    assert len(str(refusal.value)) < 1000
+    with pytest.raises(ConfigurationError) as refusal:
+        parse_request_settings({"kv_budget": "z" * 200_000}, settings())
+    assert len(str(refusal.value)) < 1000

@@ -172,17 +172,20 @@ def valid(kind: type[Settings], settings: dict[str, Any], what: str) -> Settings
 
 def _explain(problem: Any) -> str:
     key = ".".join(map(str, problem["loc"]))
+    value = repr(problem["input"])
+    if len(value) > 100:
+        value = f"{value[:100]}... ({len(value)} characters)"
     if problem["type"] == "extra_forbidden":
         if key in FOREIGN_KEYS:
-            return f"{key}={problem['input']!r}: {FOREIGN_KEYS[key]}"
+            return f"{key}={value}: {FOREIGN_KEYS[key]}"
         known = list(BudgetDraftConfig.model_fields)
         close = get_close_matches(key, known, n=1)
         meant = f"did you mean {close[0]!r}? " if close else ""
         return (
-            f"unknown key {key!r} (value {problem['input']!r}); {meant}known keys: "
+            f"unknown key {key!r} (value {value}); {meant}known keys: "
             f"{', '.join(known)}"
         )
     if problem["type"] == "missing":
         return f"key {key!r} is missing; set it"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}={problem['input']!r}: {message}" if key else message
+    return f"{key}={value}: {message}" if key else message

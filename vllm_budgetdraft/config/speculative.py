@@ -57,19 +57,24 @@ class BudgetDraftConfig(ViewSettings):
     kv_budget: int = Field(
         512,
         ge=1,
+        le=16777216,
         description="Prompt tokens that the drafter's cache keeps per request. "
         "Unused by keep_all, which keeps every token.",
     )
     recent_window: int = Field(
         256,
         ge=1,
+        le=16777216,
         description="Generated tokens that the drafter's cache keeps per request "
         "beside the budget.",
     )
-    page_size: int = Field(16, ge=1, description="Tokens per page of the draft cache.")
+    page_size: int = Field(
+        16, ge=1, le=4096, description="Tokens per page of the draft cache."
+    )
     pool_memory_gib: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="Memory of the draft cache in GiB, if not what max_num_seqs "
         "requests take; a request that finds no room in it goes on without drafts.",
     )

@@ -1,8 +1,15 @@
 """What decides which keys a drafter sees; training and serving share it."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 BUILT_IN_POLICIES = (
     "chunk_retrieval",
@@ -25,16 +32,23 @@ class EvictionSettings(BaseModel):
         "'package.module:Class'.",
     )
     sink_tokens: int = Field(
-        8, ge=0, description="First tokens of the prompt that are always kept."
+        8,
+        ge=0,
+        le=65536,
+        description="First tokens of the prompt that are always kept.",
     )
     local_tokens: int = Field(
         256,
         ge=0,
+        le=16777216,
         description="Last tokens of the prompt that chunk_retrieval always keeps; at "
         "most half of the budget that the sinks leave.",
     )
     chunk_size: int = Field(
-        8, ge=1, description="Tokens per chunk that chunk_retrieval keeps or drops."
+        8,
+        ge=1,
+        le=4096,
+        description="Tokens per chunk that chunk_retrieval keeps or drops.",
     )
     chunk_score: Literal["last_key", "last_queries"] = Field(
         "last_key",
@@ -44,22 +58,34 @@ class EvictionSettings(BaseModel):
     observation_tokens: int = Field(
         16,
         ge=1,
+        le=4096,
         description="Last prompt queries used by chunk_score=last_queries and by "
         "observation_window, which also keeps their tokens.",
     )
     pooling_size: int = Field(
         5,
         ge=1,
+        le=1023,
         description="Neighbours, an odd number, over which observation_window averages "
         "attention.",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole_numbers_are_written_so(cls, value: Any, field: ValidationInfo) -> Any:
+        """Neither "512" nor 512.0, and true is no 1."""
+        assert field.field_name is not None
+        wanted = cls.model_fields[field.field_name].annotation
+        if wanted is int and type(value) is not int:
+            raise ValueError("it must be a whole number, as 512 is")
+        return value
 
     @model_validator(mode="after")
     def _policy_is_known(self) -> Self:
         name = self.eviction_policy
         if name not in BUILT_IN_POLICIES and ":" not in name:
             raise ValueError(
-                f"eviction_policy={name!r} is unknown; use one of "
+                f"eviction_policy={name[:100]!r} is unknown; use one of "
                 f"{', '.join(BUILT_IN_POLICIES)}, or 'package.module:Class'"
             )
         return self
@@ -104,6 +130,7 @@ class ViewSettings(EvictionSettings):
     draft_prefill_chunk: int = Field(
         4096,
         ge=1,
+        le=16777216,
         description="Prompt tokens that the drafter reads at once; in serving, per "
         "engine step, of all requests together. Streaming keeps the budget after so "
         "many, or as many as the native range leaves for cache_relative positions.",
