@@ -252,3 +252,32 @@ def test_a_folder_is_where_it_is(tmp_path, monkeypatch):
     (tmp_path / "some" / "drafter").mkdir(parents=True)
     assert folder_of("some/drafter") == "some/drafter"
     assert folder_of("/nowhere/at/all") == "/nowhere/at/all"  # refused when it is read
+
+
+@pytest.mark.parametrize(
+    ("content", "mention"),
+    [
+        (b"[]", "holds a list"),
+        (b"null", "holds a NoneType"),
+        (b'"text"', "holds a str"),
+        ('{"a": "caf\u00e9"}'.encode("latin-1"), "cannot be read"),
+        (b'{"a":' * 40_000, "cannot be read"),
+        (b'{"architectures": 7}', "is 7; drafters are one of"),
+        (b'{"architectures": [7]}', "is [7]; drafters are one of"),
+    ],
+)
+def test_a_config_of_something_else_is_refused(folder, content, mention):
+    (folder / "config.json").write_bytes(content)
+    assert mention in refusal_of(folder)
+
+
+@pytest.mark.parametrize("value", [-1, 0, 2.5, True])
+def test_sizes_that_are_none_are_refused(folder, value):
+    change_config(folder, num_hidden_layers=value)
+    message = refusal_of(folder)
+    assert "num_hidden_layers" in message or "no valid config" in message
+
+
+@pytest.mark.parametrize("name", ["nul\0byte", "long" * 2000])
+def test_a_path_that_can_be_none_is_refused(name):
+    assert len(refusal_of(Path(name))) < 1000

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -320,6 +322,26 @@ def test_a_policy_that_cannot_be_imported_is_refused_by_name(name):
         make_policy(EvictionSettings(eviction_policy=name))
     for part in (f"eviction_policy={name!r}", "keep_all", "package.module:Class"):
         assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "raise RuntimeError('on import')",
+        "def broken(:",
+        "import sys; sys.exit(3)",
+        "from vllm_budgetdraft.eviction.base import EvictionPolicy as Mine",
+        "from abc import abstractmethod\n"
+        "from vllm_budgetdraft.eviction.base import EvictionPolicy\n"
+        "class Mine(EvictionPolicy):\n    pass",
+    ],
+)
+def test_a_module_that_holds_no_policy_is_refused(tmp_path, monkeypatch, text):
+    (tmp_path / "of_a_user.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "of_a_user", raising=False)
+    with pytest.raises(ConfigurationError, match="eviction_policy='of_a_user:Mine'"):
+        make_policy(EvictionSettings(eviction_policy="of_a_user:Mine"))
 
 
 def test_a_policy_that_is_none_is_refused():

@@ -20,6 +20,10 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
 #: Rotary schemes whose angles do not depend on the length of the input.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -51,19 +55,11 @@ def read_drafter_config(folder: str | Path) -> PretrainedConfig:
             not of the Llama family.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UnsupportedDrafterError(
-            f"model={str(folder)!r} holds no config.json; give the folder of a drafter "
-            "in the Hugging Face layout"
-        )
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UnsupportedDrafterError(
-            f"{path} is not JSON ({error}); download or copy it anew"
-        ) from error
+    raw = _read_json(path, str(folder))
     architectures = raw.get("architectures") or []
-    if not set(architectures) & set(ARCHITECTURES):
+    if not isinstance(architectures, list) or not (
+        set(map(str, architectures)) & set(ARCHITECTURES)
+    ):
         raise UnsupportedDrafterError(
             f"model={str(folder)!r} is {architectures or 'of no named architecture'}; "
             f"drafters are one of {', '.join(ARCHITECTURES)}"
@@ -75,7 +71,34 @@ def read_drafter_config(folder: str | Path) -> PretrainedConfig:
             f"{path} is no valid config ({error}); mend it, or download it anew"
         ) from error
     check_drafter_config(config, str(folder))
+    for key in SIZES:
+        if type(size := getattr(config, key)) is not int or size < 1:
+            raise UnsupportedDrafterError(
+                f"{path}: {key}={size!r} is no size; it must be a whole number from 1 "
+                "on: mend it, or download it anew"
+            )
     return config
+
+
+def _read_json(path: Path, folder: str) -> dict[str, Any]:
+    try:
+        if not path.is_file():
+            raise UnsupportedDrafterError(
+                f"model={folder[:200]!r} holds no config.json; give the folder of a "
+                "drafter in the Hugging Face layout"
+            )
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnsupportedDrafterError(
+            f"{str(path)[:200]} is not JSON, or cannot be read ({str(error)[:200]}); "
+            "download or copy it anew"
+        ) from error
+    if not isinstance(raw, dict):
+        raise UnsupportedDrafterError(
+            f"{path} holds a {type(raw).__name__}, not an object; download or copy it "
+            "anew"
+        )
+    return raw
 
 
 def check_drafter_config(config: PretrainedConfig, name: str) -> None:

@@ -179,9 +179,9 @@ def tile_of(
         return rows, columns
     if scales in ((rows,), (rows, 1)):
         return 1, columns
-    if isinstance(block, list | tuple) and len(block) == 2:
-        tile = int(block[0]), int(block[1])
-        if scales == (-(-rows // tile[0]), -(-columns // tile[1])):
+    if isinstance(block, list) and [type(n) for n in block] == [int, int]:
+        tile = block[0], block[1]
+        if min(tile) > 0 and scales == (-(-rows // tile[0]), -(-columns // tile[1])):
             return tile
     return None
 

@@ -1,6 +1,7 @@
 """Policies by name."""
 
 import importlib
+import inspect
 from types import ModuleType
 
 from budgetdraft_kernels import reference
@@ -41,18 +42,20 @@ def make_policy(
     module_name, _, class_name = name.partition(":")
     try:
         policy_class = getattr(importlib.import_module(module_name), class_name)
-    # ValueError and TypeError: no module before the colon, or a relative one.
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except (Exception, SystemExit) as error:  # whatever the module does
         raise ConfigurationError(
-            f"eviction_policy={name!r} cannot be imported ({error}); use one of "
+            f"eviction_policy={name!r} cannot be imported ({type(error).__name__}: "
+            f"{error}); use one of "
             f"{', '.join(POLICIES)}, or a 'package.module:Class' on the Python path"
         ) from error
-    if not (
-        isinstance(policy_class, type) and issubclass(policy_class, EvictionPolicy)
+    if (
+        not isinstance(policy_class, type)
+        or not issubclass(policy_class, EvictionPolicy)
+        or inspect.isabstract(policy_class)
     ):
         raise ConfigurationError(
-            f"eviction_policy={name!r} is no subclass of "
+            f"eviction_policy={name!r} is no complete subclass of "
             f"{EvictionPolicy.__module__}.{EvictionPolicy.__name__}; derive it from "
-            "that"
+            "that, with its own select"
         )
     return policy_class(settings, operations)
