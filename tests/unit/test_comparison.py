@@ -4,6 +4,7 @@ import json
 import lzma
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -154,6 +155,22 @@ def rows_of(rounds: list[dict]) -> dict[str, dict]:
     return {row["method"]: row for row in summarise(methods, rounds)}
 
 
+def test_an_interval_of_acceptance_is_that_of_other_prompts_alike():
+    rng = np.random.default_rng(1)
+    rounds = []
+    for index in range(200):
+        each = a_round(index, 5.0, [1] * 21)
+        accepted = [int(rng.integers(5)), 0]  # of 4 drafts
+        each["runs"]["ngram k=2"] |= {"accepted_per_position": accepted}
+        rounds.append(each)
+    row = rows_of(rounds)["ngram k=2"]
+    # 0 to 4 of 4 are 0.5 on average, and vary by 1.41 / 4 between prompts.
+    width = 2 * 1.96 * (2**0.5 / 4) / 200**0.5
+    low, high = row["acceptance_length_low"], row["acceptance_length_high"]
+    assert low < row["acceptance_length"] < high
+    assert high - low == pytest.approx(width, rel=0.15)
+
+
 def test_rows_are_medians_of_pairs():
     same = list(range(21))
     rounds = [a_round(0, 5.0, same), a_round(1, 2.0, same), a_round(2, 4.0, [1] * 21)]
@@ -168,6 +185,8 @@ def test_rows_are_medians_of_pairs():
     assert row["tpot_ms"] == pytest.approx(200)
     assert row["acceptance_length"] == pytest.approx(1.5 + 1)
     assert row["acceptance_per_position"] == [1.0, 0.5]
+    # Each prompt has as many, and so has any choice of them.
+    assert row["acceptance_length_low"] == row["acceptance_length_high"] == 2.5
     assert row["output_identical"] == pytest.approx(2 / 3)
     assert row["distinct_4grams"] == pytest.approx((1 + 1 + 1 / 18) / 3)
     assert row["verify_share"] == pytest.approx(0.5)

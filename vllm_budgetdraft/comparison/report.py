@@ -149,6 +149,14 @@ def _spread(key: str) -> Any:
     )
 
 
+def _acceptance(row: dict[str, Any]) -> str:
+    if row["acceptance_length"] is None:
+        return ""
+    low, high = (row.get(f"acceptance_length_{end}") for end in ("low", "high"))
+    interval = "" if low is None else f" ({low:.2f}-{high:.2f})"  # older have none
+    return f"{row['acceptance_length']:.2f}{interval}"
+
+
 def _same(row: dict[str, Any]) -> str:
     gap = row.get("output_gap")  # older results have none
     return same(row) + ("" if gap is None else f", gap {gap:.3g}")
@@ -163,7 +171,7 @@ COLUMNS = [
     ("decode", _spread("decode_speedup")),
     ("TTFT ms", _number("ttft_ms", ",.0f")),
     ("TPOT ms", _number("tpot_ms", ".2f")),
-    ("acceptance", _number("acceptance_length", ".2f")),
+    ("acceptance", _acceptance),
     ("drafts", lambda row: row["drafts"] or ""),
     ("distinct", _number("distinct_4grams", ".2f")),
     ("same", _same),

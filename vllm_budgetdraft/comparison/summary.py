@@ -12,6 +12,8 @@ from vllm_budgetdraft.comparison.methods import PLAIN, Method
 
 #: Tokens of what is counted to say how much an output repeats itself.
 NGRAM = 4
+#: Of the prompts, for an interval.
+RESAMPLES = 2000
 
 
 def summarise(
@@ -21,6 +23,7 @@ def summarise(
 
     Throughputs and latencies are medians over prompts. Speed-ups are of the time for
     each token, over the plain run of the same turn: median, 20th and 80th percentile.
+    The interval of ``acceptance_length`` is of prompts like these (bootstrap, 95 %).
     ``output_gap`` is the widest of the races where an output differs (see ``races``),
     ``output_ties`` how many of them are ties; at a temperature outputs are not
     compared. ``drafts`` says how they were picked (see ``Method.drafts_at``). Where a
@@ -78,6 +81,7 @@ def _row(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
             ],
         ),
         "acceptance_length": 1 + accepted.sum() / drafts if drafts else None,
+        **_acceptance_interval(runs),
         "acceptance_per_position": [float(x) / drafts for x in accepted]
         if drafts
         else [],
@@ -92,6 +96,20 @@ def _row(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         **_shares([e["profiles"][name] for e in rounds if name in e["profiles"]]),
         **_engine(rounds[-1]["engines"][name]),
     }
+
+
+def _acceptance_interval(runs: list[dict[str, Any]]) -> dict[str, float | None]:
+    """95 % of the acceptance lengths of as many prompts, drawn anew from these."""
+    names = "acceptance_length_low", "acceptance_length_high"
+    counts = np.array(
+        [(r["num_drafts"], sum(r["accepted_per_position"])) for r in runs]
+    )
+    drawn = np.random.default_rng(0).integers(len(runs), size=(RESAMPLES, len(runs)))
+    drafts, accepted = counts[drawn].sum(1).T
+    if not drafts.all():
+        return dict.fromkeys(names)
+    ends = np.percentile(1 + accepted / drafts, [2.5, 97.5])
+    return dict(zip(names, map(float, ends), strict=True))
 
 
 def _median(runs: list[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -> float:
