@@ -35,7 +35,10 @@ for _kind in ("weight", "bias"):
         f"gate_up_{_kind}": [f"mlp.{part}_proj.{_kind}" for part in ("gate", "up")],
         f"down_{_kind}": [f"mlp.down_proj.{_kind}"],
     }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    "chat_template.jinja",
+)
 
 
 def load_drafter(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
@@ -23,6 +24,9 @@ from transformers.utils import logging
 from vllm_budgetdraft.errors import TrainingError
 
 logger = logging.get_logger(__name__)
+
+#: What a full disk is told by: the system, PyTorch and safetensors have their own.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 class DrafterTrainer(Trainer):
@@ -77,7 +81,7 @@ class DrafterTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)
-        except (OSError, RuntimeError) as error:  # safetensors has its own kind
+        except WRITE_ERRORS as error:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
             if not _is_full(error):
@@ -91,8 +95,17 @@ class DrafterTrainer(Trainer):
     def save_drafter(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """The drafter as it is served; every rank calls this, the first one writes."""
         state = self.accelerator.get_state_dict(self.model)
-        if self.is_world_process_zero():
+        if not self.is_world_process_zero():
+            return
+        try:
             self._write(folder, state, dtype)
+        except WRITE_ERRORS as error:
+            if not _is_full(error):
+                raise
+            raise TrainingError(
+                f"no space left on the disk of {folder} for the drafter ({error}); "
+                "free some and go on with --resume_from_checkpoint true"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -176,8 +189,10 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def _is_full(error: Exception) -> bool:
-    no_space = "No space left" in str(error) or "os error 28" in str(error)
-    return getattr(error, "errno", None) == errno.ENOSPC or no_space
+    """Of a disk, a quota or a limit on the size of a file."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    told = any(f"os error {number})" in str(error) for number in full)
+    return getattr(error, "errno", None) in full or told or "No space" in str(error)
 
 
 def _from_first_rank(metrics: dict[str, float]) -> dict[str, float]:
