@@ -118,11 +118,12 @@ def settle(
     settings = _view_of(trained) | given | {"drafter_type": drafter_type}
     if settings.get("position_mode") == "cache_relative":
         settings.setdefault("draft_prefill", "streaming")  # for any length of prompt
-    if ":" in settings.get("eviction_policy", "") and "eviction_policy" not in given:
+    policy = settings.get("eviction_policy")
+    if "eviction_policy" not in given and ":" in str(policy):
         raise ConfigurationError(
-            f"{config.model} was trained with eviction_policy="
-            f"{settings['eviction_policy']!r}, and code is not run because a drafter's "
-            "folder names it; set eviction_policy to that, or to another"
+            f"{config.model} was trained with eviction_policy={policy!r}, and code is "
+            "not run because a drafter's folder names it; set eviction_policy to that, "
+            "or to another"
         )
     return valid(
         SettledConfig, settings, f"settings (what is not set is of {config.model})"

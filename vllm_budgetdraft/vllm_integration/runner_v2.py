@@ -298,9 +298,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         if not self._core.has_room(progress.kv_budget):
             progress.why_not = "no_pages"
             return
-        self._core.start_request(index, progress.kv_budget)
         # The host waits for the device here, once for a request that waited itself.
         num_tokens = int(self._states.total_len.gpu[index])
+        self._core.start_request(index, progress.kv_budget)
         progress.begin(num_tokens, has_sampled=has_sampled)
 
     def _is_ready(self, index: int, progress: Progress, length: int) -> bool:
