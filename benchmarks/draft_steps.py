@@ -22,7 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_budgetdraft.attention.backend import default_device
-from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.config import BudgetDraftConfig, settle
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.proposer.draft_graphs import CudaGraphCapture
@@ -188,9 +188,7 @@ def memory(
 ) -> dict[str, int]:
     """Bytes of draft keys and values of 64 requests of 16,384 tokens, and unbounded."""
     plan = MemoryPlan.of(
-        config.model_copy(
-            update={"position_mode": "absolute", "draft_prefill": "full"}
-        ),
+        settle(config, {"position_mode": "absolute", "draft_prefill": "full"}),
         drafter,
         num_slots=64,
         max_model_len=16384,

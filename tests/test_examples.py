@@ -203,7 +203,7 @@ def test_our_command_line_takes_the_commands(script, monkeypatch) -> None:
     monkeypatch.setattr(generation, "run", taken.append)
     monkeypatch.setattr(evaluate, "run", taken.append)
     # The first thing that training does with options that it has read.
-    monkeypatch.setattr(training, "load_target", stop)
+    monkeypatch.setattr(training, "read_target", stop)
     for command, *arguments in commands_of(script):
         assert command == "budgetdraft"
         if arguments[0] == "train":

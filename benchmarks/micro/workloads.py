@@ -185,7 +185,8 @@ def chunk_scores(
     moved_bytes = heads * shape.head_dim * element_bytes * (num_tokens + num_queries)
     moved_bytes += heads * num_chunks * torch.float32.itemsize
     sizes = (shape.num_layers, num_tokens, shape.num_kv_heads, shape.head_dim)
-    query_sizes = (shape.num_layers, shape.num_kv_heads, num_queries, shape.head_dim)
+    heads_of_all = (shape.num_layers, shape.num_kv_heads, 1)
+    query_sizes = (*heads_of_all, num_queries, shape.head_dim)
     sets = [
         {
             "keys": normal(*sizes, device=device).transpose(1, 2),

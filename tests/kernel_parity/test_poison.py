@@ -46,8 +46,8 @@ def cache_write(device: torch.device) -> list[torch.Tensor]:
 def chunk_scores(device: torch.device) -> list[torch.Tensor]:
     keys = torch.zeros(1, 2, 20, 32, device=device)
     return [
-        fused.chunk_scores(keys, keys, 8, "attention"),
-        fused.chunk_scores(keys, keys, 8, "mean_key"),
+        fused.chunk_scores(keys, keys[:, :, None], 8, "attention"),
+        fused.chunk_scores(keys, keys[:, :, None], 8, "mean_key"),
     ]
 
 

@@ -114,8 +114,8 @@ class Companions:
             validate=False,
         )
         keys = prompt.transpose(1, 2)
-        fused.chunk_scores(keys, keys[:, :, -1:], 8, "mean_key")
-        fused.chunk_scores(keys, keys[:, :, -16:], 8, "attention")
+        fused.chunk_scores(keys, keys[:, :, None, -1:], 8, "mean_key")
+        fused.chunk_scores(keys, keys[:, :, None, -16:], 8, "attention")
         queries = torch.zeros(30, heads, self.head_dim, dtype=self.dtype)
         fused.accumulated_attention(queries, prompt[0], validate=False)
         logits = torch.zeros(2, 32_000, dtype=self.dtype)

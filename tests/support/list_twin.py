@@ -170,10 +170,10 @@ class ListTwin:
             return None
         last = []
         for layer in self._layers:
-            queries = layer.queries[-count:]
+            queries = layer.queries[-min(count, self._num_held) :]
             queries = self._as_read(queries, self._num_held - len(queries))
             last.append(queries.unflatten(1, (layer.keys.shape[1], -1)))
-        return torch.stack(last).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        return torch.stack(last).permute(0, 2, 3, 1, 4)
 
     def _keep(self, kept: Tensor) -> None:
         """Positions [L, G, num_kept] of what is held."""

@@ -249,7 +249,7 @@ def test_queries_that_score_chunks_are_the_last_of_the_whole_prompt(
     ingested(proposer, tokens)
 
     keys, queries = keys_and_queries(hugging_face_drafter, tokens)
-    last = queries[:, :, -10:].unflatten(1, (2, 3)).flatten(2, 3)
+    last = queries[:, :, -10:].unflatten(1, (2, 3))
     kept = proposer.policy.select(PromptStates(keys, last), 40)
     expected = keys.gather(2, kept[..., None].expand(-1, -1, -1, keys.shape[-1]))
     held, _ = held_by(proposer, 0, kept.shape[-1])

@@ -116,8 +116,9 @@ def test_rotate_turns_queries_and_keys_as_transformers_does(head_dim):
 @pytest.mark.parametrize("num_queries", [1, 4])
 def test_chunk_scores_equal_those_of_loops(num_tokens, chunk_size, num_queries):
     torch.manual_seed(0)
+    num_queries = min(num_queries, num_tokens)
     keys = torch.randn(2, 3, num_tokens, 10)
-    queries = torch.randn(2, 3, num_queries, 10)
+    queries = torch.randn(2, 3, 2, num_queries, 10)
     by_mean = chunk_scores(keys, queries, chunk_size, "mean_key")
     by_attention = chunk_scores(keys, queries, chunk_size, "attention")
     starts = range(0, num_tokens, chunk_size)
@@ -125,18 +126,21 @@ def test_chunk_scores_equal_those_of_loops(num_tokens, chunk_size, num_queries):
     for layer in range(2):
         for head in range(3):
             own = keys[layer, head]
-            weights = [
-                (own @ query / math.sqrt(10)).softmax(0)
-                for query in queries[layer, head]
-            ]
+            weights = []
+            for each in queries[layer, head]:
+                for back, query in enumerate(each.flip(0)):
+                    logits = own @ query / math.sqrt(10)
+                    logits[num_tokens - back :] = -math.inf  # later than its own key
+                    weights.append(logits.softmax(0))
             for i, start in enumerate(starts):
                 chunk = slice(start, start + chunk_size)
-                dots = [own[chunk].mean(0) @ query for query in queries[layer, head]]
+                every_query = queries[layer, head].flatten(0, 1)
+                dots = [own[chunk].mean(0) @ query for query in every_query]
                 shares = [w[chunk].sum() for w in weights]
                 for found, expected in ((by_mean, dots), (by_attention, shares)):
                     torch.testing.assert_close(
                         found[layer, head, i],
-                        sum(expected) / num_queries,
+                        sum(expected) / (2 * num_queries),
                         rtol=1e-5,
                         atol=1e-5,
                     )

@@ -171,7 +171,6 @@ def _check_decoder(config: BudgetDraftConfig, target: Any) -> SettledConfig:
     drafter = read_drafter_config(config.model)
     settled = _settle(config, trained_view(drafter), "decoder")
     make_policy(settled)
-    check_weights(config.model, drafter)
     if note := compare_vocabularies(config.model, target):
         logger.info("BudgetDraft vocabulary: %s", note)
     MemoryPlan.of(
@@ -181,6 +180,7 @@ def _check_decoder(config: BudgetDraftConfig, target: Any) -> SettledConfig:
         max_model_len=target.max_model_len,
         dtype=resolve_dtype(config, current_platform.device_type, target.dtype),
     )
+    check_weights(config.model, drafter)
     return settled
 
 
