@@ -20,7 +20,10 @@ class BudgetDraftConfig(ViewSettings):
     What they leave out of a ``ViewSettings`` the drafter's folder says: see ``settle``.
     """
 
-    model: str = Field(description="Folder of the drafter (Hugging Face layout).")
+    model: str = Field(
+        description="Folder of the drafter (Hugging Face layout), or the name of one "
+        "in the hub's local cache."
+    )
     drafter_type: Literal["auto", "decoder", "flexdraft"] = Field(
         "auto",
         description="What that is: a decoder, which keeps a cache of its own, or "

@@ -6,7 +6,9 @@ drafter is loaded.
 """
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vllm_budgetdraft.errors import ConfigurationError
 
@@ -56,17 +58,10 @@ def join(target: str, layers: Path, output: Path) -> None:
             "--layers_alone true, or use the drafter as it is if it has weights"
         )
     config = read_drafter_config(layers)
-    try:
-        # No layer: of a large target only its embeddings are read.
-        model = AutoModelForCausalLM.from_pretrained(
-            target, num_hidden_layers=0, dtype="auto"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(target)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"--target {target!r} cannot be loaded ({error}); give the folder of a "
-            "causal language model, or its name on the hub"
-        ) from error
+    # No layer: of a large target only its embeddings are read.
+    options = {"num_hidden_layers": 0, "dtype": "auto"}
+    model = of_target(target, AutoModelForCausalLM.from_pretrained, **options)
+    tokenizer = of_target(target, AutoTokenizer.from_pretrained)
     has, needs = model.config.hidden_size, config.hidden_size
     if has != needs or model.config.vocab_size != config.vocab_size:
         raise ConfigurationError(
@@ -80,3 +75,18 @@ def join(target: str, layers: Path, output: Path) -> None:
     )
     save_drafter(drafter, output, dtype=dtype)
     tokenizer.save_pretrained(output)
+
+
+def of_target(target: str, load: Callable[..., Any], **options: Any) -> Any:
+    """What a ``from_pretrained`` loads of a target.
+
+    Raises:
+        ConfigurationError: there is no such model.
+    """
+    try:
+        return load(target, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"--target {target!r} cannot be loaded ({error}); give the folder of a "
+            "causal language model, or its name on the hub"
+        ) from error

@@ -11,7 +11,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError
+from vllm_budgetdraft.drafter.join import of_target
+from vllm_budgetdraft.errors import UnsupportedDrafterError
 
 #: Where their config keeps what is about drafting; released folders have the second.
 SECTIONS = ("flexdraft_config", "dflash_config")
@@ -36,13 +37,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
-    try:
-        target = AutoModelForCausalLM.from_pretrained(args.target, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"--target {args.target!r} cannot be loaded ({error}); give the folder of "
-            "a causal language model, or its name on the hub"
-        ) from error
+    load = AutoModelForCausalLM.from_pretrained
+    target = of_target(args.target, load, dtype="auto")
     convert(Path(args.released), target, Path(args.target).name, Path(args.output))
     print(f"Written to {args.output}.")
 

@@ -22,6 +22,7 @@ from vllm_budgetdraft.drafter.checkpoint import (
     load_drafter,
 )
 from vllm_budgetdraft.drafter.configuration import check_drafter_config
+from vllm_budgetdraft.drafter.join import of_target
 from vllm_budgetdraft.drafter.modeling import Drafter, initialise
 from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
 from vllm_budgetdraft.errors import ConfigurationError
@@ -41,18 +42,8 @@ def read_target(folder: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]
     Raises:
         ConfigurationError: there is no such model.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        return config, AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise _no_target(folder, error) from error
-
-
-def _no_target(folder: str, error: Exception) -> ConfigurationError:
-    return ConfigurationError(
-        f"--target {folder!r} cannot be loaded ({error}); give the folder of a causal "
-        "language model, or its name on the hub"
-    )
+    config = of_target(folder, AutoConfig.from_pretrained)
+    return config, of_target(folder, AutoTokenizer.from_pretrained)
 
 
 def load_target(folder: str, arguments: TrainingArguments) -> PreTrainedModel:
@@ -61,12 +52,8 @@ def load_target(folder: str, arguments: TrainingArguments) -> PreTrainedModel:
     Raises:
         ConfigurationError: there is no such model.
     """
-    try:
-        target = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16 if arguments.bf16 else None
-        )
-    except (OSError, ValueError) as error:
-        raise _no_target(folder, error) from error
+    dtype = torch.bfloat16 if arguments.bf16 else None
+    target = of_target(folder, AutoModelForCausalLM.from_pretrained, dtype=dtype)
     return target.to(arguments.device)
 
 

@@ -107,7 +107,7 @@ class RequestDrafter:
             is_trial: whether it will do if some draft: nobody else begins to read.
         """
         self.probabilities = None
-        self._batch = list(requests)
+        self._batch = requests
         holdings = [self._holding(request) for request in requests]
         if self._reading and not any(held is self._reading for held in holdings):
             # Its request waits, and others may read: there is one buffer for prompts.
