@@ -29,6 +29,7 @@ from vllm_budgetdraft.proposer.draft_graphs import CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.memory import MemoryPlan
+from vllm_budgetdraft.proposer.warm_up import warm_up
 
 #: JackFram/llama-68m, the paper's drafter.
 LLAMA_68M = {
@@ -119,7 +120,7 @@ def build(
         dtype=dtype,
         device=default_device(),
     )
-    proposer.warm_up()
+    warm_up(proposer)
     return proposer
 
 

@@ -10,11 +10,10 @@ from transformers import PreTrainedModel
 
 from tests.support.models import VOCAB_SIZE, random_tokens
 from vllm_budgetdraft.config import BudgetDraftConfig
-from vllm_budgetdraft.proposer.draft_proposer import (
-    FIRST_WIDTH,
-    DraftProposer,
-    Drafts,
-)
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+
+from vllm_budgetdraft.proposer.prompt_reader import TokensOf
 
 
 def build_proposer(
@@ -44,6 +43,15 @@ def build_proposer(
 def ingested(proposer: DraftProposer, tokens: Tensor, slot: int = 0) -> None:
     proposer.start_request(slot)
     proposer.ingest(slot, tokens)
+
+
+def positions_of(*contexts: Tensor) -> TokensOf:
+    """What hands a reader the contexts of slots 0 and on."""
+
+    def tokens_of(pieces: list[tuple[int, range]]) -> Tensor:
+        return torch.cat([contexts[slot][list(piece)] for slot, piece in pieces])
+
+    return tokens_of
 
 
 def held_by(proposer: DraftProposer, slot: int, count: int) -> tuple[Tensor, Tensor]:

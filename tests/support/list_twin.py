@@ -40,6 +40,8 @@ class ListTwin:
 
     Attributes:
         by_page: attention that each page has received.
+        num_tokens: of the context to be read.
+        most_held: of these at once.
         num_seen: tokens read, skipped or fed.
         known: the context that it drafted for last, and the drafts that came of it.
         num_known: how long the context was when drafts were asked for last.
@@ -51,7 +53,7 @@ class ListTwin:
         """
         Args:
             kv_budget: of the request; the configured one if None.
-            num_tokens: of the context to be read, as far as is known.
+            num_tokens: of the context to be read.
         """
         drafter, policy, config = core.drafter, core.policy, core.config
         self._drafter, self._policy, self._config = drafter, policy, config
@@ -65,6 +67,10 @@ class ListTwin:
         if self._is_relative:  # as many as find positions beside what is held
             self._piece = min(self._piece, native)
             self._later = min(self._later, native - self._budget)
+        self.num_tokens = self.most_held = num_tokens
+        if self._streams:
+            most = max(self._piece, self._budget + self._later)
+            self.most_held = min(num_tokens, most)
         self._num_unchosen = 0  # tokens read since the policy chose
         self._skipped = range(0)
         if self._streams:

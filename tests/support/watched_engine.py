@@ -21,6 +21,7 @@ class WatchedEngine(Engine):
 
     Attributes:
         twins: of the requests whose context has been read.
+        half_read: of the requests whose context is being read, the oldest first.
         failed: requests that draft no more, for their policy fails on purpose.
     """
 
@@ -30,20 +31,20 @@ class WatchedEngine(Engine):
         core, drafter = self.core, self.proposer._drafter
         for owner, name, watcher in (
             (core.reader, "start", self._start_reading),
-            (core.reader, "read", self._read),
-            (core, "finish_reading", self._finish_reading),
+            (core.reader, "restart", self._restart),
+            (core.reader, "_pass", self._pass),
+            (core.reader, "_finish", self._finish),
             (core, "append", self._append),
             (core, "draft", self._draft),
             (drafter, "_start", self._start),
-            (drafter, "_read", self._read_for),
             (drafter, "_release", self._release),
         ):
             setattr(owner, name, partial(watcher, getattr(owner, name)))
         drafter._faults.report = self._report
         self.twins: dict[str, ListTwin] = {}
         self.failed: dict[str, Request] = {}
-        self._starter = self._reader = ""
-        self._half_read: tuple[str, ListTwin]
+        self.half_read: dict[str, ListTwin] = {}
+        self._starter = ""
 
     def propose(self) -> dict[str, list[int]]:
         self._num_read = self._num_appended = 0
@@ -78,16 +79,17 @@ class WatchedEngine(Engine):
     def _check_slots(self) -> None:
         """Whoever may draft does, or waits for room or for its turn to read."""
         self.check_pages()
-        held, chunk = self.proposer._drafter._slots._held, self._chunk
+        held, limit = self.proposer._drafter._slots._held, self.core.step_tokens
         for name, holding in held.items():
             assert holding.state is self.requests.get(name), name
             assert self._is_drafted_for(name), name
-        assert self.twins.keys() <= held.keys()
-        assert self._num_read <= chunk
+        assert {*self.twins, *self.half_read} == held.keys()
+        # What fails together is read again, by itself.
+        assert self._num_read <= limit or self._errors
         if self.longest == 0:
             assert not (self._num_read or self._num_appended or self._given)
             return
-        assert self._num_appended < chunk + len(self.batch) * self.core.max_append
+        assert self._num_appended < limit + len(self.batch) * self.core.max_append
         running = self._running
         for name in running:
             if name not in held:
@@ -98,8 +100,8 @@ class WatchedEngine(Engine):
                 num_free = self.core.cache.pool.num_free
                 has_failed = self._errors.keys() & self.failed.keys()
                 assert num_free < self._num_pages(name) or has_failed, name
-            elif name not in self.twins:
-                assert self._num_read == chunk, name
+            elif name not in self.twins and not self._errors:
+                assert self._num_read == limit or not self._has_room(name), name
 
     @property
     def _running(self) -> set[str]:
@@ -118,17 +120,13 @@ class WatchedEngine(Engine):
         ]
         return min([config.num_speculative_tokens, *lengths[-1:]])
 
-    @property
-    def _chunk(self) -> int:
-        return self.core.config.draft_prefill_chunk
-
     def _due(self, name: str) -> list[int]:
         """What a request of the batch must be given."""
         can_draft = name in self.twins and name not in self.prefilling
         if not can_draft or self._most_drafts(name) <= 0:
             return []
         if name not in self._given:  # it could not catch up in one step
-            assert self._num_appended >= self._chunk, name
+            assert self._num_appended >= self.core.step_tokens, name
             return []
         return self._given[name]
 
@@ -158,6 +156,13 @@ class WatchedEngine(Engine):
         """Drafting feeds the last two tokens; there will be another one by then."""
         return len(self.tokens[name]) - (1 if name in self.prefilling else 2)
 
+    def _has_room(self, name: str) -> bool:
+        """Whether the buffer takes a prompt beside those before it."""
+        batch = [each for each in self.half_read if each in self.batch]
+        needed = [self.half_read[each].most_held for each in batch]
+        before = sum(needed[: batch.index(name) + 1])
+        return before <= self.core.reader.prompt.max_tokens
+
     def _name_of(self, slot: int) -> str:
         held = self.proposer._drafter._slots._held
         return next(name for name in held if held[name].slot == slot)
@@ -166,31 +171,41 @@ class WatchedEngine(Engine):
         self._starter = request.request_id
         return original(request, *rest)
 
-    def _read_for(self, original: Callable, request: Any, *rest: Any) -> int:
-        self._reader = request.request_id
-        num_read = original(request, *rest)
-        self._num_read += num_read
-        return num_read
+    def _start_reading(
+        self, original: Callable, slot: int, num_tokens: int, budget: int | None
+    ) -> None:
+        original(slot, num_tokens, budget)
+        name = self._name_of(slot)
+        assert num_tokens == self._num_readable(name), name
+        self.half_read[name] = ListTwin(
+            self.core, self._asked(name).kv_budget, num_tokens
+        )
 
-    def _start_reading(self, original: Callable, num_tokens: int, budget: int) -> None:
-        original(num_tokens, budget)
-        name = self._reader
-        asked, num_readable = self._asked(name), self._num_readable(name)
-        self._half_read = name, ListTwin(self.core, asked.kv_budget, num_readable)
-
-    def _read(self, original: Callable, tokens: Tensor) -> None:
-        original(tokens)
-        name, twin = self._half_read
-        assert name == self._reader, (name, self._reader)
-        twin.read(self.tokens[name], len(tokens))
-
-    def _finish_reading(self, original: Callable, slot: int) -> None:
+    def _restart(self, original: Callable, slot: int) -> None:
         original(slot)
-        name, twin = self._half_read
-        assert name == self._reader == self._name_of(slot), (name, self._reader)
-        assert twin.num_seen == self._num_readable(name), name
-        twin.finish(self.tokens[name])
-        self.twins[name] = twin
+        name = self._name_of(slot)
+        twin, budget = self.half_read[name], self._asked(name).kv_budget
+        self.half_read[name] = ListTwin(self.core, budget, twin.num_tokens)
+
+    def _pass(self, original: Callable, pieces: list, tokens: Tensor) -> None:
+        self._num_read += len(tokens)
+        given = iter(tokens.tolist())
+        for reading, piece in pieces:
+            context = self.tokens[self._name_of(reading.slot)]
+            assert [next(given) for _ in piece] == context[piece.start : piece.stop]
+        original(pieces, tokens)
+        for reading, piece in pieces:
+            name = self._name_of(reading.slot)
+            self.half_read[name].read(self.tokens[name], len(piece))
+
+    def _finish(self, original: Callable, readings: list) -> None:
+        names = [self._name_of(reading.slot) for reading in readings]
+        original(readings)
+        for name in names:
+            twin = self.half_read.pop(name)
+            assert twin.num_seen == twin.num_tokens, name
+            twin.finish(self.tokens[name])
+            self.twins[name] = twin
 
     def _append(
         self, original: Callable, slots: Tensor, tokens: Tensor, starts: Tensor
@@ -236,6 +251,7 @@ class WatchedEngine(Engine):
         """Pages are taken from nobody who still needs them."""
         slots, running = self.proposer._drafter._slots, self._running
         twin = self.twins.pop(name, None)
+        self.half_read.pop(name, None)
         is_over = slots.get(name, self.requests.get(name)) is None
         if not is_over and name not in running:
             num_free = self.core.cache.pool.num_free

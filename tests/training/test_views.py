@@ -7,7 +7,7 @@ import torch
 
 from budgetdraft_kernels.reference import rotate
 from tests.support import models
-from tests.support.drafting import build_proposer, held_by
+from tests.support.drafting import build_proposer, held_by, ingested, positions_of
 from tests.support.policies import EVERY_SECOND, KEEPS_TOO_MUCH
 from vllm_budgetdraft.config import EvictionSettings, ViewSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
@@ -68,11 +68,7 @@ def read_both(
         **settings,
     )
     for slot, tokens in enumerate(prefixes):
-        proposer.start_request(slot)
-        proposer.reader.start(len(tokens))
-        while unread := proposer.reader.unread(len(tokens)):
-            proposer.reader.read(tokens[unread.start : unread.stop][:CHUNK])
-        proposer.finish_reading(slot)
+        ingested(proposer, tokens, slot)
     policy = make_policy(proposer.config)
     views = views_of(drafter, prefixes, policy, position_mode, draft_prefill)
     with torch.no_grad():
@@ -265,13 +261,9 @@ def test_training_reads_as_serving_whatever_is_read_at_once(
         recent_window=12,
         **view.model_dump(),
     )
-    proposer.start_request(0)
-    reader = proposer.reader
-    reader.start(len(prefix))
-    while unread := reader.unread(len(prefix)):
-        given = unread[: rng.randint(1, 150)]
-        reader.read(prefix[given.start : given.stop])
-    proposer.finish_reading(0)
+    proposer.start_reading(0, len(prefix))
+    while proposer.reader.is_reading(0):
+        assert not proposer.read([0], positions_of(prefix), rng.randint(1, 150))
 
     drafter = load_drafter(folder, max_positions=512)
     seen, rotary = [], drafter.rotary

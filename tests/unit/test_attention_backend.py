@@ -7,6 +7,7 @@ from budgetdraft_kernels import reference
 from tests.support.drafting import Requests, build_proposer
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.proposer.warm_up import warm_up
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -69,7 +70,7 @@ def test_a_proposer_drafts_the_same_with_either(drafter_folder, settings):
             draft_prefill_chunk=50,
             **settings,
         )
-        proposer.warm_up()
+        warm_up(proposer)
         requests = Requests(proposer)
         requests.start(0, 70, seed=1)
         requests.start(1, 3, seed=2)

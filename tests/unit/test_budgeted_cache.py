@@ -66,8 +66,8 @@ class NumberedCache:
         last = torch.arange(seen - kept, seen)
         numbers[:, last, 0, 0] = torch.arange(kept).float()
         attention = torch.zeros(2, 1, seen)
-        self.cache.load_prompt(
-            slot, numbers, -numbers, last.expand(2, 1, -1), seen, attention
+        self.cache.load_prompts(
+            [slot], numbers, -numbers, [last.expand(2, 1, -1)], [seen], attention
         )
         self.lengths[slot] = seen + 2
         self.dropped_by_policy[slot] = seen - kept
@@ -342,7 +342,7 @@ def test_a_prompts_attention_is_counted_by_page():
     states = torch.zeros(2, 30, 1, 1)
     kept = torch.stack([torch.arange(3, 13), torch.arange(20, 30)])[:, None]
     attention = torch.arange(60.0).view(2, 1, 30)
-    numbered.cache.load_prompt(0, states, states, kept, 30, attention)
+    numbered.cache.load_prompts([0], states, states, [kept], [30], attention)
     first = sum(range(3, 11)) + sum(range(50, 58))
     second = 11 + 12 + 58 + 59
     found = numbered.cache.attention[0]

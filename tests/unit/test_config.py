@@ -242,9 +242,11 @@ def test_a_request_with_a_smaller_budget_takes_as_much_less_cache():
         ({"draft_prefill": "streaming", "eviction_policy": "keep_all"}, 9_000, 9_000),
     ],
 )
-def test_scratch_is_the_context_or_what_streaming_holds(changes, max_model_len, tokens):
+def test_a_prompt_holds_all_of_itself_or_what_streaming_does(
+    changes, max_model_len, tokens
+):
     config = settings(**changes)
-    assert config.scratch_tokens(max_model_len, native_tokens=2_048) == tokens
+    assert config.held_tokens(max_model_len, native_tokens=2_048) == tokens
 
 
 def test_a_request_asks_for_less_or_for_nothing():

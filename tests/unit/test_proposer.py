@@ -19,6 +19,7 @@ from tests.support.policies import EVERY_SECOND
 from tests.support.slow_twin import SlowTwin
 from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError
 from vllm_budgetdraft.eviction.base import PromptStates
+from vllm_budgetdraft.proposer.warm_up import warm_up
 
 PROMPT_TOKENS = [2, 3, 17, 300]
 
@@ -307,7 +308,7 @@ def test_warming_up_leaves_no_trace(
     proposer = build_proposer(
         drafter_folder, eviction_policy=policy, draft_prefill_chunk=chunk
     )
-    proposer.warm_up()
+    warm_up(proposer)
     proposer.cache.check_invariants()
     assert proposer.cache.pool.num_free == proposer.cache.pool.num_pages
     requests = Requests(proposer)
@@ -318,7 +319,7 @@ def test_warming_up_leaves_no_trace(
 
 def test_an_engine_too_short_for_a_draft_starts_nevertheless(drafter_folder):
     """It generates no token after which there would be room for one."""
-    build_proposer(drafter_folder, max_model_len=1).warm_up()
+    warm_up(build_proposer(drafter_folder, max_model_len=1))
 
 
 def test_an_unusable_drafter_or_policy_is_refused_before_anything_is_allocated(

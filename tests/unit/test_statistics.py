@@ -9,6 +9,7 @@ import torch
 from prometheus_client import REGISTRY
 
 from tests.support.drafting import build_proposer
+from vllm_budgetdraft.proposer.warm_up import warm_up
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.statistics import KEY, DraftStatistics
 
@@ -97,7 +98,7 @@ def test_an_observer_counts_evictions_once(drafter_folder):
         return taken["gauges"], sum(amount for *_, amount in taken["counts"])
 
     num_pages = core.cache.pool.num_pages
-    core.warm_up()
+    warm_up(core)
     gauges, evicted = observed()
     assert evicted == 0
     assert gauges["pages_free"] == num_pages and gauges["pages_in_use"] == 0

@@ -12,7 +12,9 @@ from tests.support.drafting import Requests, build_proposer
 from tests.support.fake_gpu import Launches, every_argument_is_checked
 from tests.support.fake_graph import FakeGraph
 from tests.support.models import llama, write_model
-from vllm_budgetdraft.proposer.draft_proposer import FIRST_WIDTH, DraftProposer
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.warm_up import warm_up
 
 NUM_SLOTS, NUM_DRAFTS = 2, 2
 SETTINGS = {
@@ -89,7 +91,7 @@ def test_warm_up_reaches_every_kernel_that_requests_need(
         **settings,
     )
     with every_argument_is_checked(fused), Launches().record() as launches:
-        proposer.warm_up()
+        warm_up(proposer)
         if graphs:
             proposer.capture_graphs(FakeGraph)
         known = set(launches.keys)

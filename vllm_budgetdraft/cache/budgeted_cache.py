@@ -2,6 +2,7 @@
 
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,6 +94,9 @@ class BudgetedCache:
         self._past_evictions.zero_()
         self.num_evicted.zero_()
 
+    def is_held(self, slot: int) -> bool:
+        return slot in self._held
+
     def start_request(
         self,
         slot: int,
@@ -145,43 +149,48 @@ class BudgetedCache:
         for slot in list(self._held):
             self.release_request(slot)
 
-    def load_prompt(
+    def load_prompts(
         self,
-        slot: int,
+        slots: list[int],
         keys: Tensor,
         values: Tensor,
-        kept: Tensor,
-        seen: int,
+        kept: list[Tensor],
+        seen: list[int],
         attention: Tensor | None = None,
     ) -> None:
-        """Fills an empty slot with what the policy kept of its first ``seen`` tokens.
+        """Fills empty slots with what the policy kept of their first ``seen`` tokens.
 
         Args:
-            keys, values: [num_layers, num_tokens, num_kv_heads, head_dim].
-            kept: [num_layers, num_kv_heads, num_kept] int64, rows of these.
+            keys, values: [num_layers, num_tokens, num_kv_heads, head_dim], of all.
+            kept: of each slot [num_layers, num_kv_heads, num_kept] int64, rows of
+                these.
             attention: [num_layers, num_kv_heads, num_tokens], what each received;
                 needed where eviction goes by it.
         """
-        num_kept = kept.shape[2]
-        assert num_kept <= min(seen, self.capacity), (num_kept, seen, self.capacity)
+        lengths = [rows.shape[2] for rows in kept]
+        for num_kept, num_seen in zip(lengths, seen, strict=True):
+            assert num_kept <= min(num_seen, self.capacity), (num_kept, num_seen)
+        evicted = np.subtract(seen, lengths)
+        indices = np.concatenate([np.arange(length) for length in lengths])
+        table = np.stack([np.repeat(slots, lengths), indices])
         device = self.num_evicted.device
-        indices = torch.arange(num_kept, device=device)[None]
-        slots = torch.tensor([slot], device=device)
-        cells = self.page_table.cells(slots, indices, self.page_size)[0]
+        slot, index = torch.from_numpy(table).to(device)
+        rows = torch.cat(kept, 2)
         self._operations.page_compaction(
             keys,
             values,
-            kept.contiguous(),
+            rows,
             self.pool.keys,
             self.pool.values,
-            cells,
+            self.page_table.cells(slot, index[:, None], self.page_size)[:, 0],
             validate=False,
         )
-        self.num_evicted[slot] = seen - num_kept
+        self.num_evicted[slots] = torch.from_numpy(evicted).to(device)
         if self.attention is not None:
             assert attention is not None
-            received = attention.gather(2, kept).sum((0, 1))
-            self.attention[slot].index_add_(0, indices[0] // self.page_size, received)
+            received = attention.gather(2, rows).sum((0, 1))
+            places = slot, index // self.page_size
+            self.attention.index_put_(places, received, accumulate=True)
 
     def make_room(self, slots: Tensor, ends: Tensor) -> None:
         """Evicts whole pages where a slot could not hold its context up to ``ends``.

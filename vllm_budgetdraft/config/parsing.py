@@ -116,6 +116,8 @@ def settle(
     """
     given = config.model_dump(exclude_unset=True)
     settings = _view_of(trained) | given | {"drafter_type": drafter_type}
+    # What was settled before keeps its own.
+    settings.setdefault("max_step_tokens", given.get("draft_prefill_chunk"))
     if settings.get("position_mode") == "cache_relative":
         settings.setdefault("draft_prefill", "streaming")  # for any length of prompt
     policy = settings.get("eviction_policy")

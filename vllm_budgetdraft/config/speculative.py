@@ -14,6 +14,10 @@ CACHE_SETTINGS = (
 )
 
 
+#: A pass of so many tokens keeps any GPU busy; more would only take more memory.
+MAX_PASS_TOKENS = 8192
+
+
 class BudgetDraftConfig(ViewSettings):
     """The settings of ``--speculative-config '{"method": "budgetdraft", ...}'``.
 
@@ -136,6 +140,9 @@ class SettledConfig(BudgetDraftConfig):
     """
 
     drafter_type: Literal["decoder", "flexdraft"] = "decoder"
+    #: Most prompt tokens that one engine step reads, if the user set
+    #: ``draft_prefill_chunk``. What training wrote of it is about its view alone.
+    max_step_tokens: int | None = None
 
     @model_validator(mode="after")
     def _budget_holds_a_chunk(self) -> Self:
@@ -167,8 +174,16 @@ class SettledConfig(BudgetDraftConfig):
         tokens = min(kept + self.recent_window, max_model_len) + draft_slots
         return -(-tokens // self.page_size) * self.page_size
 
-    def scratch_tokens(self, max_model_len: int, native_tokens: int) -> int:
-        """Tokens of the buffer that prompts are read through.
+    def pass_tokens(self, batch_tokens: int) -> int:
+        """Most prompt tokens that one pass of the drafter reads.
+
+        Args:
+            batch_tokens: most tokens that a step of the target computes.
+        """
+        return min(self.max_step_tokens or batch_tokens, MAX_PASS_TOKENS)
+
+    def held_tokens(self, max_model_len: int, native_tokens: int) -> int:
+        """Most tokens of one prompt that are held while it is read.
 
         Args:
             native_tokens: longest context that the drafter was made for.

@@ -131,7 +131,8 @@ class ViewSettings(EvictionSettings):
         4096,
         ge=1,
         le=16777216,
-        description="Prompt tokens that the drafter reads at once; in serving, per "
-        "engine step, of all requests together. Streaming keeps the budget after so "
-        "many, or as many as the native range leaves for cache_relative positions.",
+        description="Streaming keeps the budget after so many prompt tokens, or as "
+        "many as the native range leaves for cache_relative positions. If set, an "
+        "engine step reads no more, of all requests together; else it reads what the "
+        "drafter can in the time of a full step of the target.",
     )

@@ -123,6 +123,7 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
         target_dtype=model.dtype,
         device_type=default_device().type,
         vocab_size=model.get_vocab_size(),
+        batch_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
     )
     is_v2 = getattr(vllm_config, "use_v2_model_runner", False)  # old vLLM has none
     facts["model runner"] = "V2" if is_v2 else "V1"

@@ -8,7 +8,12 @@ from vllm_budgetdraft.config import parse_speculative_config, settle
 from vllm_budgetdraft.drafter.configuration import read_drafter_config, trained_view
 from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.flexdraft.checkpoint import drafter_type
-from vllm_budgetdraft.proposer.memory import MemoryPlan, packs_matrices, resolve_dtype
+from vllm_budgetdraft.proposer.memory import (
+    BATCH_TOKENS,
+    MemoryPlan,
+    packs_matrices,
+    resolve_dtype,
+)
 
 
 def describe(
@@ -19,12 +24,14 @@ def describe(
     target_dtype: torch.dtype,
     device_type: str,
     vocab_size: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> str:
     """The line that the engine logs, but for what counts of attention take.
 
     Args:
         settings: a speculative config, less ``method``.
         vocab_size: the target's; the drafter's own if None.
+        batch_tokens: most tokens that a step of the target computes.
 
     Raises:
         ConfigurationError, UnsupportedDrafterError: see ``parse_speculative_config``,
@@ -42,6 +49,7 @@ def describe(
         num_slots=max_num_seqs,
         max_model_len=max_model_len,
         dtype=dtype,
+        batch_tokens=batch_tokens,
     )
     is_packed = packs_matrices(config, device_type)
     return plan.describe(

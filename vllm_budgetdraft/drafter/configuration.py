@@ -152,7 +152,7 @@ def check_native_range(
             "lower kv_budget or recent_window",
         ),
         f"a prompt read with draft_prefill={config.draft_prefill!r}": (
-            config.scratch_tokens(max_model_len, native),
+            config.held_tokens(max_model_len, native),
             "use draft_prefill='streaming'",
         ),
     }

@@ -90,10 +90,14 @@ class EvictionPolicy(ABC):
         return range(0)
 
 
-def check_selection(kept: Tensor, states: PromptStates, budget: int) -> None:
+def check_selection(
+    kept: Tensor, states: PromptStates, budget: int, *, values: bool = True
+) -> None:
     """Raises ValueError for what ``EvictionPolicy.select`` must not return.
 
-    It waits for the device; an index out of range would end the process there.
+    Args:
+        values: whether to look at positions, and not at their shape alone, which waits
+            for the device.
     """
     limit = min(budget, states.num_tokens)
     leading = states.keys.shape[:-2]
@@ -107,6 +111,8 @@ def check_selection(kept: Tensor, states: PromptStates, budget: int) -> None:
             f"the eviction policy kept {kept.shape[-1]} positions; it must keep 1 to "
             f"{limit}, for the budget is {budget} of {states.num_tokens} tokens"
         )
+    if not values:
+        return
     ascend = (kept.diff() > 0).all()
     inside = (kept[..., 0] >= 0).all() & (kept[..., -1] < states.num_tokens).all()
     if not bool(ascend & inside):

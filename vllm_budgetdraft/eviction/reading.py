@@ -50,6 +50,12 @@ class ReadingPlan:
         assert piece > 0, (native_tokens, budget)
         return cls(policy.unread(num_tokens, budget), first, piece)
 
+    def most_held(self, num_tokens: int, budget: int) -> int:
+        """Tokens of a context of ``num_tokens`` that are held at once, at most."""
+        if self.first_tokens is None:
+            return num_tokens
+        return min(num_tokens, max(self.first_tokens, budget + self.piece_tokens))
+
     def unread(self, num_seen: int, end: int) -> range:
         """Positions to be read next, in a row, of a context that ends at ``end``.
 

@@ -1,12 +1,11 @@
 """Drafting with no engine in sight: fixed slots, tensors in, tensors out."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from budgetdraft_kernels import reference
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.attention.prompt import PromptAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
@@ -21,14 +20,13 @@ from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.proposer.draft_graphs import Capture, DraftGraphs
 from vllm_budgetdraft.proposer.draft_length import draft_lengths, ladder
 from vllm_budgetdraft.proposer.draft_loop import (
-    FIRST_WIDTH,
     DraftInputs,
     DraftLoop,
     Drafts,
     Draws,
 )
-from vllm_budgetdraft.proposer.memory import MemoryPlan, packs_matrices
-from vllm_budgetdraft.proposer.prompt_reader import PromptReader
+from vllm_budgetdraft.proposer.memory import BATCH_TOKENS, MemoryPlan, packs_matrices
+from vllm_budgetdraft.proposer.prompt_reader import PromptReader, TokensOf
 
 #: Most tokens of a request that ``paged_sparse_attention`` takes at once.
 MAX_WIDTH = 32
@@ -39,7 +37,9 @@ class DraftProposer:
 
     Attributes:
         kv_budget: most prompt tokens that a request keeps.
-        reader: of the one context that is being read, up to ``finish_reading``.
+        reader: of contexts that are being read.
+        step_tokens: most tokens of them that one step of an engine is to read.
+        plan: what was allocated.
         max_drafts: k.
         max_append: most tokens of a request that one ``append`` takes.
         num_graphs: graphs that drafts replay; 0 where they run eagerly.
@@ -55,6 +55,8 @@ class DraftProposer:
         operations: ModuleType,
         max_model_len: int,
         seed: int,
+        plan: MemoryPlan,
+        step_tokens: int,
     ) -> None:
         self.drafter = drafter
         self.operations = operations
@@ -65,7 +67,17 @@ class DraftProposer:
         self.kv_budget = config.budget(max_model_len)
         self.max_drafts = config.num_speculative_tokens
         self.max_append = min(self.max_drafts + 1, MAX_WIDTH)
-        self.reader = PromptReader(drafter, policy, prompt, config, self.kv_budget)
+        self.plan = plan
+        self.step_tokens = step_tokens
+        self.reader = PromptReader(
+            drafter,
+            policy,
+            prompt,
+            cache,
+            config,
+            kv_budget=self.kv_budget,
+            pass_tokens=plan.pass_tokens,
+        )
         self.device = cache.num_evicted.device
         draws = config.draft_sample_method == "probabilistic"
         if draws:
@@ -95,6 +107,8 @@ class DraftProposer:
         device: torch.device | str,
         vocab_size: int | None = None,
         seed: int = 0,
+        batch_tokens: int = BATCH_TOKENS,
+        target_cost: float = 1.0,
     ) -> "DraftProposer":
         """Loads the drafter and allocates everything that drafting will ever need.
 
@@ -103,6 +117,8 @@ class DraftProposer:
             max_model_len: longest context, prompt and output together.
             vocab_size: the target's; the drafter's own if None.
             seed: of sampled drafts.
+            batch_tokens: most tokens that a step of the target computes.
+            target_cost: of a token, in those that the drafter reads in that time.
 
         Raises:
             UnsupportedDrafterError, ConfigurationError: see ``load_drafter``,
@@ -120,14 +136,18 @@ class DraftProposer:
             num_slots=num_slots,
             max_model_len=max_model_len,
             dtype=dtype,
+            batch_tokens=batch_tokens,
         )
         capacity = settled.cache_capacity(max_model_len)
         scratch_tokens = plan.prompt_scratch // plan.bytes_per_token
         positions = max_model_len + settled.num_speculative_tokens
         is_relative = settled.position_mode == "cache_relative"
+        if is_relative:
+            native = drafter_config.max_position_embeddings
+            positions = max(capacity, settled.held_tokens(max_model_len, native))
         drafter = load_drafter(
             config.model,
-            max_positions=max(capacity, scratch_tokens) if is_relative else positions,
+            max_positions=positions,
             dtype=dtype,
             device=device,
             vocab_size=vocab_size,
@@ -160,8 +180,18 @@ class DraftProposer:
             key_rotary=drafter.rotary_rows if is_relative else None,
             **shape,
         )
+        step_tokens = int(batch_tokens * max(target_cost, 1.0))
         return cls(
-            drafter, policy, cache, prompt, settled, operations, max_model_len, seed
+            drafter,
+            policy,
+            cache,
+            prompt,
+            settled,
+            operations,
+            max_model_len,
+            seed,
+            plan,
+            settled.max_step_tokens or step_tokens,
         )
 
     @property
@@ -183,6 +213,25 @@ class DraftProposer:
         protected = self.policy.protected_tokens(budget)
         self.cache.start_request(slot, self._capacity(kv_budget), protected)
 
+    def start_reading(
+        self, slot: int, num_tokens: int, kv_budget: int | None = None
+    ) -> None:
+        """Gives a slot its pages, and has ``read`` fill them.
+
+        Args:
+            num_tokens: of its context, less what the first ``draft`` feeds.
+            kv_budget: see ``start_request``.
+
+        Raises:
+            PagePoolExhaustedError: too few pages are free.
+        """
+        self.start_request(slot, kv_budget)
+        try:
+            self.reader.start(slot, num_tokens, kv_budget)
+        except Exception:
+            self.release_request(slot)
+            raise
+
     def has_room(self, kv_budget: int | None = None) -> bool:
         """Whether ``start_request`` would find the pages it needs."""
         return self.cache.pool.num_free * self.cache.page_size >= self._capacity(
@@ -193,9 +242,11 @@ class DraftProposer:
         return self.config.cache_capacity(self.max_model_len, kv_budget)
 
     def release_request(self, slot: int) -> None:
+        self.reader.stop(slot)
         self.cache.release_request(slot)
 
     def release_all(self) -> None:
+        self.reader.stop_all()
         self.cache.release_all()
 
     def ingest(self, slot: int, tokens: Tensor, kv_budget: int | None = None) -> None:
@@ -206,26 +257,39 @@ class DraftProposer:
                 tokens, which the next ``draft`` feeds. May be empty.
             kv_budget: as given to ``start_request``.
         """
-        reader = self.reader
-        reader.start(len(tokens), kv_budget)
-        while unread := reader.unread(len(tokens)):
-            chunk = unread[: self.config.draft_prefill_chunk]
-            reader.read(tokens[chunk.start : chunk.stop])
-        self.finish_reading(slot)
+        self.reader.start(slot, len(tokens), kv_budget)
 
-    @torch.inference_mode()
-    def finish_reading(self, slot: int) -> None:
-        """Moves what the policy keeps of the context that was read into a slot."""
-        prompt = self.reader.prompt
-        if prompt.num_held:
-            self.cache.load_prompt(
-                slot,
-                prompt.keys,
-                prompt.values,
-                self.reader.kept(),
-                self.reader.num_seen,
-                prompt.attention,
-            )
+        def tokens_of(pieces: list[tuple[int, range]]) -> Tensor:
+            ((_, piece),) = pieces
+            return tokens[piece.start : piece.stop]
+
+        self.reader.read([slot], tokens_of, limit=len(tokens))
+
+    def read(
+        self, slots: Collection[int], tokens_of: TokensOf, limit: int
+    ) -> dict[int, Exception]:
+        """Reads on in contexts that were started: see ``PromptReader.read``.
+
+        One of them may be at fault where reading fails: then each is read by itself.
+
+        Returns:
+            Why slots failed. They are not being read any more, nor are those that are
+            read to their ends.
+        """
+        try:
+            self.reader.read(slots, tokens_of, limit)
+        except Exception as error:
+            unread = [slot for slot in slots if self.reader.is_reading(slot)]
+            if len(unread) == 1:
+                self.reader.stop(unread[0])
+                return {unread[0]: error}
+            failed: dict[int, Exception] = {}
+            for slot in unread:
+                self.reader.restart(slot)
+            for slot in unread:
+                failed |= self.read([slot], tokens_of, limit)
+            return failed
+        return {}
 
     @torch.inference_mode()
     def append(
@@ -282,44 +346,6 @@ class DraftProposer:
         if self._graphs is not None:
             return self._graphs.draft(inputs, num_drafts)
         return self._loop.draft(inputs, num_drafts, validate=validate)
-
-    def warm_up(self) -> None:
-        """Runs every operation once, on slot 0, which must be idle.
-
-        Kernels are compiled for sizes: it launches them at every batch size and width
-        for which they may be others.
-        """
-        length = self.config.draft_prefill_chunk
-        if self.config.eviction_policy != "keep_all":  # else there is nothing to choose
-            length = max(length, self.kv_budget + FIRST_WIDTH + 1)
-        length = min(length, self.max_model_len)
-        length = max(length, FIRST_WIDTH)  # no context that drafts is shorter
-        tokens = torch.zeros(length, dtype=torch.int64, device=self.device)
-        self.start_request(0)
-        self.ingest(0, tokens[:-FIRST_WIDTH])
-        self._try_all(torch.zeros_like(tokens[:1]), length, [1])
-        self.release_request(0)
-        if self.operations is not reference:
-            widths = range(1, self.max_append + 1)
-            for size in ladder(self.cache.num_slots):
-                spare = tokens.new_full((size,), self.cache.spare_slot)
-                self._try_all(spare, FIRST_WIDTH, widths)
-        self.cache.forget_evictions()
-
-    def _try_all(self, slots: Tensor, length: int, widths: Iterable[int]) -> None:
-        """Appends and drafts where slots have read all but the end of a context."""
-        zeros, ends = torch.zeros_like(slots)[:, None], torch.full_like(slots, length)
-        for width in widths:
-            self.append(
-                slots, zeros.expand(-1, width), ends - FIRST_WIDTH, validate=True
-            )
-        temperatures: list[Tensor | None] = [None]
-        if self.config.draft_sample_method == "probabilistic":
-            temperatures.append(torch.ones(len(slots), device=self.device))
-        for each in temperatures:
-            self.draft(
-                slots, zeros.expand(-1, FIRST_WIDTH), ends, None, each, validate=True
-            )
 
     def capture_graphs(self, capture: Capture) -> int:
         """From now on drafts replay graphs, which ``capture`` makes.

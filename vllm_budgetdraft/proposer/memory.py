@@ -12,6 +12,8 @@ from vllm_budgetdraft.drafter.packing import can_pack
 from vllm_budgetdraft.errors import ConfigurationError
 
 MIB, GIB = 2**20, 2**30
+#: Of a step, where no engine says.
+BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class MemoryPlan:
         cache_per_request: draft cache of one request, whatever its context.
         full_cache_per_request: the same with every token of ``max_model_len`` kept.
         num_pages: of the pool.
+        pass_tokens: most tokens of prompts that one pass of the drafter reads.
         cache: the whole pool, and its spare page.
-        prompt_scratch: keys and values of the one prompt being read.
+        prompt_scratch: keys and values of prompts being read: the longest, and as many
+            tokens as one pass reads.
         probabilities: distributions that drafts are drawn from.
     """
 
@@ -34,6 +38,7 @@ class MemoryPlan:
     cache_per_request: int
     full_cache_per_request: int
     num_pages: int
+    pass_tokens: int
     cache: int
     prompt_scratch: int
     probabilities: int
@@ -47,10 +52,12 @@ class MemoryPlan:
         num_slots: int,
         max_model_len: int,
         dtype: torch.dtype,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> "MemoryPlan":
         """
         Args:
             num_slots: requests that draft at once, given the memory.
+            batch_tokens: most tokens that a step of the target computes.
 
         Raises:
             ConfigurationError: pool_memory_gib does not hold one request; or see
@@ -73,7 +80,11 @@ class MemoryPlan:
                     f"kv_budget={config.kv_budget} or "
                     f"recent_window={config.recent_window}"
                 )
-        scratch = config.scratch_tokens(max_model_len, drafter.max_position_embeddings)
+        held = config.held_tokens(max_model_len, drafter.max_position_embeddings)
+        # One that is read over many steps must leave room for those that begin and end
+        # in one.
+        pass_tokens = config.pass_tokens(batch_tokens)
+        scratch = min(held + pass_tokens, num_slots * held)
         is_drawn = config.draft_sample_method == "probabilistic"
         drafts = num_slots * config.num_speculative_tokens
         return cls(
@@ -82,6 +93,7 @@ class MemoryPlan:
             cache_per_request=capacity * per_token,
             full_cache_per_request=max_model_len * per_token,
             num_pages=num_pages,
+            pass_tokens=pass_tokens,
             cache=(num_pages + 1) * page,
             prompt_scratch=scratch * per_token,
             probabilities=is_drawn * drafts * drafter.vocab_size * 4,

@@ -1,9 +1,16 @@
-"""Reading a context before drafting: what of it is read, and what is kept."""
+"""Reading contexts before drafting: what of them is read, and what is kept."""
 
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_budgetdraft.attention.prompt import PromptAttention
+from vllm_budgetdraft import environment
+from vllm_budgetdraft.attention.backend import is_gpu
+from vllm_budgetdraft.attention.prompt import PromptAttention, Segment
+from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import (
@@ -13,97 +20,213 @@ from vllm_budgetdraft.eviction.base import (
 )
 from vllm_budgetdraft.eviction.reading import ReadingPlan
 
+#: ``tokens_of(pieces)``: the tokens at these positions of the slots' contexts, packed
+#: one after another, int64 on the device.
+TokensOf = Callable[[list[tuple[int, range]]], Tensor]
 
-class PromptReader:
-    """Reads one context at a time, chunk by chunk, through a buffer for all of them.
+
+@dataclass(eq=False)
+class Reading:
+    """A context that is being read.
 
     Attributes:
-        prompt: the buffer.
-        num_seen: tokens of the context that were read or skipped.
+        num_tokens: its length.
+        budget: most tokens that are kept of it.
+        most_held: tokens that it will hold in the buffer at once.
+        segment: what it holds; None until there is room for ``most_held``.
+        num_seen: tokens that were read or skipped.
+        has_chosen: whether the policy has chosen since it last read.
     """
+
+    slot: int
+    plan: ReadingPlan
+    num_tokens: int
+    budget: int
+    most_held: int
+    segment: Segment | None = None
+    num_seen: int = 0
+    has_chosen: bool = False
+
+    @property
+    def unread(self) -> range:
+        """Positions to be read next."""
+        return self.plan.unread(self.num_seen, self.num_tokens)
+
+    def piece(self, limit: int) -> range:
+        """At most ``limit`` of them, up to the next choice."""
+        unread = self.unread
+        choice = self.plan.next_choice(unread.start)
+        end = unread.stop if choice is None else min(unread.stop, choice)
+        return range(unread.start, min(end, unread.start + limit))
+
+
+class PromptReader:
+    """Reads contexts, a piece of each in one pass, through a buffer for all of them."""
 
     def __init__(
         self,
         drafter: Drafter,
         policy: EvictionPolicy,
         prompt: PromptAttention,
+        cache: BudgetedCache,
         view: ViewSettings,
+        *,
         kv_budget: int,
+        pass_tokens: int,
     ) -> None:
         """
         Args:
+            prompt: the buffer; it holds the longest context at least.
             kv_budget: most prompt tokens that a request keeps.
+            pass_tokens: most tokens of a pass.
         """
         self._drafter = drafter
         self._policy = policy
         self.prompt = prompt
+        self._cache = cache
         self._view = view
         self._is_relative = view.position_mode == "cache_relative"
-        self._max_budget = self._budget = kv_budget
-        self.num_seen = 0
-        self._plan = ReadingPlan()
-        self._has_chosen = False  # since it last read
+        self._max_budget = kv_budget
+        self._pass_tokens = pass_tokens
+        self._readings: dict[int, Reading] = {}  # the oldest first
 
-    def start(self, num_tokens: int, kv_budget: int | None = None) -> None:
-        """Begins another context; of one that was not finished nothing is left.
+    def start(self, slot: int, num_tokens: int, kv_budget: int | None = None) -> None:
+        """Begins the context of a slot whose cache is empty.
 
         Args:
-            num_tokens: its length, as far as it is known.
+            num_tokens: of the context, to be read.
             kv_budget: as given to ``DraftProposer.start_request``.
         """
-        self.prompt.restart()
-        self._budget = min(kv_budget or self._max_budget, self._max_budget)
-        self._has_chosen = False
-        self._plan = ReadingPlan.of(
+        budget = min(kv_budget or self._max_budget, self._max_budget)
+        plan = ReadingPlan.of(
             self._view,
             self._policy,
             native_tokens=self._drafter.config.max_position_embeddings,
             num_tokens=num_tokens,
-            budget=self._budget,
+            budget=budget,
         )
-        self.num_seen = 0
+        most_held = plan.most_held(num_tokens, budget)
+        assert slot not in self._readings, slot
+        self._readings[slot] = Reading(slot, plan, num_tokens, budget, most_held)
 
-    def unread(self, end: int) -> range:
-        """Positions to be read next, of a context that ends at ``end``."""
-        return self._plan.unread(self.num_seen, end)
+    def stop(self, slot: int) -> None:
+        """Forgets the context of a slot, if it is being read."""
+        if reading := self._readings.pop(slot, None):
+            self._free(reading)
+
+    def stop_all(self) -> None:
+        for slot in list(self._readings):
+            self.stop(slot)
+
+    def restart(self, slot: int) -> None:
+        """Has a context that is being read begin anew."""
+        reading = self._readings[slot]
+        self._free(reading)
+        reading.segment, reading.num_seen, reading.has_chosen = None, 0, False
+
+    def _free(self, reading: Reading) -> None:
+        if reading.segment is not None:
+            self.prompt.close(reading.segment)
+
+    def is_reading(self, slot: int) -> bool:
+        return slot in self._readings
 
     @torch.inference_mode()
-    def read(self, tokens: Tensor) -> None:
-        """Reads the next tokens of a context.
+    def read(self, slots: Collection[int], tokens_of: TokensOf, limit: int) -> None:
+        """Reads on, and moves what is kept of whole contexts into their slots.
 
         Args:
-            tokens: int64, at the first of the positions that are ``unread``.
+            slots: that have begun. Others that hold part of the buffer leave it, and
+                begin anew when their turn comes.
+            limit: most tokens to read.
         """
-        prompt = self.prompt
-        position = self.unread(self.num_seen + len(tokens)).start
-        while len(tokens):
-            choice = self._plan.next_choice(position)
-            room = len(tokens) if choice is None else choice - position
-            piece, tokens = tokens[:room], tokens[room:]
-            start = prompt.num_held if self._is_relative else position
-            positions = torch.arange(start, start + len(piece), device=tokens.device)
-            self._drafter(piece, prompt.chunk(*self._drafter.rotary(positions)))
-            position += len(piece)
-            self._has_chosen = position == choice
-            if self._has_chosen:
-                prompt.keep(self._select())
-        self.num_seen = position
+        for slot, reading in self._readings.items():
+            if reading.segment is not None and slot not in slots:
+                self.restart(slot)
+        readings = [each for slot, each in self._readings.items() if slot in slots]
+        while True:
+            self._finish([each for each in readings if not each.unread])
+            readings = [each for each in readings if each.unread]
+            pieces = self._next(readings, limit)
+            if not pieces:
+                return
+            tokens = tokens_of([(reading.slot, piece) for reading, piece in pieces])
+            self._pass(pieces, tokens)
+            limit -= len(tokens)
 
-    def kept(self) -> Tensor:
-        """Rows of the buffer to keep for drafting, [num_layers, num_kv_heads, n].
+    def _next(self, readings: list[Reading], limit: int) -> list[tuple[Reading, range]]:
+        """What the next pass reads: of the oldest first, as far as there is room."""
+        limit = min(limit, self._pass_tokens)
+        room = self.prompt.max_tokens - sum(
+            each.most_held for each in readings if each.segment is not None
+        )
+        pieces = []
+        for reading in readings:
+            if not limit:
+                break
+            if reading.segment is None:
+                if reading.most_held > room:
+                    break
+                room -= reading.most_held
+                reading.segment = self.prompt.open()
+            piece = reading.piece(limit)
+            limit -= len(piece)
+            pieces.append((reading, piece))
+        return pieces
+
+    def _pass(self, pieces: list[tuple[Reading, range]], tokens: Tensor) -> None:
+        positions, grown = [], []
+        for reading, piece in pieces:
+            assert reading.segment is not None
+            start = reading.segment.num_held if self._is_relative else piece.start
+            positions.append(np.arange(start, start + len(piece)))
+            grown.append((reading.segment, len(piece)))
+        at = torch.from_numpy(np.concatenate(positions)).to(tokens.device)
+        self._drafter(tokens, self.prompt.extend(grown, *self._drafter.rotary(at)))
+        for reading, piece in pieces:
+            assert reading.segment is not None
+            reading.num_seen = piece.stop
+            reading.has_chosen = piece.stop == reading.plan.next_choice(piece.start)
+            if reading.has_chosen:
+                self.prompt.keep(reading.segment, self._select(reading))
+
+    def _finish(self, readings: list[Reading]) -> None:
+        """Moves what is kept of contexts that are read into their slots."""
+        slots, rows, seen = [], [], []
+        for reading in readings:
+            if (segment := reading.segment) is not None:
+                states = self._states(segment)
+                kept = states.all_positions()
+                if not reading.has_chosen:
+                    kept = self._select(reading)
+                slots.append(reading.slot)
+                rows.append(kept + segment.start)
+                seen.append(reading.num_seen)
+        if slots:
+            prompt = self.prompt
+            self._cache.load_prompts(
+                slots, prompt.keys, prompt.values, rows, seen, prompt.received
+            )
+        for reading in readings:
+            self.stop(reading.slot)
+
+    def _select(self, reading: Reading) -> Tensor:
+        """Rows of its segment to keep, [num_layers, num_kv_heads, n].
 
         Raises:
             ValueError: the policy's choice is none.
         """
-        return self._states().all_positions() if self._has_chosen else self._select()
+        assert reading.segment is not None
+        states = self._states(reading.segment)
+        kept = self._policy.select(states, reading.budget)
+        # On a GPU nothing waits for its values, and one outside would end the process.
+        looks = not is_gpu(kept.device) or environment.check_invariants()
+        check_selection(kept, states, reading.budget, values=looks)
+        return kept if looks else kept.clamp(0, states.num_tokens - 1)
 
-    def _select(self) -> Tensor:
-        states = self._states()
-        kept = self._policy.select(states, self._budget)
-        check_selection(kept, states, self._budget)
-        return kept
-
-    def _states(self) -> PromptStates:
+    def _states(self, segment: Segment) -> PromptStates:
         prompt = self.prompt
-        keys = prompt.keys_as_read().transpose(1, 2)
-        return PromptStates(keys, prompt.last_queries(), prompt.attention)
+        keys = prompt.keys_as_read(segment).transpose(1, 2)
+        return PromptStates(
+            keys, prompt.last_queries(segment), prompt.attention(segment)
+        )

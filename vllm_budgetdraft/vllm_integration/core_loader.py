@@ -1,15 +1,15 @@
 """A ``DraftProposer`` for an engine: what both runners load, log and capture."""
 
-import torch
 from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_budgetdraft.attention.backend import is_gpu
-from vllm_budgetdraft.drafter.configuration import range_warning
+from vllm_budgetdraft.drafter.configuration import range_warning, read_drafter_config
 from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
+from vllm_budgetdraft.proposer.memory import resolve_dtype
+from vllm_budgetdraft.proposer.warm_up import warm_up
 from vllm_budgetdraft.vllm_integration.faults import logger
 
 
@@ -32,14 +32,30 @@ def load_core(vllm_config: VllmConfig, target: nn.Module) -> DraftProposer:
         device=device,
         vocab_size=vllm_config.model_config.get_vocab_size(),
         seed=vllm_config.model_config.seed,
+        batch_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        target_cost=_target_cost(vllm_config),
     )
-    core.warm_up()
+    warm_up(core)
     if is_gpu(device) and not vllm_config.model_config.enforce_eager:
         capture_graphs(core, CudaGraphCapture())
-    _log_memory(core, num_slots, max_model_len, dtype)
+    _log_memory(core)
     if warning := range_warning(core.config, core.drafter.config, max_model_len):
         logger.warning(warning)
     return core
+
+
+def _target_cost(vllm_config: VllmConfig) -> float:
+    """Of a token, in those that the drafter reads in that time, by their layers' sizes.
+
+    Of experts a token meets few, so that their number is no measure.
+    """
+    target = vllm_config.model_config
+    drafter = read_drafter_config(vllm_config.speculative_config.settings.model)
+    layers = target.get_total_num_hidden_layers()
+    size = layers * target.get_hidden_size() ** 2
+    size /= vllm_config.parallel_config.tensor_parallel_size
+    cost: float = size / (drafter.num_hidden_layers * drafter.hidden_size**2)
+    return cost
 
 
 def capture_graphs(core: DraftProposer, capture: Capture) -> None:
@@ -57,17 +73,8 @@ def capture_graphs(core: DraftProposer, capture: Capture) -> None:
         logger.info("BudgetDraft captured %d CUDA graphs of its drafts", num_graphs)
 
 
-def _log_memory(
-    core: DraftProposer, num_slots: int, max_model_len: int, dtype: torch.dtype
-) -> None:
-    plan = MemoryPlan.of(
-        core.config,
-        core.drafter.config,
-        num_slots=num_slots,
-        max_model_len=max_model_len,
-        dtype=dtype,
-    )
-    drafter = core.drafter
+def _log_memory(core: DraftProposer) -> None:
+    drafter, dtype = core.drafter, core.cache.pool.keys.dtype
     weights = weight_bytes(drafter.config, dtype, drafter.is_packed)
-    bill = plan.describe(weights=weights, scratch=core.scratch_bytes)
+    bill = core.plan.describe(weights=weights, scratch=core.scratch_bytes)
     logger.info("BudgetDraft memory: %s", bill)

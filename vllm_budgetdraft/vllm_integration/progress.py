@@ -37,6 +37,10 @@ class Progress:
     def __post_init__(self) -> None:
         self.begin(self.num_prefill, has_sampled=False)
 
+    @property
+    def is_reading(self) -> bool:
+        return not (self.why_not or self.is_read)
+
     def begin(self, num_tokens: int, *, has_sampled: bool) -> None:
         """Its draft cache is empty, and is to hold all but the last of so many tokens.
 

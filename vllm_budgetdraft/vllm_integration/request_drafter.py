@@ -15,6 +15,7 @@ from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_length import confident_lengths
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.warm_up import warm_up
 from vllm_budgetdraft.vllm_integration import sampling
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
@@ -63,7 +64,6 @@ class RequestDrafter:
     def __init__(self, core: DraftProposer, num_slots: int) -> None:
         self._core = core
         self._slots = RequestSlots(num_slots)
-        self._reading: Holding | None = None
         self._batch: list[Request] = []
         self.statistics = DraftStatistics()
         self._faults = FaultLog(self.statistics)
@@ -78,7 +78,7 @@ class RequestDrafter:
         self.statistics.count("draft_seconds", self.timer.take())
 
     def warm_up(self) -> None:
-        self._core.warm_up()
+        warm_up(self._core)
 
     def reset(self, error: Exception) -> None:
         """Has every request begin anew after a failure of none in particular.
@@ -90,7 +90,7 @@ class RequestDrafter:
         self._slots.release_all()
         for request in self._batch if give_up else []:
             self._slots.give_up(request.request_id, request.state, "failed")
-        self._reading = self.probabilities = None
+        self.probabilities = None
 
     def forget_ended(self, live: Mapping[str, Any]) -> None:
         """Forgets requests that are over, or another one of the same id by now."""
@@ -104,43 +104,34 @@ class RequestDrafter:
         """Drafts by row, of the rows that have caught up and do not fail.
 
         Args:
-            is_trial: whether it will do if some draft: nobody else begins to read.
+            is_trial: whether it will do if some draft: nobody else reads then.
         """
         self.probabilities = None
         self._batch = requests
-        holdings = [self._holding(request) for request in requests]
-        if self._reading and not any(held is self._reading for held in holdings):
-            # Its request waits, and others may read: there is one buffer for prompts.
-            self._reading = None
         batch = {request.request_id for request in requests}
-        limit = self._core.config.draft_prefill_chunk  # to be read in this step
-        some_draft = any(held and held.is_read for held in holdings)
-        unread = budget = 0 if is_trial and some_draft else limit
-        if half_read := self._reading:  # goes first, for the buffer is taken
-            requests.sort(key=lambda request: self._holding(request) is not half_read)
-        ready = []
-        num_able = 0
+        able = []
         for request in requests:
             if self._slots.why_given_up(request.request_id, request.state):
                 continue
             try:
                 holding = self._up_to_date(request, batch)
-                if holding is None:
-                    self._slots.give_up(request.request_id, request.state, "off")
-                    continue
-                num_able += 1
-                if not holding.is_read:
-                    unread -= self._read(request, holding, unread)
-                if holding.is_read and request.sampled:
-                    ready.append((request, holding))
             except Exception as error:
                 self._drop(request, error)
+                continue
+            if holding is None:
+                self._slots.give_up(request.request_id, request.state, "off")
+            else:
+                able.append((request, holding))
+        unread = [each for each in able if not each[1].is_read]
+        if not is_trial or len(unread) == len(able):
+            self._read(unread)
+        ready = [each for each in able if each[1].is_read and each[0].sampled]
         is_behind = any(_num_missing(*each) for each in ready)
-        drafts = self._draft_ready(ready, limit)
+        drafts = self._draft_ready(ready, self._core.step_tokens)
         if drafts:
             self._faults.drafted()
-        only_drafted = unread == budget and not is_behind
-        self.has_only_drafted = only_drafted and len(drafts) == num_able
+        only_drafted = not unread and not is_behind
+        self.has_only_drafted = only_drafted and len(drafts) == len(able)
         for request in requests:
             if request.sampled and not drafts.get(request.row):
                 self.statistics.count("drafts_skipped", label=self._why_not(request))
@@ -159,20 +150,23 @@ class RequestDrafter:
         return self._slots.get(request.request_id, request.state)
 
     def _up_to_date(self, request: Request, batch: set[str]) -> Holding | None:
-        """A slot with pages, whose cache if it is read belongs to the context.
+        """A slot with pages; what it has read belongs to the context.
 
         Returns:
             None for a request that asked for no drafts.
         """
         holding = self._holding(request)
-        if holding is not None and holding.is_read:
+        if holding is not None and not holding.is_read:
+            if holding.num_cached <= _num_readable(request):
+                return holding
+        elif holding is not None:
             if holding.goes_on(request.context, request.sampled):
                 if environment.check_invariants():
                     self._core.cache.check_slot(holding.slot)
                 return holding
+        if holding is not None:  # the context was rolled back
             self._release(request.request_id)
-            holding = None
-        return holding or self._start(request, batch)
+        return self._start(request, batch)
 
     def _start(self, request: Request, batch: set[str]) -> Holding | None:
         """A slot with pages; if there is none, of requests outside the batch.
@@ -199,34 +193,29 @@ class RequestDrafter:
             temperature=temperature,
         )
         try:
-            self._core.start_request(holding.slot, settings.kv_budget)
-        except PagePoolExhaustedError:
+            holding.num_cached = _num_readable(request)
+            budget = settings.kv_budget
+            self._core.start_reading(holding.slot, holding.num_cached, budget)
+        except Exception:
             self._slots.release(request.request_id)
             raise
         return holding
 
-    def _read(self, request: Request, holding: Holding, limit: int) -> int:
-        """Reads up to ``limit`` more tokens of a context; returns how many.
+    def _read(self, unread: list[tuple[Request, Holding]]) -> None:
+        """Reads on in contexts, as far as this step may."""
+        contexts = {holding.slot: request.context for request, holding in unread}
 
-        A row that has not sampled yet will have one more token when it drafts.
-        """
-        if limit <= 0 or (self._reading is not None and self._reading is not holding):
-            return 0
-        core, context = self._core, request.context
-        end = len(context) - (FIRST_WIDTH if request.sampled else FIRST_WIDTH - 1)
-        if self._reading is None:
-            core.reader.start(end, holding.settings.kv_budget)
-            self._reading = holding
-        num_read = 0
-        while unread := core.reader.unread(end)[: limit - num_read]:
-            tokens = context[unread.start : unread.stop].astype(np.int64)
-            core.reader.read(torch.from_numpy(tokens).to(core.device))
-            num_read += len(unread)
-        if not core.reader.unread(end):
-            core.finish_reading(holding.slot)
-            self._reading, holding.is_read = None, True
-            holding.num_tokens, holding.num_cached = len(context), end
-        return num_read
+        def tokens_of(pieces: list[tuple[int, range]]) -> Tensor:
+            parts = [contexts[slot][piece.start : piece.stop] for slot, piece in pieces]
+            return self._tensor(np.concatenate(parts))
+
+        failed = self._core.read(contexts, tokens_of, self._core.step_tokens)
+        for request, holding in unread:
+            if error := failed.get(holding.slot):
+                self._drop(request, error)
+            elif not self._core.reader.is_reading(holding.slot):
+                holding.is_read = True
+                holding.num_tokens = len(request.context)
 
     def _draft_ready(
         self, ready: list[tuple[Request, Holding]], limit: int
@@ -321,8 +310,6 @@ class RequestDrafter:
         self._faults.report(f"request {request.request_id}", error)
 
     def _release(self, request_id: str) -> None:
-        if self._slots.holds(request_id, self._reading):
-            self._reading = None
         self._core.release_request(self._slots.release(request_id))
 
 
@@ -345,6 +332,14 @@ def max_drafts(request: Request, settings: RequestSettings) -> int:
     """Most tokens to draft now for a request that asked for such settings."""
     asked = settings.num_speculative_tokens
     return request.max_drafts if asked is None else min(asked, request.max_drafts)
+
+
+def _num_readable(request: Request) -> int:
+    """Context tokens before those that its next draft feeds.
+
+    A row that has not sampled yet will have one more token when it drafts.
+    """
+    return len(request.context) - FIRST_WIDTH + (not request.sampled)
 
 
 def _num_missing(request: Request, holding: Holding) -> int:

@@ -19,7 +19,8 @@ class Holding:
         is_read: whether its context is in its cache, which from then on grows by
             drafting.
         num_tokens: context length when it was last looked at.
-        num_cached: first tokens of that context that the cache holds.
+        num_cached: first tokens of that context that the cache holds, or that are to
+            be read into it.
         fed: drafts that the cache holds after the context.
     """
 
@@ -73,9 +74,6 @@ class RequestSlots:
         holding = Holding(self._free.pop(), state, **attributes)
         self._held[request_id] = holding
         return holding
-
-    def holds(self, request_id: str, holding: Holding | None) -> bool:
-        return self._held[request_id] is holding
 
     def release(self, request_id: str) -> int:
         slot = self._held.pop(request_id).slot

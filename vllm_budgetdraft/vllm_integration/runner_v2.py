@@ -56,7 +56,6 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         self._max_model_len = vllm_config.model_config.max_model_len
         self._core: DraftProposer
         self._progress: dict[int, Progress] = {}
-        self._reading: Progress | None = None
         self._statistics = DraftStatistics()
         self._faults = FaultLog(self._statistics)
         self._timer = DraftTimer(device)
@@ -132,7 +131,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             progress.kv_budget = settings.kv_budget
             if self._config.draft_sample_method == "probabilistic":
                 self._temperatures[index] = sampling.draft_temperature(params)
-            self._core.start_request(index, settings.kv_budget)
+            budget = settings.kv_budget
+            self._core.start_reading(index, progress.num_to_read, budget)
 
     @torch.inference_mode()
     def propose(
@@ -238,14 +238,11 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
                 self._release(index)
 
     def _release(self, index: int) -> None:
-        progress = self._progress.pop(index, None)
-        if progress is None or progress.why_not:
-            return
-        if progress is self._reading:
-            self._reading = None
-        # Whatever made it fail, which only the device knows, must not outlive it.
-        self._core.cache.scrub(index)
-        self._core.release_request(index)
+        self._progress.pop(index, None)
+        if self._core.cache.is_held(index):
+            # Whatever made it fail, which only the device knows, must not outlive it.
+            self._core.cache.scrub(index)
+            self._core.release_request(index)
 
     def _reset(self, error: Exception) -> None:
         """Has every request begin anew after a failure of none in particular.
@@ -258,40 +255,46 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             if progress.waits or not progress.why_not:
                 progress.why_not = "failed"
                 progress.waits = not give_up
-        self._reading = None
 
     def _ready(self, batch: Any, length: int) -> list[int]:
         """Rows that draft now: they sampled, and their caches have caught up."""
-        # Tokens of prompts, and others that came without drafts, of all requests.
-        self._to_read = self._to_feed = self._config.draft_prefill_chunk
-        held = [self._progress.get(index) for index in batch.idx_mapping_np.tolist()]
-        if self._reading not in held:
-            self._reading = None  # it waits, and others may read: there is one buffer
-        rows = []
-        for row, index in enumerate(batch.idx_mapping_np.tolist()):
-            if (progress := held[row]) is None:
-                continue
-            has_sampled = progress.step(batch, row)
-            is_ready = False
-            if progress.waits or not progress.why_not:
+        held = [
+            (row, index, self._progress[index])
+            for row, index in enumerate(batch.idx_mapping_np.tolist())
+            if index in self._progress
+        ]
+        sampled = {row: progress.step(batch, row) for row, _, progress in held}
+        for row, index, progress in held:
+            if progress.waits:
                 try:
-                    if progress.waits:
-                        self._begin_anew(index, progress, has_sampled)
-                    if not (progress.waits or progress.is_read):
-                        self._read(index, progress)
-                    if has_sampled and not progress.waits:
-                        is_ready = self._is_ready(index, progress, length)
+                    self._begin_anew(index, progress, sampled[row])
                 except Exception as error:
-                    self._faults.report(f"request {progress.request_id}", error)
-                    self._release(index)
-                    progress.why_not, progress.waits = "failed", False
-                    self._progress[index] = progress
+                    self._drop(index, progress, error)
+        self._read([index for _, index, progress in held if progress.is_reading])
+        self._to_feed = self._core.step_tokens  # of all requests
+        rows = []
+        for row, index, progress in held:
+            if not sampled[row]:
+                continue
+            is_ready = False
+            if not progress.why_not:
+                try:
+                    is_ready = self._is_ready(index, progress, length)
+                except Exception as error:
+                    self._drop(index, progress, error)
             if is_ready:
                 rows.append(row)
-            elif has_sampled:
+            else:
                 reason = progress.why_not or ("reading" if length else "draft_length")
                 self._statistics.count("drafts_skipped", label=reason)
         return rows
+
+    def _drop(self, index: int, progress: Progress, error: Exception) -> None:
+        """Ends the drafting of a request."""
+        self._faults.report(f"request {progress.request_id}", error)
+        self._release(index)
+        progress.why_not, progress.waits = "failed", False
+        self._progress[index] = progress
 
     def _begin_anew(self, index: int, progress: Progress, has_sampled: bool) -> None:
         """Gives a request that waits its pages, if there are enough."""
@@ -300,8 +303,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             return
         # The host waits for the device here, once for a request that waited itself.
         num_tokens = int(self._states.total_len.gpu[index])
-        self._core.start_request(index, progress.kv_budget)
         progress.begin(num_tokens, has_sampled=has_sampled)
+        self._core.start_reading(index, progress.num_to_read, progress.kv_budget)
 
     def _is_ready(self, index: int, progress: Progress, length: int) -> bool:
         """Whether a request that sampled is to draft now."""
@@ -316,22 +319,22 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             self._num_cached[index] = end - FIRST_WIDTH
         return progress.has_drafted
 
-    def _read(self, index: int, progress: Progress) -> None:
-        """Reads more of a prompt, as far as this step may."""
-        if self._reading not in (None, progress) or not self._to_read:
-            return
-        reader, end = self._core.reader, progress.num_to_read
-        if self._reading is None:
-            reader.start(end, progress.kv_budget)
-            self._reading = progress
-        while unread := reader.unread(end)[: self._to_read]:
-            tokens = self._states.all_token_ids.gpu[index, unread.start : unread.stop]
-            reader.read(tokens.to(torch.int64))
-            self._to_read -= len(unread)
-        if not reader.unread(end):
-            self._core.finish_reading(index)
-            self._num_cached[index] = end
-            self._reading, progress.is_read = None, True
+    def _read(self, indices: list[int]) -> None:
+        """Reads on in prompts, as far as this step may."""
+
+        def tokens_of(pieces: list[tuple[int, range]]) -> Tensor:
+            ids = self._states.all_token_ids.gpu
+            parts = [ids[index, piece.start : piece.stop] for index, piece in pieces]
+            return torch.cat(parts).to(torch.int64)
+
+        failed = self._core.read(indices, tokens_of, self._core.step_tokens)
+        for index in indices:
+            progress = self._progress[index]
+            if error := failed.get(index):
+                self._drop(index, progress, error)
+            elif not self._core.reader.is_reading(index):
+                self._num_cached[index] = progress.num_to_read
+                progress.is_read = True
 
     def _catch_up(self, index: int, progress: Progress) -> None:
         """Feeds tokens that came without drafts, as far as this step may.
