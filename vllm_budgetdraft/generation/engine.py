@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_budgetdraft.errors import ConfigurationError
+
 
 @dataclass(frozen=True)
 class Written:
@@ -40,6 +42,9 @@ class Engine:
         """
         Args:
             draws: whether anything is written at a temperature above 0.
+
+        Raises:
+            ConfigurationError: vLLM does not start.
         """
         from vllm_budgetdraft.comparison.measure import prepare_environment
 
@@ -55,7 +60,12 @@ class Engine:
             **(_of_whole_prompts(max_model_len) if draws else {}),
             **args.engine_args,
         }
-        self._llm = LLM(args.target, **engine_args)
+        try:
+            self._llm = LLM(args.target, **engine_args)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"vLLM cannot serve {args.target!r} so: {error}"
+            ) from error
 
     def write(
         self, prompts: list[list[int]], temperatures: list[float], seeds: list[int]
