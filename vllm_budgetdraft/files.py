@@ -45,10 +45,15 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """A file that is complete or not there."""
+    """A file that is complete or not there.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
     unfinished = path.with_suffix(".unfinished")
-    write(unfinished)
-    unfinished.replace(path)
+    with _writable(path):
+        write(unfinished)
+        unfinished.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,13 +104,13 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _writable(folder: Path) -> Iterator[None]:
+def _writable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise ConfigurationError(
-            f"{folder} cannot be written to ({error.strerror}); name another folder, "
-            "or see to its permissions and the disk"
+            f"{path} cannot be written to ({error.strerror or error}); name another "
+            "folder, or see to its permissions and the disk"
         ) from error
 
 

@@ -161,8 +161,10 @@ def test_a_run_that_was_killed_goes_on_and_its_counts_add_up(
         "52 answers, 2 of them cut at --new-tokens" in said
     )
     killed_at[0] = 5  # in the second file
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         generate("killed")
+    assert stop.value.code == 130
+    assert "the same command writes the others" in capsys.readouterr().err
     assert len(list((tmp_path / "killed").glob("part-*.parquet"))) == 1
     assert generate("killed") == expected
     assert f"{ends}; 52 answers" in capsys.readouterr().out

@@ -10,6 +10,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from vllm_budgetdraft.comparison.methods import Method
 from vllm_budgetdraft.comparison.room import GIB, Memory, Need, side_by_side
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
@@ -91,8 +93,11 @@ def check_engine(engine_args: dict[str, Any]) -> Any:
     except BudgetDraftError:
         raise
     except (OSError, TypeError, ValueError) as error:
+        why = str(error)
+        if isinstance(error, ValidationError):  # whose text is a table of inputs
+            why = "; ".join(each["msg"] for each in error.errors())
         raise ConfigurationError(
-            f"vLLM cannot serve {engine_args.get('model')!r} so: {error}"
+            f"vLLM cannot serve {engine_args.get('model')!r} so: {why}"
         ) from error
 
 

@@ -210,6 +210,7 @@ def _evaluate(args: Namespace, output: Path) -> None:
     provenance.check_settings(output / SETTINGS, settings)
     for method in methods:
         check_engine({**engine_args, **method.engine_args})
+    provenance.keep_settings(output / SETTINGS, settings)
     file = measure.RoundsFile(output / ROUNDS)
     begun = provenance.collect(settings)
     measure.measure(

@@ -33,14 +33,20 @@ def collect(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_settings(path: Path, settings: dict[str, Any]) -> None:
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     """Keeps what a run was begun with, for one that goes on in the same folder.
 
     Raises:
-        ConfigurationError: it was begun with other settings, or the file is no such.
+        ConfigurationError: see ``check_settings``.
     """
+    check_settings(path, settings)
     if not path.is_file():
         write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raises ConfigurationError for other settings than were kept, if any were."""
+    if not path.is_file():
         return
     theirs = read_object(path)
     for key, value in settings.items():

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_budgetdraft.command_line import at_least, json_object, when_interrupted
 from vllm_budgetdraft.drafter.join import of_target
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.files import claimed
 from vllm_budgetdraft.generation.parts import missing_parts, write_part
@@ -109,13 +109,22 @@ def run(args: Namespace) -> None:
     settings = {k: v for k, v in vars(args).items() if k not in OF_THE_MACHINE}
     advice = f"the files in {output} are complete: the same command writes the others"
     with claimed(output), when_interrupted(lambda: advice):
-        provenance.check_settings(output / SETTINGS, settings)
-        if args.conversations:
-            from vllm_budgetdraft.generation import chats
+        provenance.keep_settings(output / SETTINGS, settings)
+        try:
+            _write_missing(args, output)
+        except BudgetDraftError:
+            if not any(output.glob("part-*.parquet")):  # nothing is of these settings
+                (output / SETTINGS).unlink()
+            raise
 
-            chats.run(args, output)
-        else:
-            _of_texts(args, output)
+
+def _write_missing(args: Namespace, output: Path) -> None:
+    if args.conversations:
+        from vllm_budgetdraft.generation import chats
+
+        chats.run(args, output)
+    else:
+        _of_texts(args, output)
 
 
 def _of_texts(args: Namespace, output: Path) -> None:
