@@ -84,7 +84,7 @@ class Engine:
             for temperature, seed in zip(temperatures, seeds, strict=True)
         ]
         found = []
-        for result in self._llm.generate(_inputs(prompts), params):
+        for result in self._generate(prompts, params):
             output = result.outputs[0]
             top = _likeliest(output.logprobs, self._count) if self._count else {}
             has_ended = output.finish_reason == "stop"
@@ -98,15 +98,20 @@ class Engine:
         params = SamplingParams(
             max_tokens=1, prompt_logprobs=self._count, detokenize=False
         )
-        results = self._llm.generate(_inputs(prompts), params)
+        results = self._generate(prompts, params)
         return [
             _likeliest(result.prompt_logprobs[-self._new_tokens :], self._count)
             for result in results
         ]
 
-
-def _inputs(prompts: list[list[int]]) -> Any:
-    return [{"prompt_token_ids": prompt} for prompt in prompts]
+    def _generate(self, prompts: list[list[int]], params: Any) -> Any:
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        try:
+            return self._llm.generate(inputs, params)
+        except KeyboardInterrupt:
+            # What its process has to say comes before what this one does.
+            self._llm.llm_engine.engine_core.shutdown()
+            raise
 
 
 def _of_whole_prompts(longest: int) -> dict[str, Any]:
