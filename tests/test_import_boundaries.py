@@ -12,13 +12,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS, KERNELS = "vllm_budgetdraft", "budgetdraft_kernels"
 
-FOUNDATION = {"config", "errors", "environment"}
+FOUNDATION = {"command_line", "config", "environment", "errors", "files"}
 #: What each package may import of ours, itself and the version apart.
 MAY_IMPORT_OURS = {
     KERNELS: set(),
     "config": FOUNDATION,
     "errors": FOUNDATION,
     "environment": FOUNDATION,
+    "command_line": FOUNDATION,
+    "files": FOUNDATION,
     "cache": FOUNDATION | {KERNELS},
     "eviction": FOUNDATION | {KERNELS},
     "attention": FOUNDATION | {KERNELS, "cache"},
@@ -52,6 +54,8 @@ MAY_IMPORT_OTHERS = {
     "config": {"pydantic"},
     "errors": {"pydantic"},
     "environment": {"pydantic"},
+    "command_line": {"pydantic"},
+    "files": {"pydantic"},
     "cache": {"torch"},
     "eviction": {"torch"},
     "attention": {"torch", "xformers"},

@@ -10,7 +10,13 @@ from tests.support.pages import DOCS, ROOT
 from vllm_budgetdraft import errors
 
 OURS = {name for name, each in vars(errors).items() if isinstance(each, type)}
-RAISED = OURS | {"BadRequestError", "RuntimeError", "ValueError"}
+RAISED = OURS | {
+    "ArgumentTypeError",
+    "BadRequestError",
+    "KeyboardInterrupt",
+    "RuntimeError",
+    "ValueError",
+}
 LOGGED = {"warning", "error", "exception"}
 
 

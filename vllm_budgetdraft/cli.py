@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_budgetdraft import __version__
+from vllm_budgetdraft.command_line import at_least, told, with_homes
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 
 #: Where the pair that comes with the repository lies, as seen from here.
@@ -37,28 +38,25 @@ MODULES = {
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a subcommand; what a user can mend ends it with status 2, no traceback."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and not args.takes_rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.rest = rest
-    try:
+    with told("budgetdraft"):
+        parser = build_parser()
+        words = with_homes(sys.argv[1:] if argv is None else argv)
+        args, rest = parser.parse_known_args(words)
+        if rest and not args.takes_rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.rest = rest
         _require_embedded_pair(args)
-        args.run(args)
-        return
-    except BudgetDraftError as error:
-        message = str(error)
-    except ModuleNotFoundError as error:
-        # Only a whole package can have been left out; part of one is a fault.
-        if error.name is None or "." in error.name:
-            raise
-        message = (
-            f"{error.name} is not installed; pip install "
-            "'vllm-budgetdraft[gpu,train,bench]' brings what the commands need, with "
-            "cpu for gpu where no NVIDIA GPU is"
-        )
-    print(f"budgetdraft: {message}", file=sys.stderr)
-    raise SystemExit(2)
+        try:
+            args.run(args)
+        except ModuleNotFoundError as error:
+            # Only a whole package can have been left out; part of one is a fault.
+            if error.name is None or "." in error.name:
+                raise
+            raise BudgetDraftError(
+                f"{error.name} is not installed; pip install "
+                "'vllm-budgetdraft[gpu,train,bench]' brings what the commands need, "
+                "with cpu for gpu where no NVIDIA GPU is"
+            ) from error
 
 
 def _require_embedded_pair(args: Namespace) -> None:
@@ -103,13 +101,15 @@ def _add_demo(commands: Any) -> None:
         "--target", help="a chat model; without, the pair of budgetdraft fetch smollm2"
     )
     demo.add_argument("--drafter", help="for that target")
-    demo.add_argument("--num-speculative-tokens", type=int, default=2)
-    demo.add_argument("--kv-budget", type=int, default=512)
+    demo.add_argument("--num-speculative-tokens", type=at_least(1), default=2)
+    demo.add_argument("--kv-budget", type=at_least(1), default=512)
     demo.add_argument("--eviction-policy", default="chunk_retrieval")
-    demo.add_argument("--context-tokens", type=int, nargs="+", default=[1024, 4096])
-    demo.add_argument("--new-tokens", type=int, default=64)
     demo.add_argument(
-        "--repeats", type=int, default=2, help="prompts of each kind and length"
+        "--context-tokens", type=at_least(1), nargs="+", default=[1024, 4096]
+    )
+    demo.add_argument("--new-tokens", type=at_least(1), default=64)
+    demo.add_argument(
+        "--repeats", type=at_least(1), default=2, help="prompts of each kind and length"
     )
     demo.add_argument(
         "--dtype",

@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.files import read_text
 
 #: ``role`` and ``content``, as ``apply_chat_template`` takes them.
 Message = dict[str, str]
@@ -90,7 +91,7 @@ def set_chat_template(
             )
         return
     if Path(template).is_file():
-        template = Path(template).read_text(encoding="utf-8")
+        template = read_text(Path(template))
     elif "{" not in template:
         raise ConfigurationError(
             f"--chat-template {template!r} is no file, and no template; give a file of "

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.vllm
 
 #: Of the lines that it prints.
 NAMES = {
-    *("target", "vocabulary", "positions", "memory", "runner"),
-    *("measuring", "speed-up", "acceptance", "outputs"),
+    *("checking", "target", "vocabulary", "positions", "memory", "runner"),
+    *("engines", "measuring", "speed-up", "acceptance", "outputs"),
 }
 
 
@@ -35,7 +35,7 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_pair_that_fits_is_described_and_measured() -> None:
     done = check(
-        *(TARGET, DRAFTER, "--seconds", "1", "--context-tokens", "300"),
+        *(TARGET, DRAFTER, "--seconds", "30", "--context-tokens", "300"),
         *("--new-tokens", "24"),
         "--engine-args",
         '{"dtype": "float32", "enforce_eager": true, "max_num_seqs": 8}',
@@ -49,6 +49,8 @@ def test_a_pair_that_fits_is_described_and_measured() -> None:
     assert said.keys() == NAMES
     for engine in ("vllm", "budgetdraft"):
         assert f"{engine} is ready after" in done.stdout
+    assert "vllm, budgetdraft: loading and compiling" in done.stdout
+    assert said["measuring"].startswith("prompt ")
     assert said["vocabulary"] == "4096 tokens in both, of equal tokenizers"
     assert said["positions"].startswith("absolute, within the 16384 tokens")
     assert "(8 requests x 784 tokens" in said["memory"]

@@ -22,6 +22,7 @@ from tests.support.tiny_pair import (
     engine_args,
     job,
 )
+from vllm_budgetdraft.comparison.engines import check_engine
 from vllm_budgetdraft.diagnosis import check
 from vllm_budgetdraft.evaluation.acceptance import greedy_continuation
 
@@ -78,9 +79,12 @@ def test_it_is_said_once_at_start_and_by_check(target_rows, own, tmp_path, monke
     target = write_padded(tmp_path / "target", vocab_size=target_rows)
     drafter = write_padded(tmp_path / "drafter", vocab_size=own)
     settings = {"model": str(drafter), "num_speculative_tokens": 4}
-    config = check._vllm_config(
-        {"model": str(target), "max_num_seqs": 2},
-        {"method": "budgetdraft", **settings},
+    config = check_engine(
+        {
+            "model": str(target),
+            "max_num_seqs": 2,
+            "speculative_config": {"method": "budgetdraft", **settings},
+        }
     )
     note = (
         f"vocab_size={own} in the drafter, {target_rows} in the target, of equal "

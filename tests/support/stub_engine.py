@@ -56,6 +56,9 @@ class StubEngine:
         if self.config["method"] in self.broken:
             raise RuntimeError(f"the engine stopped; its log is {self.log_file}")
 
+    def last_words(self, count: int) -> str:
+        return "Loading weights"
+
     def close(self) -> None:
         self.is_closed = True
 

@@ -2,17 +2,14 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.support import models
 from tests.support.books import write_target
@@ -23,7 +20,6 @@ from tests.support.training_runs import (
     train,
     write_inputs,
 )
-from vllm_budgetdraft.drafter import checkpoint
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.training.views import View, continuation_hidden
 
@@ -337,42 +333,6 @@ def test_budgets_that_hold_every_prefix_train_no_sparse_view(
     train(inputs, tmp_path / "some", steps=1)
     assert not told
     assert "0.5 of sparse views" in (tmp_path / "some" / "README.md").read_text()
-
-
-@contextmanager
-def small_files():
-    """Files of more than a kibibyte cannot be written."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("part", ["checkpoint-4", ""])
-def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
-    inputs, tmp_path, capsys, monkeypatch, part
-):
-    """Of a checkpoint as of the drafter in the end, by safetensors' own error."""
-    folder = tmp_path / part
-
-    def full(tensors, path, **kwargs):
-        if Path(path).parent != folder:
-            return save_file(tensors, path, **kwargs)
-        with pytest.raises(SafetensorError) as error, small_files():
-            save_file(tensors, path, **kwargs)
-        raise error.value
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(SystemExit):
-        train(inputs, tmp_path, steps=5)
-    assert "no space left" in capsys.readouterr().err
-    assert not (tmp_path / "checkpoint-4").exists() or not part
-    monkeypatch.undo()
-    train(inputs, tmp_path, "--resume_from_checkpoint", "true", steps=5)
-    assert len(losses(tmp_path / "checkpoint-5")) == 5
-    assert load_drafter(tmp_path, max_positions=8)
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer, Gemma3Config, PreTrainedTokenizerBase
@@ -11,7 +12,7 @@ from tests.unit.test_conversations import CHATML, THINKING, WHY, make_tokenizer
 from vllm_budgetdraft.cli import main
 from vllm_budgetdraft.generation import chats
 from vllm_budgetdraft.generation.chats import Chat, write_chats
-from vllm_budgetdraft.generation.engine import Written
+from vllm_budgetdraft.generation.engine import Engine, Written
 from vllm_budgetdraft.training.sources import read_continuations
 
 LONGEST = 120
@@ -161,8 +162,10 @@ def test_a_run_that_was_killed_goes_on_and_its_counts_add_up(
         "52 answers, 2 of them cut at --new-tokens" in said
     )
     killed_at[0] = 5  # in the second file
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         generate("killed")
+    assert stop.value.code == 130
+    assert "the same command writes the others" in capsys.readouterr().err
     assert len(list((tmp_path / "killed").glob("part-*.parquet"))) == 1
     assert generate("killed") == expected
     assert f"{ends}; 52 answers" in capsys.readouterr().out
@@ -202,3 +205,20 @@ def test_what_cannot_be_written_is_refused(tmp_path, capsys, more, message):
     with pytest.raises(SystemExit):
         main([*command.split(), *output])
     assert message in capsys.readouterr().err
+
+
+def test_an_engine_that_is_interrupted_is_ended_first():
+    """What its own process says then comes before how to go on."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    ended = []
+    core = SimpleNamespace(shutdown=lambda: ended.append(True))
+    engine = object.__new__(Engine)
+    engine._llm = SimpleNamespace(
+        generate=interrupted, llm_engine=SimpleNamespace(engine_core=core)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        engine._generate([[1]], None)
+    assert ended == [True]

@@ -291,7 +291,7 @@ def measure_order(methods, folder, options):
         ("--data books", "is not TASK=SOURCE"),
         ("--methods medusa", "there is no method 'medusa'"),
         ("--context-tokens 16384", "exceed the target's 16384 positions"),
-        ("--temperature 0 -1", "--temperature -1 is below 0"),
+        ("--temperature 0 -1", "'-1' is no number from 0 on"),
         ("--chat-template x --skip-chat-template", "not allowed with argument"),
         ("--new-tokens 8", "was begun with target='other', not"),
     ],

@@ -1,8 +1,15 @@
 """``budgetdraft env`` and the parts of ``check`` that need no engine."""
 
 import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -12,11 +19,14 @@ from tests.support.models import VOCAB_SIZE
 from tests.support.stub_engine import StubEngine
 from vllm_budgetdraft import __version__
 from vllm_budgetdraft.cli import main
-from vllm_budgetdraft.comparison import room
+from vllm_budgetdraft.comparison import engines, room
+from vllm_budgetdraft.comparison.methods import PLAIN, Method
 from vllm_budgetdraft.comparison.races import race
 from vllm_budgetdraft.diagnosis import check, env
 from vllm_budgetdraft.diagnosis.memory import describe
+from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.vllm_integration.compatibility import NEWEST
+from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
 ROOT = Path(__file__).parents[2]
 TARGET = str(ROOT / "models" / "books-9m")
@@ -165,3 +175,96 @@ def test_what_a_user_says_of_the_length_is_measured(monkeypatch):
     given = {"model": TARGET, "max_model_len": 500}
     check._measure(args, given, {"method": "budgetdraft", "model": DRAFTER}, 50)
     assert {engine.engine_args["max_model_len"] for engine in StubEngine.made} == {500}
+
+
+def measured(seconds: float) -> tuple[dict, list]:
+    args = SimpleNamespace(target=TARGET, new_tokens=8, seconds=seconds)
+    settings = {"method": "budgetdraft", "model": DRAFTER}
+    return check._measure(args, {"model": TARGET}, settings, 50)
+
+
+def answers_of(
+    monkeypatch: pytest.MonkeyPatch, count: int, then: Callable[[], None]
+) -> None:
+    """Engines that answer so many whole requests, and then do something else."""
+    generate = StubEngine.generate
+
+    def limited(self, prompt, sampling):
+        if len(StubEngine.asked) == count:
+            then()
+        return generate(self, prompt, sampling)
+
+    StubEngine.install(monkeypatch, generate=limited)
+
+
+def test_the_seconds_to_measure_for_bound_all_measuring(monkeypatch, capsys):
+    """Whatever an engine is doing when they are over; prompts that were done count."""
+    sleep = partial(time.sleep, 30)
+    begun = time.monotonic()
+    answers_of(monkeypatch, 3, sleep)
+    row, _ = measured(1.0)
+    assert row["num_runs"] == 1
+    said = capsys.readouterr().out
+    assert "prompt 1: vllm 2.0 s, budgetdraft 2.0 s" in said
+    assert "vllm, budgetdraft: loading and compiling" in said
+    answers_of(monkeypatch, 0, sleep)
+    message = "no prompt of 50 tokens was done in --seconds 1; give more"
+    with pytest.raises(ConfigurationError, match=message):
+        measured(1.0)
+    assert time.monotonic() - begun < 20
+    assert all(engine.is_closed for engine in StubEngine.made)
+
+
+def test_an_interrupted_check_gives_the_numbers_so_far(monkeypatch, capsys):
+    def interrupt() -> NoReturn:
+        raise KeyboardInterrupt
+
+    answers_of(monkeypatch, 5, interrupt)
+    row, _ = measured(30.0)
+    assert row["num_runs"] == 2
+    assert "interrupted   what follows is of 2 prompts" in capsys.readouterr().out
+    answers_of(monkeypatch, 1, interrupt)
+    with pytest.raises(KeyboardInterrupt, match="nothing was measured yet"):
+        measured(30.0)
+
+
+def test_engines_that_start_slowly_say_how_far_they_are(monkeypatch, tmp_path):
+    class Slow(StubEngine):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            self.connection, other = Pipe()
+            threading.Timer(0.5, other.close).start()
+
+    Slow.install(monkeypatch)
+    monkeypatch.setattr(engines, "SILENT_SECONDS", 0.1)
+    told: list[str] = []
+    memory = room.Memory("cpu", 2**40, 2**41)
+    with engines.running([Method(PLAIN)], {"model": TARGET}, memory, told.append):
+        pass
+    assert told[0] == "vllm is starting, 0 s so far: Loading weights"
+    assert told[-1].startswith("vllm is ready after")
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_engine_at_work_on_what_nobody_waits_for_is_ended_at_once(answers):
+    """Its answer may take minutes; one that is idle ends by itself."""
+    done = []
+    engine = object.__new__(EngineProcess)
+    engine._is_ready, engine._is_busy = True, False
+    engine._process = SimpleNamespace(
+        kill=lambda: done.append("killed"),
+        join=lambda timeout=None: done.append("joined"),
+        is_alive=lambda: False,
+    )
+
+    def recv() -> None:
+        if not answers:
+            raise KeyboardInterrupt
+
+    engine._pipe = SimpleNamespace(
+        send=lambda _: None, recv=recv, close=lambda: done.append("closed")
+    )
+    with nullcontext() if answers else pytest.raises(KeyboardInterrupt):
+        engine.describe()
+    engine.close()
+    assert done == ["closed", *(() if answers else ("killed",)), "joined"]

@@ -10,9 +10,11 @@ from vllm_budgetdraft.comparison import measure
 from vllm_budgetdraft.comparison.methods import Method, all_methods
 from vllm_budgetdraft.comparison.summary import same, summarise
 from vllm_budgetdraft.config import parse_speculative_config, settle
+from vllm_budgetdraft.drafter.join import of_target
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.fetch import pretrained_pair
+from vllm_budgetdraft.files import write_text
 from vllm_budgetdraft.vllm_integration.engine_process import preload
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def run(args: Namespace) -> None:
 
     from vllm_budgetdraft.comparison.chats import questions_about_texts, short_chats
 
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    tokenizer = of_target(args.target, AutoTokenizer.from_pretrained)
     methods = all_methods(
         ["ngram", "draft_model", "budgetdraft"],
         drafter=args.drafter,
@@ -92,7 +94,7 @@ def run(args: Namespace) -> None:
             "answers": answers,
             "provenance": provenance.collect(settings),
         }
-        Path(args.json).write_text(json.dumps(document, indent=2) + "\n")
+        write_text(Path(args.json), json.dumps(document, indent=2) + "\n")
         print(f"Written to {args.json}.")
 
 

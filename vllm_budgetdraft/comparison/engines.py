@@ -10,9 +10,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from vllm_budgetdraft.comparison.methods import Method
 from vllm_budgetdraft.comparison.room import GIB, Memory, Need, side_by_side
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
+
+#: After so long without news of an engine that starts, there is some.
+SILENT_SECONDS = 15.0
 
 
 def needed_bytes(
@@ -72,6 +77,30 @@ def together_or_in_turn(
     return [[method] for method in reversed(methods)]
 
 
+def check_engine(engine_args: dict[str, Any]) -> Any:
+    """vLLM's config, after all that it and we check before weights are loaded.
+
+    Raises:
+        BudgetDraftError: an engine with these arguments would not start.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_budgetdraft.vllm_integration.plugin import register
+
+    register()
+    try:
+        return EngineArgs(**engine_args).create_engine_config()
+    except BudgetDraftError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
+        why = str(error)
+        if isinstance(error, ValidationError):  # whose text is a table of inputs
+            why = "; ".join(each["msg"] for each in error.errors())
+        raise ConfigurationError(
+            f"vLLM cannot serve {engine_args.get('model')!r} so: {why}"
+        ) from error
+
+
 @contextmanager
 def running(
     methods: list[Method],
@@ -81,8 +110,9 @@ def running(
 ) -> Iterator[dict[str, Any]]:
     """The engine of each method by its name, all ready.
 
-    They start at the same time. On a CPU the others start when the first is ready: what
-    it compiled they find in torch's cache, and together each would compile the same.
+    They start at the same time, and ``tell`` hears how that goes. On a CPU the others
+    start when the first is ready: what it compiled they find in torch's cache, and
+    together each would compile the same.
 
     Raises:
         BudgetDraftError: an engine did not start; the others are closed, and the logs
@@ -107,7 +137,13 @@ def running(
                 engines[method.name] = stack.enter_context(closing(engine))
                 starting[engine.connection] = method.name
             while starting:
-                for connection in wait(list(starting)):
+                ready = wait(list(starting), timeout=SILENT_SECONDS)
+                if not ready:
+                    seconds = time.monotonic() - begun
+                    for name in starting.values():
+                        words = engines[name].last_words(1) or "no word of it yet"
+                        tell(f"{name} is starting, {seconds:.0f} s so far: {words}")
+                for connection in ready:
                     name = starting.pop(connection)
                     try:
                         engines[name].wait_until_ready()

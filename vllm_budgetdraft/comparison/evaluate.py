@@ -1,14 +1,16 @@
 """``budgetdraft evaluate``: every method a user of vLLM would think of, in one run."""
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_budgetdraft.cli import MODELS
+from vllm_budgetdraft.command_line import at_least, json_object, when_interrupted
 from vllm_budgetdraft.comparison.methods import KINDS, default_kinds
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.files import claimed
 
 if TYPE_CHECKING:
     from vllm_budgetdraft.comparison.prompts import Prompt
@@ -39,12 +41,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--target", default=str(MODELS / "books-9m"))
     parser.add_argument("--drafter", default=str(MODELS / "books-9m-drafter"))
     parser.add_argument(
-        "--output", required=True, help="folder; a run that was cut short goes on there"
+        "--output",
+        help="folder; a run that was cut short goes on there. Without it a new one, "
+        "evaluation-DATE-TIME",
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, default="short")
-    parser.add_argument("--context-tokens", type=int, nargs="+")
-    parser.add_argument("--kv-budgets", type=int, nargs="+")
-    parser.add_argument("--num-speculative-tokens", type=int, nargs="+")
+    parser.add_argument("--context-tokens", type=at_least(1), nargs="+")
+    parser.add_argument("--kv-budgets", type=at_least(1), nargs="+")
+    parser.add_argument("--num-speculative-tokens", type=at_least(1), nargs="+")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -74,13 +78,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="prompts are plain text, and no output ends before --new-tokens",
     )
     parser.add_argument("--unwrap-lines", action="store_true", help="of books")
-    parser.add_argument("--prompts", type=int, default=5, help="of a task and context")
     parser.add_argument(
-        "--new-tokens", type=int, default=256, help="at most, in a chat template"
+        "--prompts", type=at_least(1), default=5, help="of a task and context"
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=at_least(1),
+        default=256,
+        help="at most, in a chat template",
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=at_least(0.0),
         nargs="+",
         default=[0.0],
         help="each is measured; above 0, requests have no seed",
@@ -89,24 +98,24 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32"
     )
     parser.add_argument(
-        "--engine-args", type=json.loads, default={}, help="JSON, of vLLM's LLM"
+        "--engine-args", type=json_object, default={}, help="JSON, of vLLM's LLM"
     )
     parser.add_argument(
         "--engines-at-once",
-        type=int,
+        type=at_least(1),
         default=4,
         help="that take turns with plain vLLM's; fewer where memory is short",
     )
     parser.add_argument(
         "--concurrency",
-        type=int,
+        type=at_least(1),
         nargs="+",
         default=[],
         help="also behind vllm serve, with so many requests at a time: each task's "
         "prompts of its shortest context",
     )
     parser.add_argument(
-        "--serving-repeats", type=int, default=3, help="each with new servers"
+        "--serving-repeats", type=at_least(1), default=3, help="each with new servers"
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -115,10 +124,22 @@ def run(args: Namespace) -> None:
     """Writes rounds as they are done, then results.json, results.csv, report.html.
 
     Raises:
-        ConfigurationError: see ``all_methods``, ``set_chat_template``,
-            ``build_prompts`` and ``measure``; a temperature is negative, the contexts
-            are too long, or the folder holds what other settings wrote.
+        BudgetDraftError: see ``all_methods``, ``set_chat_template``,
+            ``build_prompts``, ``check_engine`` and ``measure``; the contexts are too
+            long; the folder holds what other settings wrote, or another process writes
+            to it.
     """
+    output = Path(args.output or f"evaluation-{datetime.now():%Y-%m-%d-%H%M%S}")
+    again = "the same command"
+    if not args.output:
+        print(f"Results go to {output}.", file=sys.stderr)
+        again += f" with --output {output}"
+    advice = f"what was measured is in {output}: {again} goes on there"
+    with claimed(output), when_interrupted(lambda: advice):
+        _evaluate(args, output)
+
+
+def _evaluate(args: Namespace, output: Path) -> None:
     from vllm_budgetdraft.comparison import measure
     from vllm_budgetdraft.vllm_integration.engine_process import preload
 
@@ -127,6 +148,7 @@ def run(args: Namespace) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from vllm_budgetdraft.comparison import report
+    from vllm_budgetdraft.comparison.engines import check_engine
     from vllm_budgetdraft.comparison.methods import all_methods
     from vllm_budgetdraft.comparison.notes import Circumstances, notes
     from vllm_budgetdraft.comparison.prompts import EXCERPT, build_prompts
@@ -139,11 +161,6 @@ def run(args: Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     temperatures = sorted(set(args.temperature))
-    if temperatures[0] < 0:
-        raise ConfigurationError(
-            f"--temperature {temperatures[0]:g} is below 0; use 0, which is greedy, or "
-            "more"
-        )
     try:
         target = AutoConfig.from_pretrained(args.target)
     except (OSError, ValueError) as error:
@@ -183,18 +200,19 @@ def run(args: Namespace) -> None:
     )
     for line in said:
         print(line, file=sys.stderr)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    provenance.check_settings(output / SETTINGS, settings)
-    file = measure.RoundsFile(output / ROUNDS)
-    begun = provenance.collect(settings)
     engine_args = {
         "model": args.target,
         "dtype": args.dtype,
         "max_model_len": longest,
         **args.engine_args,
     }
+    settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+    provenance.check_settings(output / SETTINGS, settings)
+    for method in methods:
+        check_engine({**engine_args, **method.engine_args})
+    provenance.keep_settings(output / SETTINGS, settings)
+    file = measure.RoundsFile(output / ROUNDS)
+    begun = provenance.collect(settings)
     measure.measure(
         methods,
         prompts,

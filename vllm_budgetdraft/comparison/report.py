@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_budgetdraft.comparison.summary import best_lengths, same, to_csv
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.files import read_object, write_text
 
 RESULTS = "results.json"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -21,7 +22,7 @@ def run(args: Namespace) -> None:
     """Several runs on one page, each method named after its run.
 
     Raises:
-        ConfigurationError: a folder has no results.
+        ConfigurationError: a folder has no results, or others.
     """
     documents = {}
     for folder in map(Path, args.results):
@@ -31,9 +32,19 @@ def run(args: Namespace) -> None:
                 f"{folder} has no {RESULTS}; give folders that budgetdraft evaluate "
                 "wrote to their end"
             )
-        documents[folder.name] = json.loads(path.read_text(encoding="utf-8"))
-    Path(args.output).write_text(page(documents), encoding="utf-8")
+        documents[folder.name] = _document(path)
+    write_text(Path(args.output), page(documents))
     print(f"Written to {args.output}.")
+
+
+def _document(path: Path) -> dict[str, Any]:
+    found = read_object(path)
+    if missing := {"results", "serving", "notes", "provenance"} - set(found):
+        raise ConfigurationError(
+            f"{path} has no {sorted(missing)}; give folders that budgetdraft evaluate "
+            "wrote"
+        )
+    return found
 
 
 def write(folder: Path, document: dict[str, Any]) -> None:
@@ -41,13 +52,13 @@ def write(folder: Path, document: dict[str, Any]) -> None:
     from vllm_budgetdraft.comparison.figures import speedups
 
     text = json.dumps(document, indent=1)
-    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / RESULTS, text + "\n")
     rows = document["results"]
-    (folder / "results.csv").write_text(to_csv(rows), encoding="utf-8")
+    write_text(folder / "results.csv", to_csv(rows))
     figure = speedups(best_lengths(_labelled(rows)))
-    (folder / "speedup.svg").write_text(figure, encoding="utf-8")
+    write_text(folder / "speedup.svg", figure)
     html = page({folder.name: document})
-    (folder / "report.html").write_text(html, encoding="utf-8")
+    write_text(folder / "report.html", html)
 
 
 def page(documents: dict[str, dict[str, Any]]) -> str:

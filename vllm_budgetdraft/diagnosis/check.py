@@ -1,13 +1,19 @@
 """``budgetdraft check``: whether a drafter fits a target, and what it would bring."""
 
-import json
+import signal
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
+from vllm_budgetdraft.command_line import at_least, json_object
+from vllm_budgetdraft.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from vllm_budgetdraft.comparison.prompts import Prompt
 
 #: Passages to choose from: more than half the time can be spent on.
 MAX_PASSAGES = 20
@@ -18,28 +24,36 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("drafter", help="folder")
     parser.add_argument(
         "--speculative-config",
-        type=json.loads,
+        type=json_object,
         default={},
         help="JSON, more keys as vLLM's option has them",
     )
     parser.add_argument(
-        "--engine-args", type=json.loads, default={}, help="JSON, of vLLM's LLM"
+        "--engine-args", type=json_object, default={}, help="JSON, of vLLM's LLM"
     )
     parser.add_argument(
-        "--seconds", type=float, default=30, help="to measure for; 0 for not at all"
+        "--seconds",
+        type=at_least(0.0),
+        default=30.0,
+        help="to measure for, at most; 0 for not at all",
     )
     parser.add_argument(
-        "--context-tokens", type=int, default=4096, help="of a prompt to measure with"
+        "--context-tokens",
+        type=at_least(1),
+        default=4096,
+        help="of a prompt to measure with",
     )
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=at_least(1), default=128)
 
 
 def run(args: Namespace) -> None:
     """Says each thing as soon as it is known.
 
     Raises:
-        BudgetDraftError: the two do not go together, and why.
+        BudgetDraftError: the two do not go together, and why; or there was no time to
+            measure.
     """
+    from vllm_budgetdraft.comparison.engines import check_engine
     from vllm_budgetdraft.comparison.measure import prepare_environment
     from vllm_budgetdraft.vllm_integration.engine_process import preload
 
@@ -53,7 +67,10 @@ def run(args: Namespace) -> None:
         **args.speculative_config,
     }
     engine_args = {"model": args.target, **args.engine_args}
-    vllm_config = _vllm_config(engine_args, speculative_config)
+    _say("checking", "before anything large loads")
+    vllm_config = check_engine(
+        {**engine_args, "speculative_config": speculative_config}
+    )
     target = vllm_config.model_config
     _say("target", f"{args.target}, max_model_len {target.max_model_len}")
     drafter = vllm_config.speculative_config.settings.model
@@ -68,27 +85,6 @@ def run(args: Namespace) -> None:
 
 def _say(name: str, text: str) -> None:
     print(f"{name:<12}  {text}", flush=True)
-
-
-def _vllm_config(
-    engine_args: dict[str, Any], speculative_config: dict[str, Any]
-) -> Any:
-    """vLLM's own, with all that it and we check before weights are loaded."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_budgetdraft.vllm_integration.plugin import register
-
-    register()
-    try:
-        return EngineArgs(
-            **engine_args, speculative_config=speculative_config
-        ).create_engine_config()
-    except BudgetDraftError:
-        raise
-    except (OSError, TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"vLLM cannot serve {engine_args['model']!r} so: {error}"
-        ) from error
 
 
 def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
@@ -153,7 +149,10 @@ def _measure(
     speculative_config: dict[str, Any],
     context_tokens: int,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ours beside plain vLLM: its row, and its races where outputs differ."""
+    """Ours beside plain vLLM: its row, and its races where outputs differ.
+
+    An interruption ends it with what there is so far.
+    """
     from transformers import AutoTokenizer
 
     from vllm_budgetdraft.comparison import measure
@@ -163,6 +162,7 @@ def _measure(
     from vllm_budgetdraft.comparison.room import memory_at_hand
     from vllm_budgetdraft.comparison.summary import summarise
 
+    tell = partial(_say, "engines")
     prompts = build_prompts(
         AutoTokenizer.from_pretrained(args.target),
         {"books": str(EXCERPT)},
@@ -177,19 +177,76 @@ def _measure(
     shared = measure.SHARED_ENGINE_ARGS | longest | engine_args
     memory = memory_at_hand()
     rounds: dict[int, dict[str, Any]] = {}
-    for group in together_or_in_turn(methods, shared, memory, partial(_say, "engines")):
-        with running(group, shared, memory, partial(_say, "measuring")) as engines:
-            measure.warm_up(engines, prompts[0], sampling)
-            end = time.monotonic() + args.seconds * len(group) / len(methods)
-            for turn, prompt in enumerate(prompts):
-                rounds[turn] = measure.a_round(
-                    engines, prompt, turn, sampling, earlier=rounds.get(turn)
-                )
-                if time.monotonic() > end:
-                    break
+    ends = ""
+    try:
+        for group in together_or_in_turn(methods, shared, memory, tell):
+            tell(f"{', '.join(m.name for m in group)}: loading and compiling")
+            with running(group, shared, memory, tell) as engines:
+                share = args.seconds * len(group) / len(methods)
+                _rounds(engines, prompts, sampling, share, rounds)
+    except KeyboardInterrupt:
+        ends = "interrupted"
     whole = [each for each in rounds.values() if len(each["runs"]) == len(methods)]
+    if not whole:
+        if ends:
+            raise KeyboardInterrupt("nothing was measured yet")
+        raise ConfigurationError(
+            f"no prompt of {context_tokens} tokens was done in --seconds "
+            f"{args.seconds:g}; give more, or fewer --context-tokens or --new-tokens"
+        )
+    if ends:
+        _say("interrupted", f"what follows is of {len(whole)} prompts")
     races = [race for each in whole for race in each["races"].values()]
     return summarise(methods, whole)[-1], races
+
+
+def _rounds(
+    engines: dict[str, Any],
+    prompts: list["Prompt"],
+    sampling: dict[str, Any],
+    seconds: float,
+    rounds: dict[int, dict[str, Any]],
+) -> None:
+    """Adds to ``rounds``, by prompt, until the time is over or there are no more."""
+    from vllm_budgetdraft.comparison import measure
+
+    end = time.monotonic() + seconds
+    with suppress(_TimeOverError), _limited(seconds):
+        measure.warm_up(engines, prompts[0], sampling)
+        for turn, prompt in enumerate(prompts):
+            found = measure.a_round(
+                engines, prompt, turn, sampling, earlier=rounds.get(turn)
+            )
+            rounds[turn] = found
+            taken = ", ".join(
+                f"{name} {found['runs'][name]['seconds']:.1f} s" for name in engines
+            )
+            _say("measuring", f"prompt {turn + 1}: {taken}")
+            if time.monotonic() > end:
+                break
+
+
+class _TimeOverError(Exception):
+    """The time to measure for."""
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises _TimeOverError where it takes longer, whatever is being waited for.
+
+    0 is no limit.
+    """
+
+    def stop(*_: object) -> None:
+        raise _TimeOverError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _verdict(

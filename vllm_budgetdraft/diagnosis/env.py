@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 from vllm_budgetdraft import __version__
+from vllm_budgetdraft.command_line import at_least, json_object
 from vllm_budgetdraft.errors import BudgetDraftError
 
 NOT_INSTALLED = "not installed"
@@ -17,10 +18,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--drafter", help="folder of a drafter, to say what memory it would take"
     )
-    parser.add_argument("--max-model-len", type=int, default=16384)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-model-len", type=at_least(1), default=16384)
+    parser.add_argument("--max-num-seqs", type=at_least(1), default=256)
     parser.add_argument(
-        "--speculative-config", type=json.loads, default={}, help="JSON, as vLLM's"
+        "--speculative-config", type=json_object, default={}, help="JSON, as vLLM's"
     )
     parser.add_argument("--json", action="store_true", help="for machines")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.files import whole_folder
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -73,8 +74,9 @@ def join(target: str, layers: Path, output: Path) -> None:
     drafter = load_drafter(
         layers, max_positions=1, dtype=dtype, embeddings=embeddings_of(model)
     )
-    save_drafter(drafter, output, dtype=dtype)
-    tokenizer.save_pretrained(output)
+    with whole_folder(output) as made:
+        save_drafter(drafter, made, dtype=dtype)
+        tokenizer.save_pretrained(made)
 
 
 def of_target(target: str, load: Callable[..., Any], **options: Any) -> Any:

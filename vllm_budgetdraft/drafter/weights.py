@@ -5,7 +5,7 @@ before anything large loads. Weights stored as codes with scales are multiplied 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,9 @@ class StoredWeights:
             self._tensors |= _header(file)
         text = (folder / "config.json").read_text(encoding="utf-8")
         self._quantization = json.loads(text).get("quantization_config") or {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
 
     def lacks(self, name: str) -> bool:
         return name not in self._tensors

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from vllm_budgetdraft.attention.backend import default_device
+from vllm_budgetdraft.drafter.join import of_target
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation.cost_shapes import (
     SHAPES,
@@ -27,6 +28,7 @@ from vllm_budgetdraft.evaluation.cost_shapes import (
     derive_shape,
     parse_count,
 )
+from vllm_budgetdraft.files import whole_folder
 
 
 def run(args: Namespace) -> None:
@@ -38,9 +40,11 @@ def write_padded(args: Namespace, device: torch.device) -> None:
     """Writes the folder; a model of 7 B takes seconds on a GPU, minutes on a CPU.
 
     Raises:
-        ConfigurationError: no Llama, or no shape of that size that holds it.
+        ConfigurationError: no such model or no Llama, no shape of that size that holds
+            it, or a folder that cannot be written to.
     """
-    small = AutoModelForCausalLM.from_pretrained(args.target, dtype="auto").to(device)
+    small = of_target(args.target, AutoModelForCausalLM.from_pretrained, dtype="auto")
+    small = small.to(device)
     size = args.parameters or args.size
     check_can_be_padded(small.config)
     shape = (
@@ -52,8 +56,10 @@ def write_padded(args: Namespace, device: torch.device) -> None:
     grown.config.cost_padded = {"from": Path(args.target).name, "to": size}
     # What ends a text is the small model's matter.
     grown.generation_config = small.generation_config
-    grown.save_pretrained(args.output)
-    AutoTokenizer.from_pretrained(args.target).save_pretrained(args.output)
+    tokenizer = of_target(args.target, AutoTokenizer.from_pretrained)
+    with whole_folder(Path(args.output)) as made:
+        grown.save_pretrained(made)
+        tokenizer.save_pretrained(made)
     count = sum(parameter.numel() for parameter in grown.parameters())
     print(
         f"{args.output}: {count / 1e6:,.0f} M parameters, the logits of {args.target}; "

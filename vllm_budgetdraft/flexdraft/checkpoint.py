@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.drafter.weights import StoredWeights
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 
@@ -96,7 +97,8 @@ def load_flexdraft(
         max_positions: positions stay below.
 
     Raises:
-        UnsupportedDrafterError: the folder holds none, or one for another target.
+        UnsupportedDrafterError: the folder holds none, or one for another target; see
+            also ``StoredWeights``.
     """
     config = read_flexdraft_config(folder)
     if (found := fingerprint(target)) != config["fingerprint"]:
@@ -118,7 +120,8 @@ def load_flexdraft(
         raise UnsupportedDrafterError(
             f"{path}, the drafter's weights, is missing; copy it along with config.json"
         )
-    state = load_file(path)
+    stored = StoredWeights(path.parent, path.name)
+    state = {name: stored.read(name) for name in stored}
     for name in BIASES:
         state.setdefault(name, torch.zeros_like(getattr(drafter, name)))
     expected = {name: x.shape for name, x in drafter.state_dict().items()}

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_budgetdraft.drafter.join import of_target
 from vllm_budgetdraft.errors import UnsupportedDrafterError
+from vllm_budgetdraft.files import whole_folder
 
 #: Where their config keeps what is about drafting; released folders have the second.
 SECTIONS = ("flexdraft_config", "dflash_config")
@@ -96,7 +97,8 @@ def convert(released: Path, target: Any, name: str, output: Path) -> None:
         "fingerprint": fingerprint(target),
         "draft_tokens": config["block_size"] - 1,
     }
-    save_flexdraft(drafter, output, settings, dtype=state["mask_embedding"].dtype)
+    with whole_folder(output) as made:
+        save_flexdraft(drafter, made, settings, dtype=state["mask_embedding"].dtype)
 
 
 def _read_config(released: Path) -> dict[str, Any]:

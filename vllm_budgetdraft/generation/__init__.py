@@ -7,14 +7,16 @@ are stored too, and training need not ask the target again. With ``--teacher-for
 they are stored of the texts as they are.
 """
 
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.command_line import at_least, json_object, when_interrupted
+from vllm_budgetdraft.drafter.join import of_target
+from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft.files import claimed
 from vllm_budgetdraft.generation.parts import missing_parts, write_part
 
 SETTINGS = "generation.json"
@@ -39,7 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-model-len",
-        type=int,
+        type=at_least(1),
         help="tokens of a conversation, the answer included; the target's own limit if "
         "left out",
     )
@@ -56,17 +58,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="of texts, how many prompts of which length",
     )
     parser.add_argument(
-        "--new-tokens", type=int, default=256, help="at most, of each answer"
+        "--new-tokens", type=at_least(1), default=256, help="at most, of each answer"
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=at_least(0.0),
         nargs="+",
         default=[0.0],
         help="everything is written once at each",
     )
     parser.add_argument(
-        "--top-logprobs", type=int, default=0, help="stored of each position"
+        "--top-logprobs", type=at_least(0), default=0, help="stored of each position"
     )
     parser.add_argument(
         "--teacher-forced",
@@ -74,11 +76,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="store what the target says of the texts' own next tokens",
     )
     parser.add_argument(
-        "--prompts-per-file", type=int, default=256, help="or conversations"
+        "--prompts-per-file",
+        type=at_least(1),
+        default=256,
+        help="or conversations",
     )
-    parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--max-num-seqs", type=at_least(1), default=128)
     parser.add_argument(
-        "--engine-args", type=json.loads, default={}, help="JSON, of vLLM's LLM"
+        "--engine-args", type=json_object, default={}, help="JSON, of vLLM's LLM"
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -87,9 +92,9 @@ def run(args: Namespace) -> None:
     """Writes ``part-*.parquet``, one after the other, each complete or not there.
 
     Raises:
-        ConfigurationError: the folder holds what other settings wrote, the texts are
-            shorter than the prompts, or options do not fit each other; see also
-            ``chats.run``.
+        ConfigurationError: the folder holds what other settings wrote, or another
+            process writes to it; the texts are shorter than the prompts, or options do
+            not fit each other; see also ``chats.run``.
     """
     if args.teacher_forced and not args.top_logprobs:
         raise ConfigurationError(
@@ -101,9 +106,19 @@ def run(args: Namespace) -> None:
             "leave it out"
         )
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if k not in OF_THE_MACHINE}
-    provenance.check_settings(output / SETTINGS, settings)
+    advice = f"the files in {output} are complete: the same command writes the others"
+    with claimed(output), when_interrupted(lambda: advice):
+        provenance.keep_settings(output / SETTINGS, settings)
+        try:
+            _write_missing(args, output)
+        except BudgetDraftError:
+            if not any(output.glob("part-*.parquet")):  # nothing is of these settings
+                (output / SETTINGS).unlink()
+            raise
+
+
+def _write_missing(args: Namespace, output: Path) -> None:
     if args.conversations:
         from vllm_budgetdraft.generation import chats
 
@@ -125,7 +140,7 @@ def _of_texts(args: Namespace, output: Path) -> None:
 
     texts = read_texts(
         args.texts,
-        AutoTokenizer.from_pretrained(args.target),
+        of_target(args.target, AutoTokenizer.from_pretrained),
         column=args.text_column,
         unwraps_lines=args.unwrap_lines,
     )
@@ -177,6 +192,11 @@ def _lengths(args: Namespace) -> list[int]:
                 f"--prompts {part!r} is not TOKENS:COUNT; write for example 1024:500"
             )
         lengths += [int(length)] * int(count)
+    if not lengths:
+        raise ConfigurationError(
+            f"--prompts {' '.join(args.prompts)} asks for none; write for example "
+            "1024:500"
+        )
     Random(args.seed).shuffle(lengths)
     return lengths
 

@@ -3,7 +3,6 @@
 import json
 from argparse import Namespace
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,9 +16,11 @@ from vllm_budgetdraft.conversations import (
     prompt_tokens,
     set_chat_template,
 )
+from vllm_budgetdraft.drafter.join import of_target
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.files import read_object, write_text
 from vllm_budgetdraft.generation.engine import Engine, Write
-from vllm_budgetdraft.generation.parts import missing_parts, replace, write_part
+from vllm_budgetdraft.generation.parts import missing_parts, write_part
 from vllm_budgetdraft.training.sources import open_source
 
 #: How many answers there are in each file, and how its conversations ended.
@@ -143,10 +144,10 @@ def run(args: Namespace, output: Path) -> None:
     sources = [open_source(source) for source in args.conversations]
     num_rows = sum(map(len, sources))
     counts_file = output / COUNTS
-    known = json.loads(counts_file.read_text()) if counts_file.is_file() else {}
+    known = read_object(counts_file) if counts_file.is_file() else {}
     parts = missing_parts(range(num_rows), args.prompts_per_file, output)
     if parts:
-        tokenizer = AutoTokenizer.from_pretrained(args.target)
+        tokenizer = of_target(args.target, AutoTokenizer.from_pretrained)
         set_chat_template(tokenizer, args.chat_template)
         limit = _positions_of(args.target)
         max_model_len = args.max_model_len or limit
@@ -170,14 +171,14 @@ def run(args: Namespace, output: Path) -> None:
         if malformed:
             known[path.name]["first malformed"] = malformed
         text = json.dumps(known, indent=1) + "\n"
-        replace(counts_file, partial(Path.write_text, data=text))
+        write_text(counts_file, text)
         write_part(path, rows, args.top_logprobs)
     _tell_counts(known, num_rows, len(args.temperature))
 
 
 def _positions_of(target: str) -> int:
     # Models of text and images keep it in a part of their configuration.
-    config = AutoConfig.from_pretrained(target).get_text_config()
+    config = of_target(target, AutoConfig.from_pretrained).get_text_config()
     positions: int = config.max_position_embeddings
     return positions
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_budgetdraft.errors import ConfigurationError
+
 
 @dataclass(frozen=True)
 class Written:
@@ -40,6 +42,9 @@ class Engine:
         """
         Args:
             draws: whether anything is written at a temperature above 0.
+
+        Raises:
+            ConfigurationError: vLLM does not start.
         """
         from vllm_budgetdraft.comparison.measure import prepare_environment
 
@@ -55,7 +60,12 @@ class Engine:
             **(_of_whole_prompts(max_model_len) if draws else {}),
             **args.engine_args,
         }
-        self._llm = LLM(args.target, **engine_args)
+        try:
+            self._llm = LLM(args.target, **engine_args)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"vLLM cannot serve {args.target!r} so: {error}"
+            ) from error
 
     def write(
         self, prompts: list[list[int]], temperatures: list[float], seeds: list[int]
@@ -74,7 +84,7 @@ class Engine:
             for temperature, seed in zip(temperatures, seeds, strict=True)
         ]
         found = []
-        for result in self._llm.generate(_inputs(prompts), params):
+        for result in self._generate(prompts, params):
             output = result.outputs[0]
             top = _likeliest(output.logprobs, self._count) if self._count else {}
             has_ended = output.finish_reason == "stop"
@@ -88,15 +98,20 @@ class Engine:
         params = SamplingParams(
             max_tokens=1, prompt_logprobs=self._count, detokenize=False
         )
-        results = self._llm.generate(_inputs(prompts), params)
+        results = self._generate(prompts, params)
         return [
             _likeliest(result.prompt_logprobs[-self._new_tokens :], self._count)
             for result in results
         ]
 
-
-def _inputs(prompts: list[list[int]]) -> Any:
-    return [{"prompt_token_ids": prompt} for prompt in prompts]
+    def _generate(self, prompts: list[list[int]], params: Any) -> Any:
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        try:
+            return self._llm.generate(inputs, params)
+        except KeyboardInterrupt:
+            # What its process has to say comes before what this one does.
+            self._llm.llm_engine.engine_core.shutdown()
+            raise
 
 
 def _of_whole_prompts(longest: int) -> dict[str, Any]:

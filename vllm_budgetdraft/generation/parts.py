@@ -1,8 +1,9 @@
 """Files of rows, one after the other, each complete or not there."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from vllm_budgetdraft.files import replace
 
 
 def missing_parts(items: Any, size: int, output: Path) -> dict[Path, Any]:
@@ -34,10 +35,3 @@ def write_part(path: Path, rows: list[dict[str, Any]], top_logprobs: int) -> Non
     rows_of_file = Dataset.from_list(rows, features=Features(columns))
     replace(path, rows_of_file.to_parquet)
     print(f"{path}: {len(rows)} continuations", flush=True)
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """A file that is complete or not there."""
-    unfinished = path.with_suffix(".unfinished")
-    write(unfinished)
-    unfinished.rename(path)

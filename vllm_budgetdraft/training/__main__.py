@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from vllm_budgetdraft.command_line import told, when_interrupted, with_homes
 from vllm_budgetdraft.config import ViewSettings, valid
-from vllm_budgetdraft.drafter.checkpoint import keep_layers_alone
-from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
+from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.files import claimed, write_text
 from vllm_budgetdraft.flexdraft.checkpoint import fingerprint
 from vllm_budgetdraft.training.arguments import (
     AcceptanceArguments,
@@ -50,7 +52,11 @@ from vllm_budgetdraft.training.model import MultiViewModel
 from vllm_budgetdraft.training.model_card import model_card
 from vllm_budgetdraft.training.sources import read_continuations, read_texts
 from vllm_budgetdraft.training.teacher_cache import TeacherCache
-from vllm_budgetdraft.training.trainer import DrafterTrainer, last_checkpoint
+from vllm_budgetdraft.training.trainer import (
+    DrafterTrainer,
+    checkpoint_to_resume,
+    how_to_go_on,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -68,11 +74,8 @@ PARTS = (
 
 def main(argv: list[str] | None = None) -> None:
     """Runs it; a user's mistake ends it with status 2 and no traceback."""
-    try:
+    with told("budgetdraft train"):
         train(sys.argv[1:] if argv is None else argv)
-    except BudgetDraftError as error:
-        print(f"budgetdraft train: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def train(argv: list[str]) -> None:
@@ -81,8 +84,31 @@ def train(argv: list[str]) -> None:
         ConfigurationError, UnsupportedDrafterError: what was asked for is impossible.
         TrainingError: the run cannot go on.
     """
+    parts = _parse(argv)
+    arguments = parts[-1]
+    output = Path(arguments.output_dir)
+    with ExitStack() as stack:
+        if arguments.process_index == 0:  # ranks write to one folder
+            stack.enter_context(claimed(output))
+        stack.enter_context(when_interrupted(lambda: how_to_go_on(output)))
+        _train(argv, parts)
+
+
+def _parse(argv: list[str]) -> tuple[Any, ...]:
     parser = HfArgumentParser(PARTS, description=__doc__)
-    parts = parser.parse_args_into_dataclasses(with_config(argv))
+    try:
+        words = with_homes(with_config(argv))
+        parts: tuple[Any, ...] = parser.parse_args_into_dataclasses(words)
+    except ValueError as error:  # of TrainingArguments
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(
+            f"the options cannot be taken ({error}); change what that names"
+        ) from error
+    return parts
+
+
+def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
     (
         drafter_args,
         flexdraft,
@@ -185,16 +211,14 @@ def train(argv: list[str]) -> None:
         run_files=run_files,
         measure=held_out.measure if held_out else None,
     )
-    trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
     output = Path(arguments.output_dir)
-    trainer.save_drafter(output)
+    trainer.save_drafter(output, layers_alone=drafter_args.layers_alone)
     if held_out and not is_measured_on_the_way:
         trainer.evaluate()  # for the model card
     if trainer.is_world_process_zero():
-        if drafter_args.layers_alone:
-            keep_layers_alone(output)
         card = model_card(model.drafter, learnt["target"], options | run, trainer.state)
-        (output / "README.md").write_text(card, encoding="utf-8")
+        write_text(output / "README.md", card)
 
 
 def _check_window(
@@ -351,27 +375,6 @@ def _keep_best(arguments: TrainingArguments) -> None:
     if arguments.metric_for_best_model in (None, "loss"):
         arguments.metric_for_best_model = "acceptance_length"
         arguments.greater_is_better = True
-
-
-def _checkpoint(arguments: TrainingArguments) -> str | None:
-    """``--resume_from_checkpoint true`` is the newest complete one."""
-    asked: str | None = arguments.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
-        return None
-    if asked.lower() != "true":
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise ConfigurationError(
-                f"--resume_from_checkpoint {asked} holds no trainer_state.json: it was "
-                "not written to its end; name another, or 'true' for the newest one"
-            )
-        return asked
-    newest = last_checkpoint(Path(arguments.output_dir))
-    if newest is None:
-        raise ConfigurationError(
-            f"--resume_from_checkpoint true: {arguments.output_dir} holds no complete "
-            "checkpoint; leave the option out to begin"
-        )
-    return str(newest)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.files import read_text
 
 PRESETS = Path(__file__).with_name("presets")
 
@@ -31,7 +32,12 @@ def with_config(argv: list[str]) -> list[str]:
         raise ConfigurationError(
             f"--config {name!r} is no file; give a YAML file, or a preset ({known})"
         )
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        options = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ConfigurationError(
+            f"{path} is no YAML ({' '.join(str(error).split())}); mend it there"
+        ) from error
     if not isinstance(options, dict):
         raise ConfigurationError(f"{path} holds no options; write 'name: value' lines")
     found = []

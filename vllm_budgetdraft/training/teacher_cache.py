@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.files import read_object, write_text
 
 SETTINGS, HIDDEN, FILLED = "teacher.json", "hidden.bfloat16", "filled.uint8"
 
@@ -42,8 +43,8 @@ class TeacherCache:
         own = windows | {"positions": positions, "width": width}
         path = folder / SETTINGS
         if not path.is_file():
-            path.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+            write_text(path, json.dumps(own, indent=2) + "\n")
+        theirs = read_object(path)
         for key, value in own.items():
             if theirs.get(key) != value:
                 raise ConfigurationError(

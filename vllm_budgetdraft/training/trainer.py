@@ -21,7 +21,9 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from vllm_budgetdraft.errors import TrainingError
+from vllm_budgetdraft.drafter.checkpoint import WEIGHTS, keep_layers_alone
+from vllm_budgetdraft.errors import ConfigurationError, TrainingError
+from vllm_budgetdraft.files import whole_folder
 
 logger = logging.get_logger(__name__)
 
@@ -92,13 +94,21 @@ class DrafterTrainer(Trainer):
                 "--resume_from_checkpoint true, or keep fewer with --save_total_limit"
             ) from error
 
-    def save_drafter(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """The drafter as it is served; every rank calls this, the first one writes."""
+    def save_drafter(self, folder: Path, *, layers_alone: bool = False) -> None:
+        """The drafter as it is served, whole or not at all.
+
+        Every rank calls this, the first one writes.
+        """
         state = self.accelerator.get_state_dict(self.model)
         if not self.is_world_process_zero():
             return
         try:
-            self._write(folder, state, dtype)
+            with whole_folder(folder) as made:
+                self._write(made, state, torch.bfloat16)
+                if layers_alone:
+                    keep_layers_alone(made)
+            if layers_alone:  # an earlier run's would be read in their place
+                (folder / WEIGHTS).unlink(missing_ok=True)
         except WRITE_ERRORS as error:
             if not _is_full(error):
                 raise
@@ -186,6 +196,44 @@ def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
     found = [p.parent for p in output.glob("checkpoint-*/trainer_state.json")]
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
+    """``--resume_from_checkpoint true`` is the newest complete one.
+
+    Raises:
+        ConfigurationError: there is none, or not the one that is named.
+    """
+    asked: str | None = arguments.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() != "true":
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise ConfigurationError(
+                f"--resume_from_checkpoint {asked} holds no trainer_state.json: it was "
+                "not written to its end; name another, or 'true' for the newest one"
+            )
+        return asked
+    newest = last_checkpoint(Path(arguments.output_dir))
+    if newest is None:
+        raise ConfigurationError(
+            f"--resume_from_checkpoint true: {arguments.output_dir} holds no complete "
+            "checkpoint; leave the option out to begin"
+        )
+    return str(newest)
+
+
+def how_to_go_on(output: Path) -> str:
+    """After an interruption."""
+    if newest := last_checkpoint(output):
+        return (
+            f"{newest} is complete: go on from it with the same options and "
+            "--resume_from_checkpoint true"
+        )
+    return (
+        f"{output} holds no complete checkpoint: the same options begin anew; with a "
+        "lower --save_steps there are some sooner"
+    )
 
 
 def _is_full(error: Exception) -> bool:

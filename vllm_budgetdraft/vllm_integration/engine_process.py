@@ -1,5 +1,6 @@
 """A vLLM engine in a process of its own, which takes turns with others."""
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -86,7 +87,7 @@ class EngineProcess:
             daemon=True,
         )
         self._log_file = log_file
-        self._is_ready = False
+        self._is_ready = self._is_busy = False
         self._process.start()
         child_end.close()
 
@@ -135,12 +136,19 @@ class EngineProcess:
         return self._ask(_generate_batch, prompts, sampling)
 
     def close(self) -> None:
-        """Ends the child, at once where it is still starting."""
+        """Ends the child, at once where it is starting, or at work on what was left."""
         self._pipe.close()
         self._end()
 
+    def last_words(self, count: int) -> str:
+        """The last lines of its log that are not empty."""
+        log = ""
+        if self._log_file.exists():  # the child may not be so far
+            log = self._log_file.read_text(encoding="utf-8", errors="replace")
+        return "\n".join(list(filter(str.strip, log.splitlines()))[-count:])
+
     def _end(self) -> None:
-        if not self._is_ready:
+        if self._is_busy or not self._is_ready:
             self._process.kill()
         self._process.join(timeout=30)
         if self._process.is_alive():
@@ -157,20 +165,19 @@ class EngineProcess:
     def _ask(self, *function_and_arguments: Any) -> Any:
         self.wait_until_ready()
         with suppress(BrokenPipeError):  # its last words are read below
+            self._is_busy = True
             self._pipe.send(function_and_arguments)
-        return self._receive()
+        answer = self._receive()
+        self._is_busy = False
+        return answer
 
     def _receive(self) -> Any:
         try:
             return self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            log = ""
-            if self._log_file.exists():  # the child may have died before
-                log = self._log_file.read_text(encoding="utf-8", errors="replace")
-            last_words = "\n".join(log.splitlines()[-15:])
             raise RuntimeError(
                 f"the engine stopped; its log is {self._log_file}, and ends:\n"
-                f"{last_words}"
+                f"{self.last_words(15)}"
             ) from None
 
 
@@ -189,6 +196,11 @@ def _serve(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
+    # Whatever the terminal is spared, a log says how far a start has come.
+    logger = logging.getLogger("vllm")
+    logger.setLevel(min(logger.level, logging.INFO))
+    for handler in logger.handlers:
+        handler.setLevel(min(handler.level, logging.INFO))
     llm = LLM(**engine_args, disable_log_stats=False)
     pipe.send(None)
     while True:
