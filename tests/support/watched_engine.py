@@ -46,6 +46,7 @@ class WatchedEngine(Engine):
         self.half_read: dict[str, ListTwin] = {}
         self._starter = ""
 
+    @torch.inference_mode()
     def propose(self) -> dict[str, list[int]]:
         self._num_read = self._num_appended = 0
         self._lost = set[str]()
@@ -158,10 +159,11 @@ class WatchedEngine(Engine):
 
     def _has_room(self, name: str) -> bool:
         """Whether the buffer takes a prompt beside those before it."""
-        batch = [each for each in self.half_read if each in self.batch]
-        needed = [self.half_read[each].most_held for each in batch]
-        before = sum(needed[: batch.index(name) + 1])
-        return before <= self.core.reader.prompt.max_tokens
+        twins = [self.half_read[each] for each in self.half_read if each in self.batch]
+        twins.sort(key=lambda twin: twin.num_seen == 0)  # the others hold theirs
+        ahead = twins[: twins.index(self.half_read[name]) + 1]
+        needed = sum(twin.most_held for twin in ahead)
+        return needed <= self.core.reader.prompt.max_tokens
 
     def _name_of(self, slot: int) -> str:
         held = self.proposer._drafter._slots._held
@@ -181,11 +183,12 @@ class WatchedEngine(Engine):
             self.core, self._asked(name).kv_budget, num_tokens
         )
 
-    def _restart(self, original: Callable, slot: int) -> None:
-        original(slot)
+    def _restart(self, original: Callable, slot: int) -> int:
+        num_seen: int = original(slot)
         name = self._name_of(slot)
         twin, budget = self.half_read[name], self._asked(name).kv_budget
         self.half_read[name] = ListTwin(self.core, budget, twin.num_tokens)
+        return num_seen
 
     def _pass(self, original: Callable, pieces: list, tokens: Tensor) -> None:
         self._num_read += len(tokens)

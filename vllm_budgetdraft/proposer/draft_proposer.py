@@ -284,10 +284,10 @@ class DraftProposer:
                 self.reader.stop(unread[0])
                 return {unread[0]: error}
             failed: dict[int, Exception] = {}
-            for slot in unread:
-                self.reader.restart(slot)
-            for slot in unread:
-                failed |= self.read([slot], tokens_of, limit)
+            seen = [self.reader.restart(slot) for slot in unread]
+            for slot, num_seen in zip(unread, seen, strict=True):
+                # As far as it was, and on: there it is that one of them fails.
+                failed |= self.read([slot], tokens_of, num_seen + limit)
             return failed
         return {}
 

@@ -118,11 +118,13 @@ class PromptReader:
         for slot in list(self._readings):
             self.stop(slot)
 
-    def restart(self, slot: int) -> None:
-        """Has a context that is being read begin anew."""
+    def restart(self, slot: int) -> int:
+        """Has a context that is being read begin anew; where it was."""
         reading = self._readings[slot]
         self._free(reading)
-        reading.segment, reading.num_seen, reading.has_chosen = None, 0, False
+        num_seen, reading.num_seen = reading.num_seen, 0
+        reading.segment, reading.has_chosen = None, False
+        return num_seen
 
     def _free(self, reading: Reading) -> None:
         if reading.segment is not None:
@@ -144,6 +146,7 @@ class PromptReader:
             if reading.segment is not None and slot not in slots:
                 self.restart(slot)
         readings = [each for slot, each in self._readings.items() if slot in slots]
+        readings.sort(key=lambda each: each.segment is None)  # those go on first
         while True:
             self._finish([each for each in readings if not each.unread])
             readings = [each for each in readings if each.unread]
@@ -155,7 +158,7 @@ class PromptReader:
             limit -= len(tokens)
 
     def _next(self, readings: list[Reading], limit: int) -> list[tuple[Reading, range]]:
-        """What the next pass reads: of the oldest first, as far as there is room."""
+        """What the next pass reads: of the first ones, as far as there is room."""
         limit = min(limit, self._pass_tokens)
         room = self.prompt.max_tokens - sum(
             each.most_held for each in readings if each.segment is not None

@@ -1,0 +1,166 @@
+"""Prompts read together, in whatever pieces, are kept as if each were read alone."""
+
+from random import Random
+
+import pytest
+import torch
+
+from tests.support import models
+from tests.support.drafting import build_proposer, held_by, ingested, positions_of
+from tests.support.policies import EVERY_SECOND
+from vllm_budgetdraft.proposer.prompt_reader import PromptReader
+
+POLICIES = {
+    "keep_all": {"eviction_policy": "keep_all"},
+    "chunk_retrieval": {},
+    "last_queries": {"chunk_score": "last_queries"},
+    "observation_window": {"eviction_policy": "observation_window"},
+    "heavy_hitter": {"eviction_policy": "heavy_hitter"},
+    "sink_window": {"eviction_policy": "sink_window"},
+    "own": {"eviction_policy": EVERY_SECOND},
+}
+READING = {
+    "full": {"draft_prefill": "full"},
+    "streaming": {"draft_prefill": "streaming"},
+    "relative": {"draft_prefill": "streaming", "position_mode": "cache_relative"},
+}
+NUM_SLOTS = 6
+SIZES = {
+    # float64, so that no rounding decides what is kept.
+    "dtype": torch.float64,
+    "num_slots": NUM_SLOTS,
+    "max_model_len": 300,
+    "kv_budget": 40,
+    "page_size": 8,
+    "recent_window": 24,
+    "sink_tokens": 4,
+    "chunk_size": 4,
+    "local_tokens": 8,
+    "observation_tokens": 7,
+    "draft_prefill_chunk": 50,
+}
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory):
+    return models.write_model(
+        tmp_path_factory.mktemp("drafter"), models.llama(num_hidden_layers=2), seed=3
+    )
+
+
+def build(drafter, **settings):
+    return build_proposer(drafter, **SIZES, **settings)
+
+
+def kept(proposer, slot, num_tokens):
+    """Everything that drafts of a slot depend on."""
+    cache = proposer.cache
+    num_evicted = int(cache.num_evicted[slot])
+    keys, values = held_by(proposer, slot, num_tokens - num_evicted)
+    attention = torch.zeros(1) if cache.attention is None else cache.attention[slot]
+    return torch.tensor(num_evicted), keys, values, attention
+
+
+@pytest.mark.parametrize("reading", READING)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_prompts_read_together_are_kept_as_each_alone(drafter, policy, reading):
+    """Of lengths around pages, pieces and the budget; some leave in the middle."""
+    settings = POLICIES[policy] | READING[reading]
+    if policy == "keep_all" and reading == "relative":
+        settings |= {"draft_prefill": "full"}
+    for seed in range(3):
+        rng = Random(seed)
+        lengths = [rng.choice([0, 1, 7, 40, 50, 51, 90, 140, 297]) for _ in range(6)]
+        contexts = [models.random_tokens(n, seed=n + i) for i, n in enumerate(lengths)]
+        together = build(drafter, **settings)
+        passes = watch(together.reader)
+        for slot, length in enumerate(lengths):
+            together.start_reading(slot, length)
+        left = rng.randrange(NUM_SLOTS)
+        steps = 0
+        while unread := [s for s in range(NUM_SLOTS) if together.reader.is_reading(s)]:
+            if steps == 2:
+                together.release_request(left)
+                together.start_reading(left, lengths[left])
+            there = [slot for slot in unread if rng.random() < 0.8] or unread
+            limit = rng.choice([1, 30, 100, 400])
+            assert together.read(there, positions_of(*contexts), limit) == {}
+            steps += 1
+        assert max(passes, default=1) > 1 or sum(lengths) < 2
+        for slot, context in enumerate(contexts):
+            alone = build(drafter, **settings)
+            ingested(alone, context, slot)
+            for ours, theirs in zip(
+                kept(together, slot, len(context)),
+                kept(alone, slot, len(context)),
+                strict=True,
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+        together.cache.check_invariants()
+
+
+def watch(reader: PromptReader) -> list[int]:
+    """How many prompts each pass takes."""
+    counts, original = [], reader._pass
+
+    def counted(pieces, tokens):
+        counts.append(len(pieces))
+        original(pieces, tokens)
+
+    reader._pass = counted
+    return counts
+
+
+def test_what_fits_into_a_pass_is_read_in_one(drafter):
+    proposer = build(drafter, draft_prefill="full")
+    passes = watch(proposer.reader)
+    contexts = [models.random_tokens(8, seed=i) for i in range(6)]
+    for slot in range(6):
+        proposer.start_reading(slot, 8)
+    proposer.read(range(6), positions_of(*contexts), 48)
+    assert passes == [6]
+    assert not any(map(proposer.reader.is_reading, range(6)))
+
+
+def test_who_finds_no_room_in_the_buffer_waits_and_who_began_goes_on(drafter):
+    """The buffer takes one of 300 tokens and a pass of 50."""
+    proposer = build(drafter, draft_prefill="full")
+    reader = proposer.reader
+    assert reader.prompt.max_tokens == 350
+    contexts = [models.random_tokens(n, seed=n) for n in (200, 160, 140)]
+    for slot, context in enumerate(contexts):
+        proposer.start_reading(slot, len(context))
+    tokens_of = positions_of(*contexts)
+    proposer.read([1, 2], tokens_of, 50)  # the first waits elsewhere
+    proposer.read([0, 1, 2], tokens_of, 50)  # and now for 1, which has begun
+    seen = [reader._readings[slot].num_seen for slot in range(3)]
+    assert seen == [0, 100, 0]
+    proposer.read([0, 1, 2], tokens_of, 10_000)
+    assert not any(map(reader.is_reading, range(3)))
+
+
+def test_one_that_fails_is_found_and_the_others_are_read(drafter, monkeypatch):
+    proposer = build(drafter, draft_prefill="streaming")
+    contexts = [models.random_tokens(n, seed=n) for n in (60, 170, 120)]
+    select = proposer.policy.select
+
+    def fails(states, budget):
+        # The second piece of the second prompt is the first to hold as many.
+        if states.num_tokens == 90 and reader._readings.keys() & {1}:
+            segment = reader._readings[1].segment
+            if segment is not None and segment.num_held == 90:
+                raise RuntimeError("on purpose")
+        return select(states, budget)
+
+    reader = proposer.reader
+    monkeypatch.setattr(proposer.policy, "select", fails)
+    for slot, context in enumerate(contexts):
+        proposer.start_reading(slot, len(context))
+    failed = {}
+    for _ in range(40):
+        unread = [slot for slot in range(3) if reader.is_reading(slot)]
+        failed |= proposer.read(unread, positions_of(*contexts), 30)
+    assert list(failed) == [1]
+    assert "on purpose" in str(failed[1])
+    assert not any(map(reader.is_reading, range(3)))
+    assert not reader.prompt._segments
