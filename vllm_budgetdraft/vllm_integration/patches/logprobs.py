@@ -92,3 +92,63 @@ def _gathering(
         )
     finally:
         del sampler.gather_logprobs
+
+
+def apply_to_runner_v2() -> None:
+    """Patches the samplers of model runner V2. Call it in the worker."""
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+    wrap_method(Sampler, "add_request", _count_named)
+    wrap_method(RejectionSampler, "__call__", _gather_named)
+
+
+def _gather_named(original: Function) -> Function:
+    """Symptom: under any speculation in model runner V2, a request with
+    ``logprob_token_ids`` gets logprobs for its first token only; beside one with
+    ``logprobs``, those of the likeliest tokens.
+
+    Reason: where vLLM verifies drafts it knows of the likeliest tokens alone. Remove
+    when it gathers those that are named.
+    """
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    def __call__(self: Any, logits: Tensor, batch: Any, *args: Any, **kwargs: Any):
+        named = self.sampler.logprob_token_ids_state
+        most = named.max_num_token_ids(batch.idx_mapping_np)
+        if not most:
+            return original(self, logits, batch, *args, **kwargs)
+        compute, num_done = rejection_sampler.compute_topk_scores, 0
+
+        def compute_topk_scores(chunk: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal num_done
+            start, num_done = num_done, num_done + len(chunk)
+            return compute(
+                chunk,
+                *args,
+                logprob_token_ids_state=named,
+                expanded_idx_mapping=batch.expanded_idx_mapping[start:num_done],
+                max_per_req_token_ids=most,
+                **kwargs,
+            )
+
+        rejection_sampler.compute_topk_scores = compute_topk_scores
+        try:
+            return original(self, logits, batch, *args, **kwargs)
+        finally:
+            rejection_sampler.compute_topk_scores = compute
+
+    return __call__
+
+
+def _count_named(original: Function) -> Function:
+    """The other half of ``_gather_named``: a request that names tokens asks for as
+    many logprobs, or nobody would gather any."""
+
+    def add_request(self: Any, index: int, sampling_params: Any) -> None:
+        original(self, index, sampling_params)
+        if sampling_params.logprob_token_ids:
+            count = len(sampling_params.logprob_token_ids)
+            self.sampling_states.num_logprobs[index] = count
+
+    return add_request
