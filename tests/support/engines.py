@@ -274,7 +274,7 @@ class SteppedEngine:
             self.step()
 
     def check_draft_cache(self) -> None:
-        """Raises if a page is not free once every request is over, or drafting failed."""
+        """Raises if a page is held once every request is over, or drafting failed."""
         drafter = self._drafter
         if drafter is None:
             return

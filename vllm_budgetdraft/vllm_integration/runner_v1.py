@@ -101,7 +101,7 @@ class BudgetDraftProposer:
         return taken
 
     def release_ended(self) -> None:
-        """Releases the slots of requests that are over, where no ``propose`` follows."""
+        """Releases what requests hold that are over, as no ``propose`` follows."""
         if self._is_leader and self._runner is not None:
             self._drafter.forget_ended(self._runner.requests)
 

@@ -113,7 +113,7 @@ def _gather_named(original: Function) -> Function:
     """
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
-    def __call__(self: Any, logits: Tensor, batch: Any, *args: Any, **kwargs: Any):
+    def verify(self: Any, logits: Tensor, batch: Any, *args: Any, **kwargs: Any) -> Any:
         named = self.sampler.logprob_token_ids_state
         most = named.max_num_token_ids(batch.idx_mapping_np)
         if not most:
@@ -138,12 +138,14 @@ def _gather_named(original: Function) -> Function:
         finally:
             rejection_sampler.compute_topk_scores = compute
 
-    return __call__
+    return verify
 
 
 def _count_named(original: Function) -> Function:
-    """The other half of ``_gather_named``: a request that names tokens asks for as
-    many logprobs, or nobody would gather any."""
+    """The other half of ``_gather_named``: who names tokens asks for as many logprobs.
+
+    Where nobody asks for any, nothing is gathered.
+    """
 
     def add_request(self: Any, index: int, sampling_params: Any) -> None:
         original(self, index, sampling_params)
