@@ -98,6 +98,8 @@ def checking_what_is_counted(engine: SteppedEngine, requests: list) -> None:
     assert counted["draft_seconds_total"] > 0
     assert counted["evicted_tokens_total"] >= 100
     assert counted["draft_faults_total"] == 0
+    engine.become_idle()
+    assert counted_metrics()["pages_in_use"] == 0
 
 
 def test_what_it_does_is_counted_though_nothing_waits_for_the_device(budgeted, plain):

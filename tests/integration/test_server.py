@@ -77,13 +77,26 @@ def test_metrics_are_vllms_and_ours(server: Server, client: "OpenAI") -> None:
     assert metrics["vllm:generation_tokens_total"] >= 48
     assert metrics["vllm:spec_decode_num_draft_tokens_total"] > 0
     assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
-    assert metrics["vllm_budgetdraft:pages_in_use"] > 0
     assert metrics["vllm_budgetdraft:pages_free"] > 0
     assert metrics["vllm_budgetdraft:draft_length"] == 4
     assert metrics["vllm_budgetdraft:draft_steps_total"] > 0
     assert 0 < metrics["vllm_budgetdraft:draft_seconds_total"] < 60
     # Of a counter with labels nothing is shown before it first counts.
     assert metrics["vllm_budgetdraft:draft_faults_total"] == 0
+
+
+@pytest.mark.parametrize("ends", ["by itself", "with its client"])
+def test_pages_are_in_use_while_a_request_is_there(ends, server, client) -> None:
+    num_tokens = {"by itself": 400, "with its client": 2000}[ends]
+    options = {**REQUEST, "max_tokens": num_tokens, "extra_body": {"ignore_eos": True}}
+    pieces = client.completions.create(prompt=PROMPT, stream=True, **options)
+    next(pieces)
+    in_use = "vllm_budgetdraft:pages_in_use"
+    assert wait_until(lambda: server.metrics()[in_use] > 0, seconds=10)
+    if ends == "by itself":
+        assert len(list(pieces)) > 1
+    pieces.close()
+    assert wait_until(lambda: server.metrics()[in_use] == 0, seconds=10)
 
 
 def test_a_long_prompt_is_evicted_and_one_that_wants_no_drafts_is_counted(

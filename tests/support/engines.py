@@ -266,21 +266,19 @@ class SteppedEngine:
         drafted, accepted = _counters(self._llm)
         return {"drafted": drafted, "accepted": accepted}
 
-    def check_draft_cache(self) -> None:
-        """Raises if a page is not free once every request is over, or drafting failed.
+    def become_idle(self) -> None:
+        """Steps as a server does once every request is over."""
+        self.finish()
+        core = self._engine.engine_core.engine_core
+        while core.scheduler.has_requests() or core.batch_queue:
+            self.step()
 
-        A request without room for a draft has the proposer release who is over.
-        """
+    def check_draft_cache(self) -> None:
+        """Raises if a page is held once every request is over, or drafting failed."""
         drafter = self._drafter
         if drafter is None:
             return
-        prompt = book_tokens(self.max_model_len - 1)
-        self.add("without room", Request(prompt, {"max_tokens": 1}))
-        self.finish()
-        self.courses.pop()
-        self.step()  # which tells runner V2 that this one is over, too
-        if hasattr(drafter, "_release_ended"):
-            drafter._release_ended()
+        self.become_idle()
         assert drafter._faults.num_faults == 0, "drafting failed"
         if not hasattr(drafter, "_core"):
             return

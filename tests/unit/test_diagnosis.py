@@ -1,6 +1,7 @@
 """``budgetdraft env`` and the parts of ``check`` that need no engine."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def test_env_says_what_is_installed_and_why(capsys, monkeypatch):
     assert "BUDGETDRAFT_CHECK_INVARIANTS=1" in found["variables"]
     if not torch.cuda.is_available():
         assert found["attention backend"] == "torch, for there is no GPU"
+    assert found["model runner"][:3] in ("V1,", "V2,", "V2;")
     main(["env"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("  ")[0] for line in lines] == list(found)
@@ -70,6 +72,36 @@ def test_env_says_what_a_drafter_would_take(capsys):
 def test_env_notices_that_plugins_are_chosen(plugins, said, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
     assert said in env._plugin()
+
+
+@pytest.mark.parametrize(
+    ("version", "asked", "has_triton", "said"),
+    [
+        ("0.32.0", None, True, "V2; V1 for flexdraft drafters, "),
+        ("0.33.0", None, False, "V1, for vLLM finds no Triton that runs here"),
+        ("0.33.0", True, False, "V2, for VLLM_USE_V2_MODEL_RUNNER=1"),
+        ("0.33.0", False, True, "V1, for VLLM_USE_V2_MODEL_RUNNER=0"),
+        ("0.25.1", None, True, "V1, for V2 is taken from vLLM 0.32 on"),
+        ("0.25.1", False, True, "V1, for VLLM_USE_V2_MODEL_RUNNER=0"),
+        ("0.25.1", True, True, "V2, for VLLM_USE_V2_MODEL_RUNNER=1, but drafts are "),
+        (None, None, True, "not installed"),
+    ],
+)
+def test_env_says_which_model_runner_vllm_takes(
+    version, asked, has_triton, said, monkeypatch
+):
+    from vllm import envs, triton_utils
+
+    monkeypatch.setattr(envs, "VLLM_USE_V2_MODEL_RUNNER", asked, raising=False)
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", has_triton)
+    assert env._model_runner(version).startswith(said)
+
+
+def test_env_says_what_keeps_vllm_from_being_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm.triton_utils", None)
+    assert env._model_runner("0.32.0").startswith(
+        "unknown, for vLLM cannot be imported"
+    )
 
 
 def test_env_names_what_is_wrong_with_vllm():

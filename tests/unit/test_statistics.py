@@ -73,14 +73,42 @@ def test_what_fails_in_counting_ends_no_step():
     assert counts == [["draft_faults", "ZeroDivisionError", 1]]
 
 
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_a_step_without_tokens_releases_who_is_over_and_is_counted(num_tokens):
+    from vllm_budgetdraft.vllm_integration.patches import statistics as patches
+
+    class Proposer:
+        num_pages = 4
+
+        def release_ended(self):
+            self.num_pages = 0
+
+        def take_statistics(self):
+            return {"gauges": {"pages_in_use": self.num_pages}, "counts": []}
+
+    empty = Output()  # one object for every such step
+    execute = patches._release_when_idle(lambda worker, scheduled: empty)
+    worker = SimpleNamespace(model_runner=SimpleNamespace(speculator=Proposer()))
+    output = execute(worker, SimpleNamespace(total_num_scheduled_tokens=num_tokens))
+    assert not vars(empty)
+    scheduler = SimpleNamespace()
+    patches._collect(lambda self, scheduled, output: None)(scheduler, None, output)
+    gauges = patches.statistics_of(scheduler).take()["gauges"]
+    assert gauges == ({} if num_tokens else {"pages_in_use": 0})
+
+
 def test_steps_of_other_methods_are_left_alone():
     from vllm_budgetdraft.vllm_integration.patches import statistics as patches
 
-    ngram = SimpleNamespace(propose=None)
+    ngram, empty = SimpleNamespace(propose=None), Output()
     for runner in (SimpleNamespace(), SimpleNamespace(drafter=ngram)):
         send = patches._send(lambda worker: Output())
         output = send(SimpleNamespace(model_runner=runner))
         assert not vars(output)
+        execute = patches._release_when_idle(lambda worker, scheduled: empty)
+        worker = SimpleNamespace(model_runner=runner)
+        idle = SimpleNamespace(total_num_scheduled_tokens=0)
+        assert execute(worker, idle) is empty
         scheduler = SimpleNamespace()
         patches._collect(lambda self, scheduled, output: None)(scheduler, None, output)
         assert not vars(scheduler)

@@ -3,7 +3,9 @@
 import json
 import os
 import platform
+import sys
 from argparse import ArgumentParser, Namespace
+from contextlib import redirect_stdout
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
@@ -136,11 +138,33 @@ def _backend() -> str:
 
 
 def _model_runner(version: str | None) -> str:
+    """The one that vLLM takes with this method, and why; it decides in this order."""
     from vllm_budgetdraft.vllm_integration.compatibility import supports_runner_v2
 
-    if version and supports_runner_v2(version):
-        return "V2 where vLLM uses it, else V1"
-    return "V1"
+    if version is None:
+        return NOT_INSTALLED
+    try:
+        with redirect_stdout(sys.stderr):  # what vLLM logs is not what was asked for
+            from vllm import envs
+            from vllm.triton_utils import HAS_TRITON
+    except Exception as error:  # of a broken installation, whatever it is
+        return f"unknown, for vLLM cannot be imported: {error}"
+    asked = envs.VLLM_USE_V2_MODEL_RUNNER
+    if asked and not supports_runner_v2(version):
+        return (
+            "V2, for VLLM_USE_V2_MODEL_RUNNER=1, but drafts are made there from vLLM "
+            "0.32 on: unset it"
+        )
+    if asked is not None:
+        return f"V{1 + asked}, for VLLM_USE_V2_MODEL_RUNNER={int(asked)}"
+    if not supports_runner_v2(version):
+        return "V1, for V2 is taken from vLLM 0.32 on"
+    if not HAS_TRITON:
+        return "V1, for vLLM finds no Triton that runs here"
+    return (
+        "V2; V1 for flexdraft drafters, draft_confidence_threshold, and "
+        "adaptive_draft_length with data parallelism"
+    )
 
 
 def _memory(args: Namespace) -> str:

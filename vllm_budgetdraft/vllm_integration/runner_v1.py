@@ -35,7 +35,7 @@ class BudgetDraftProposer:
         self._seed = vllm_config.model_config.seed
         self._is_parallel = vllm_config.parallel_config.tensor_parallel_size > 1
         self._drafter: RequestDrafter | TargetDrafter
-        self._runner: Any
+        self._runner: Any = None
         self._verified: dict[str, int] = {}
         self._last_batch: set[str] = set()
         self._probabilities: tuple[list[str], Tensor] | None = None
@@ -99,6 +99,11 @@ class BudgetDraftProposer:
         """
         taken, self._probabilities = self._probabilities, None
         return taken
+
+    def release_ended(self) -> None:
+        """Releases what requests hold that are over, as no ``propose`` follows."""
+        if self._is_leader and self._runner is not None:
+            self._drafter.forget_ended(self._runner.requests)
 
     def take_statistics(self) -> dict[str, Any] | None:
         """What was drafted since the last call; None where another rank drafts."""

@@ -201,7 +201,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         temperature: Tensor,
     ) -> None:
         """Drafts of the rows that can, and last tokens of the others."""
-        self._release_ended()
+        self.release_ended()
         rows = self._ready(input_batch, length)
         indices = slots = input_batch.idx_mapping
         where: Tensor | slice = slice(None)
@@ -230,7 +230,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             shared = self.draft_logits[indices]
             self.draft_logits[indices] = group.broadcast(shared, src=0)
 
-    def _release_ended(self) -> None:
+    def release_ended(self) -> None:
         """Releases the slots of requests that are over."""
         live: Mapping[int, str] = self._states.index_to_req_id
         for index, progress in list(self._progress.items()):

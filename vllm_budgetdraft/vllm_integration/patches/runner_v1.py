@@ -13,7 +13,11 @@ def apply(proposer_class: type) -> None:
     from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_budgetdraft.vllm_integration.patches import rejection_sampler
+    from vllm_budgetdraft.vllm_integration.patches import (
+        logprobs,
+        rejection_sampler,
+        thinking_budget,
+    )
 
     def ours(runner: Any) -> Any:
         drafter = getattr(runner, "drafter", None)
@@ -211,3 +215,5 @@ def apply(proposer_class: type) -> None:
     wrap_method(GPUModelRunner, "_calc_spec_decode_metadata", prepare_without_drafts)
     wrap_method(gpu_model_runner, "build_logitsprocs", build_every_processor)
     rejection_sampler.apply()
+    thinking_budget.apply()
+    logprobs.apply()

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vllm_budgetdraft.vllm_integration.compatibility import supports_runner_v2
-from vllm_budgetdraft.vllm_integration.patches import statistics
+from vllm_budgetdraft.vllm_integration.patches import logprobs, statistics
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 
 
@@ -68,6 +68,7 @@ def _make_ours(original: Function) -> Function:
             )
         wrap_method(GPUModelRunner, "add_requests", _announce)
         statistics.apply_to_worker()
+        logprobs.apply_to_runner_v2()
         return BudgetDraftSpeculator(vllm_config, device, req_states)
 
     return init_speculator

@@ -1,7 +1,10 @@
 """Statistics of drafting travel with vLLM's own, from the worker to the front end."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
+
+import torch
 
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 from vllm_budgetdraft.vllm_integration.statistics import KEY, DraftStatistics
@@ -65,6 +68,7 @@ def apply_to_worker() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     wrap_method(Worker, "sample_tokens", _send)
+    wrap_method(Worker, "execute_model", _release_when_idle)
 
 
 def statistics_of(scheduler: Any) -> DraftStatistics:
@@ -83,12 +87,8 @@ def _send(original: Function) -> Function:
 
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        runner = self.model_runner
-        proposer = getattr(runner, "speculator", None) or getattr(
-            runner, "drafter", None
-        )
-        is_ours = hasattr(proposer, "take_statistics")
-        if not is_ours or output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
+        proposer = _proposer(self)
+        if proposer is None or output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
             return output
         taken = _taken(proposer)
         if isinstance(output, AsyncModelRunnerOutput):
@@ -100,9 +100,37 @@ def _send(original: Function) -> Function:
     return sample_tokens
 
 
-def _taken(proposer: Any) -> Any:
+def _release_when_idle(original: Function) -> Function:
+    """Symptom: after a server's last request its pages stay in use, and are shown so.
+
+    Reason: vLLM tells the worker of it in a step without tokens, in which no proposer
+    is called. Remove when a proposer is told of requests that are over.
+    """
+
+    @torch.inference_mode()
+    def execute_model(self: Any, scheduler_output: Any) -> Any:
+        output = original(self, scheduler_output)
+        proposer = _proposer(self)
+        if proposer is not None and not scheduler_output.total_num_scheduled_tokens:
+            output = copy(output)  # of the one that vLLM has for all such steps
+            setattr(output, ATTRIBUTE, _taken(proposer, is_idle=True))
+        return output
+
+    return execute_model
+
+
+def _proposer(worker: Any) -> Any:
+    """The worker's, or None if it is not ours."""
+    runner = worker.model_runner
+    proposer = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
+    return proposer if hasattr(proposer, "take_statistics") else None
+
+
+def _taken(proposer: Any, is_idle: bool = False) -> Any:
     """What it did; a failure in saying so must not end generation."""
     try:
+        if is_idle:
+            proposer.release_ended()
         return proposer.take_statistics()
     except Exception as error:
         statistics = DraftStatistics()
