@@ -10,6 +10,7 @@ from markup import code, prose, table
 from vllm_budgetdraft.vllm_integration.statistics import (
     COUNTERS,
     GAUGES,
+    HISTOGRAMS,
     LABELLED_COUNTERS,
     PREFIX,
 )
@@ -28,6 +29,10 @@ def metrics() -> str:
     rows += [
         [code(f"{PREFIX}{name}_total"), "counter", code(label), text]
         for name, (label, text) in LABELLED_COUNTERS.items()
+    ]
+    rows += [
+        [code(f"{PREFIX}{name}"), "histogram", "", text]
+        for name, (_, text) in HISTOGRAMS.items()
     ]
     return table(("Name", "Kind", "Label", "Meaning"), rows)
 

@@ -19,6 +19,7 @@ SMALL = "unit/test_where_gpus_go.py::"
 TOGETHER = "unit/test_engines_together.py::"
 BACKEND = "unit/test_attention_backend.py::"
 PACKED = "unit/test_packed_attention.py::"
+READER = "unit/test_prompt_reader.py::"
 AUTO = BACKEND + "test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu"
 CUT = SMALL + "test_kernels_are_cut_as_was_chosen_for_the_gpu"
 TOOK = SMALL + "test_an_engine_says_what_it_took_of_the_gpu"
@@ -58,7 +59,9 @@ BRANCHES = {
     f"{OURS}.diagnosis.env._gpu": SMALL + "test_env_names_the_gpu_and_what_runs_on_it",
     f"{OURS}.proposer.draft_graphs.CudaGraphCapture.__call__": ENGINES,
     f"{OURS}.proposer.draft_graphs.CudaGraphCapture.__init__": ENGINES,
-    f"{OURS}.proposer.draft_proposer.DraftProposer.warm_up": ENGINES,
+    f"{OURS}.proposer.prompt_reader.PromptReader._select": READER
+    + "test_on_a_gpu_a_choice_is_not_looked_at_and_cannot_leave_the_prompt",
+    f"{OURS}.proposer.warm_up.warm_up": ENGINES,
     f"{OURS}.proposer.memory.packs_matrices": "unit/test_packing.py::"
     "test_check_bills_what_will_be_packed",
     f"{OURS}.proposer.memory.resolve_dtype": SMALL

@@ -118,7 +118,11 @@ def test_the_configuration_page_has_every_setting(site):
 
 
 def test_the_pages_have_what_is_made_of_the_code(site):
-    for name in [*statistics.GAUGES, *statistics.COUNTERS]:
+    for name in [
+        *statistics.GAUGES,
+        *statistics.COUNTERS,
+        *statistics.HISTOGRAMS,
+    ]:
         assert f"vllm_budgetdraft:{name}" in text_of(site, "metrics")
     internals = text_of(site, "internals")
     folder = ROOT / "vllm_budgetdraft/vllm_integration/patches"

@@ -28,6 +28,7 @@ from vllm_budgetdraft.vllm_integration.compatibility import NEWEST, OLDEST
 from vllm_budgetdraft.vllm_integration.statistics import (
     COUNTERS,
     GAUGES,
+    HISTOGRAMS,
     LABELLED_COUNTERS,
 )
 
@@ -268,7 +269,8 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
     ours = {name for q in queries for name in re.findall(r"vllm_budgetdraft:(\w+)", q)}
     counters = {**COUNTERS, **LABELLED_COUNTERS}
-    assert ours == {*GAUGES, *(f"{name}_total" for name in counters)}
+    buckets = {f"{name}_bucket" for name in HISTOGRAMS}
+    assert ours == {*GAUGES, *buckets, *(f"{name}_total" for name in counters)}
     (source,) = read_yaml("monitoring/datasources.yml")["datasources"]
     default = dashboard["templating"]["list"][0]["current"]
     assert default == {"text": source["name"], "value": source["uid"]}

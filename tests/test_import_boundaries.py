@@ -56,9 +56,9 @@ MAY_IMPORT_OTHERS = {
     "environment": {"pydantic"},
     "command_line": {"pydantic"},
     "files": {"pydantic"},
-    "cache": {"torch"},
+    "cache": {"numpy", "torch"},
     "eviction": {"torch"},
-    "attention": {"torch", "xformers"},
+    "attention": {"numpy", "torch", "xformers"},
     "drafter": {"torch", "transformers", "safetensors"},
 }
 MAY_IMPORT_VLLM = {"vllm_integration", "cli", "comparison", "diagnosis", "generation"}

@@ -86,6 +86,7 @@ class Runner:
             SimpleNamespace(
                 sampling_params=SimpleNamespace(**params | sampling),
                 prefill_token_ids=tokens.tolist(),
+                num_computed_tokens=0,
                 prompt_embeds=None,
             ),
         )

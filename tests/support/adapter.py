@@ -77,7 +77,11 @@ class Engine:
             token_ids[row, : lengths[row]] = self.tokens[name]
         sampled = [[] if name in self.prefilling else [1] for name in names]
         no_tables = SimpleNamespace(block_tables=[])
-        rows = SimpleNamespace(req_ids=names, block_table=no_tables)
+        rows = SimpleNamespace(
+            req_ids=names,
+            block_table=no_tables,
+            num_computed_tokens_cpu=np.zeros(len(names), dtype=np.int32),
+        )
         runner = SimpleNamespace(requests=self.requests, input_batch=rows)
         self.proposer.bind(runner, self.verified)
         drafts = self.proposer.propose(sampled, lengths, token_ids)

@@ -48,6 +48,7 @@ def metric_names() -> set[str]:
         *statistics.GAUGES,
         *statistics.COUNTERS,
         *statistics.LABELLED_COUNTERS,
+        *statistics.HISTOGRAMS,
     ]
     names |= {f"vllm_budgetdraft:{name}" for name in ours}
     suffixes = ("", "_total", "_sum", "_count", "_bucket")

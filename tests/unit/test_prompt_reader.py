@@ -4,10 +4,13 @@ from random import Random
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.support import models
 from tests.support.drafting import build_proposer, held_by, ingested, positions_of
+from tests.support.fake_gpu import cpus_are_gpus
 from tests.support.policies import EVERY_SECOND
+from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
 from vllm_budgetdraft.proposer.prompt_reader import PromptReader
 
 POLICIES = {
@@ -164,3 +167,29 @@ def test_one_that_fails_is_found_and_the_others_are_read(drafter, monkeypatch):
     assert "on purpose" in str(failed[1])
     assert not any(map(reader.is_reading, range(3)))
     assert not reader.prompt._segments
+
+
+class LeavesThePrompt(EvictionPolicy):
+    """Its last position is that of no token."""
+
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        return states.positions(states.num_tokens - 9, states.num_tokens + 1)
+
+
+def test_on_a_gpu_a_choice_is_not_looked_at_and_cannot_leave_the_prompt(
+    drafter, monkeypatch
+):
+    """There an index out of range would end the process, and a look would wait."""
+    own = {"eviction_policy": f"{__name__}:LeavesThePrompt"}
+    context = models.random_tokens(90, seed=1)
+    with pytest.raises(ValueError, match="do not ascend from 0 to below 90"):
+        ingested(build(drafter, **own), context)
+    with cpus_are_gpus():
+        proposer = build(drafter, attention_backend="torch", **own)
+        ingested(proposer, context)
+        keys, _ = held_by(proposer, 0, 10)
+        monkeypatch.setenv("BUDGETDRAFT_CHECK_INVARIANTS", "1")
+        proposer.release_request(0)
+        with pytest.raises(ValueError, match="do not ascend from 0 to below 90"):
+            ingested(proposer, context)
+    assert torch.equal(keys[:, 8], keys[:, 9])  # the last token, twice

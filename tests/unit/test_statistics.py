@@ -218,6 +218,9 @@ def test_a_scheduler_step_becomes_metrics_and_a_line(stat_logger):
             ["drafts_skipped", "reading", 3],
             ["drafts_skipped", "off", 1],
             ["draft_faults", "ValueError", 1],
+            ["tokens_to_read", "prefill", 500],
+            ["steps_to_first_draft", "0", 3],
+            ["steps_to_first_draft", "5", 1],
         ],
     }
     stats = SimpleNamespace(kv_connector_stats={KEY: step, "theirs": 1})
@@ -230,6 +233,10 @@ def test_a_scheduler_step_becomes_metrics_and_a_line(stat_logger):
     assert sample("draft_steps_total") - before == 4
     assert sample("pages_free") == 90
     assert sample("drafts_skipped_total", reason="reading") >= 6
+    assert sample("tokens_to_read_total", cause="prefill") >= 1000
+    assert sample("steps_to_first_draft_bucket", le="4.0") == 6
+    assert sample("steps_to_first_draft_count") == 8
+    assert sample("steps_to_first_draft_sum") == 10
     assert sample("draft_faults_total", error="ValueError") >= 2
     logger.log()
     (line,) = lines

@@ -4,7 +4,7 @@ import time
 from collections import Counter as Counts
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
@@ -12,6 +12,7 @@ from vllm_budgetdraft.vllm_integration.faults import logger
 from vllm_budgetdraft.vllm_integration.statistics import (
     COUNTERS,
     GAUGES,
+    HISTOGRAMS,
     KEY,
     LABELLED_COUNTERS,
     PREFIX,
@@ -27,6 +28,10 @@ METRICS: dict[str, Any] = {
     **{
         name: Counter(PREFIX + name, text, [*LABELS, label])
         for name, (label, text) in LABELLED_COUNTERS.items()
+    },
+    **{
+        name: Histogram(PREFIX + name, text, LABELS, buckets=bounds)
+        for name, (bounds, text) in HISTOGRAMS.items()
     },
 }
 
@@ -69,6 +74,10 @@ class BudgetDraftStatLogger(AggregateStatLoggerBase):
         for name, value in ours["gauges"].items():
             METRICS[name].labels(*labels).set(value)
         for name, label, amount in ours["counts"]:
+            if name in HISTOGRAMS:
+                for _ in range(int(amount)):
+                    METRICS[name].labels(*labels).observe(float(label))
+                continue
             METRICS[name].labels(*labels, *([label] if label else [])).inc(amount)
             self._counts[name][label] += amount
 

@@ -22,6 +22,7 @@ class Progress:
         has_drafted: whether it did where it last sampled. Then the cache has all but
             what the next draft feeds.
         max_missing: most tokens that it lacks besides those, otherwise.
+        num_waited: steps in which it sampled and had no drafts; None after the first.
     """
 
     request_id: str
@@ -33,6 +34,7 @@ class Progress:
     has_drafted: bool = False
     num_to_read: int = 0
     max_missing: int = 0
+    num_waited: int | None = 0
 
     def __post_init__(self) -> None:
         self.begin(self.num_prefill, has_sampled=False)
@@ -50,6 +52,7 @@ class Progress:
         """
         self.why_not = ""
         self.waits = self.is_read = self.has_drafted = False
+        self.num_waited = 0
         self.num_to_read = num_tokens + (not has_sampled) - FIRST_WIDTH
         self.max_missing = 0 if has_sampled else -1
 

@@ -34,6 +34,7 @@ class Request:
     Attributes:
         state: vLLM's object for the request.
         context: token ids, prompt and output.
+        num_computed: of them, before this step, by the target.
         sampled: whether it sampled a token in this step; if not, its prompt is still
             being prefilled.
         max_drafts: most tokens to draft now.
@@ -44,6 +45,7 @@ class Request:
     request_id: str
     state: Any
     context: np.ndarray
+    num_computed: int
     sampled: bool
     max_drafts: int
     block_tables: tuple[np.ndarray, ...] = ()
@@ -133,8 +135,12 @@ class RequestDrafter:
         only_drafted = not unread and not is_behind
         self.has_only_drafted = only_drafted and len(drafts) == len(able)
         for request in requests:
-            if request.sampled and not drafts.get(request.row):
+            if not request.sampled:
+                continue
+            if not drafts.get(request.row):
                 self.statistics.count("drafts_skipped", label=self._why_not(request))
+            if holding := self._holding(request):
+                self.statistics.count_wait(holding, bool(drafts.get(request.row)))
         return drafts
 
     def _why_not(self, request: Request) -> str:
@@ -199,6 +205,7 @@ class RequestDrafter:
         except Exception:
             self._slots.release(request.request_id)
             raise
+        self.statistics.count_reading(holding.num_cached, request.num_computed)
         return holding
 
     def _read(self, unread: list[tuple[Request, Holding]]) -> None:

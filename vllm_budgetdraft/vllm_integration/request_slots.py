@@ -22,6 +22,7 @@ class Holding:
         num_cached: first tokens of that context that the cache holds, or that are to
             be read into it.
         fed: drafts that the cache holds after the context.
+        num_waited: steps in which it sampled and had no drafts; None after the first.
     """
 
     slot: int
@@ -32,6 +33,7 @@ class Holding:
     num_tokens: int = 0
     num_cached: int = 0
     fed: list[int] = field(default_factory=list)
+    num_waited: int | None = 0
 
     def goes_on(self, context: Any, sampled: bool) -> bool:
         """Takes the drafts that ``context`` (token ids) begins with for cached.

@@ -199,6 +199,7 @@ class BudgetDraftProposer:
                     ids[row],
                     state,
                     context=token_ids[row, : num_tokens[row]],
+                    num_computed=int(batch.num_computed_tokens_cpu[row]),
                     sampled=bool(sampled),
                     max_drafts=min(length, int(room[row])),
                     block_tables=tuple(table[row] for table in tables),

@@ -132,7 +132,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             if self._config.draft_sample_method == "probabilistic":
                 self._temperatures[index] = sampling.draft_temperature(params)
             budget = settings.kv_budget
-            self._core.start_reading(index, progress.num_to_read, budget)
+            num_tokens = progress.num_to_read
+            self._core.start_reading(index, num_tokens, budget)
+            self._statistics.count_reading(num_tokens, request.num_computed_tokens)
 
     @torch.inference_mode()
     def propose(
@@ -282,6 +284,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
                     is_ready = self._is_ready(index, progress, length)
                 except Exception as error:
                     self._drop(index, progress, error)
+            self._statistics.count_wait(progress, is_ready)
             if is_ready:
                 rows.append(row)
             else:
@@ -304,7 +307,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         # The host waits for the device here, once for a request that waited itself.
         num_tokens = int(self._states.total_len.gpu[index])
         progress.begin(num_tokens, has_sampled=has_sampled)
-        self._core.start_reading(index, progress.num_to_read, progress.kv_budget)
+        num_tokens = progress.num_to_read
+        self._core.start_reading(index, num_tokens, progress.kv_budget)
+        self._statistics.count_reading(num_tokens, num_tokens)
 
     def _is_ready(self, index: int, progress: Progress, length: int) -> bool:
         """Whether a request that sampled is to draft now."""

@@ -1,7 +1,7 @@
 """What drafting did, counted where it happens, and on its way to whoever shows it."""
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, Protocol
 
 #: Of every metric's name in Prometheus.
 PREFIX = "vllm_budgetdraft:"
@@ -32,12 +32,36 @@ LABELLED_COUNTERS = {
         "ends there), not_confident (draft_confidence_threshold), embeddings (its "
         "prompt has no tokens), failed (see draft_faults).",
     ),
+    "tokens_to_read": (
+        "cause",
+        "Tokens of contexts that the drafter set out to read. Causes: prefill (the "
+        "target computes them as well), computed (it had done so: they are in its "
+        "prefix cache, or the request was preempted, or waited for pages).",
+    ),
     "draft_faults": (
         "error",
         "Failures in drafting, of which what they struck is generated without drafts; "
         "one for each step in which a request finds no room in the draft cache.",
     ),
 }
+#: Name, bounds of buckets, and meaning.
+HISTOGRAMS = {
+    "steps_to_first_draft": (
+        (0, 1, 2, 4, 8, 16, 32, 64),
+        "Steps in which a request sampled and had no drafts made, from its beginning, "
+        "or a preemption, to its first drafts.",
+    ),
+}
+
+
+class Waits(Protocol):
+    """
+    Attributes:
+        num_waited: steps in which it sampled and had no drafts; None after the first
+            drafts.
+    """
+
+    num_waited: int | None
 
 
 class DraftStatistics:
@@ -52,9 +76,28 @@ class DraftStatistics:
         self._gauges[name] = value
 
     def count(self, name: str, amount: float = 1, label: str = "") -> None:
-        assert name in (LABELLED_COUNTERS if label else COUNTERS), (name, label)
+        """
+        Args:
+            label: of a histogram, the value that was seen.
+        """
+        known = {**LABELLED_COUNTERS, **HISTOGRAMS} if label else COUNTERS
+        assert name in known, (name, label)
         assert amount >= 0, (name, amount)
         self._counts[name, label] += amount
+
+    def count_reading(self, num_tokens: int, num_computed: int) -> None:
+        """A context that is to be read, of which the target knew so many tokens."""
+        num_computed = min(num_tokens, num_computed)
+        self.count("tokens_to_read", num_computed, "computed")
+        self.count("tokens_to_read", num_tokens - num_computed, "prefill")
+
+    def count_wait(self, request: Waits, has_drafts: bool) -> None:
+        """A request sampled, and has drafts or waits for its first."""
+        if request.num_waited is None:
+            return
+        if has_drafts:
+            self.count("steps_to_first_draft", label=str(request.num_waited))
+        request.num_waited = None if has_drafts else request.num_waited + 1
 
     def take(self) -> dict[str, Any]:
         """All there is, as what any serialisation can carry; then begins anew."""
