@@ -23,6 +23,7 @@ from vllm_budgetdraft.cli import main
 from vllm_budgetdraft.comparison import engines, room
 from vllm_budgetdraft.comparison.methods import PLAIN, Method
 from vllm_budgetdraft.comparison.races import race
+from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.diagnosis import check, env
 from vllm_budgetdraft.diagnosis.memory import describe
 from vllm_budgetdraft.errors import ConfigurationError
@@ -115,7 +116,7 @@ def test_env_names_what_is_wrong_with_vllm():
 def test_the_bill_is_that_of_the_tensors(drafter_folder, vocab_size):
     settings = {"num_speculative_tokens": 4, "kv_budget": 40, "draft_dtype": "float32"}
     text = describe(
-        {"model": str(drafter_folder), **settings},
+        BudgetDraftConfig(model=str(drafter_folder), **settings),
         max_model_len=2048,
         max_num_seqs=3,
         target_dtype=torch.bfloat16,

@@ -8,6 +8,7 @@ import torch
 
 from tests.support import models
 from tests.support.drafting import build_proposer, ingested
+from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.diagnosis import memory
 from vllm_budgetdraft.drafter.modeling import Drafter, initialise
 from vllm_budgetdraft.drafter.packing import (
@@ -129,7 +130,7 @@ def test_check_bills_what_will_be_packed(
     asked = []
     monkeypatch.setattr(memory, "weight_bytes", lambda *of: asked.append(of) or 2**20)
     bill = memory.describe(
-        {"model": str(drafter_folder), "num_speculative_tokens": 4},
+        BudgetDraftConfig(model=str(drafter_folder), num_speculative_tokens=4),
         max_model_len=512,
         max_num_seqs=2,
         target_dtype=torch.float32,

@@ -113,7 +113,7 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
             "tokens that the drafter was made for"
         )
     facts["memory"] = describe(
-        vllm_config.speculative_config.budgetdraft,
+        config,
         max_model_len=model.max_model_len,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         target_dtype=model.dtype,

@@ -171,10 +171,12 @@ def _memory(args: Namespace) -> str:
     import torch
 
     from vllm_budgetdraft.attention.backend import default_device
+    from vllm_budgetdraft.config import parse_speculative_config
     from vllm_budgetdraft.diagnosis.memory import describe
 
+    settings = {"num_speculative_tokens": 8, **args.speculative_config}
     return describe(
-        {"model": args.drafter, "num_speculative_tokens": 8, **args.speculative_config},
+        parse_speculative_config({"model": args.drafter, **settings}),
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         # What most targets are served in.

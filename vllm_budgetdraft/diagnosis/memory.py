@@ -1,10 +1,8 @@
 """What a drafter would allocate, without loading it."""
 
-from typing import Any
-
 import torch
 
-from vllm_budgetdraft.config import parse_speculative_config, settle
+from vllm_budgetdraft.config import BudgetDraftConfig, settle
 from vllm_budgetdraft.drafter.configuration import read_drafter_config, trained_view
 from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.flexdraft.checkpoint import drafter_type
@@ -17,7 +15,7 @@ from vllm_budgetdraft.proposer.memory import (
 
 
 def describe(
-    settings: dict[str, Any],
+    config: BudgetDraftConfig,
     *,
     max_model_len: int,
     max_num_seqs: int,
@@ -29,15 +27,13 @@ def describe(
     """The line that the engine logs, but for what counts of attention take.
 
     Args:
-        settings: a speculative config, less ``method``.
         vocab_size: the target's; the drafter's own if None.
         batch_tokens: most tokens that a step of the target computes.
 
     Raises:
-        ConfigurationError, UnsupportedDrafterError: see ``parse_speculative_config``,
-            ``read_drafter_config``, ``settle`` and ``MemoryPlan.of``.
+        ConfigurationError, UnsupportedDrafterError: see ``read_drafter_config``,
+            ``settle`` and ``MemoryPlan.of``.
     """
-    config = parse_speculative_config(settings)
     if drafter_type(config) == "flexdraft":
         return "no draft cache: FlexDraft reads the target's own"
     drafter = read_drafter_config(config.model)

@@ -13,7 +13,9 @@ from vllm_budgetdraft.config import EvictionSettings
 
 @dataclass(frozen=True)
 class PromptStates:
-    """What a policy sees of a prompt: all layers at once, or one, or one head.
+    """What a policy sees of a prompt, or of several that hold as many tokens.
+
+    All layers at once, or one, or one head.
 
     Attributes:
         keys: [..., num_tokens, head_dim], rotated as attention reads them.

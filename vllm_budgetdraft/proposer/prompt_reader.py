@@ -1,5 +1,6 @@
 """Reading contexts before drafting: what of them is read, and what is kept."""
 
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -187,25 +188,27 @@ class PromptReader:
         at = torch.from_numpy(np.concatenate(positions)).to(tokens.device)
         self._drafter(tokens, self.prompt.extend(grown, *self._drafter.rotary(at)))
         for reading, piece in pieces:
-            assert reading.segment is not None
             reading.num_seen = piece.stop
             reading.has_chosen = piece.stop == reading.plan.next_choice(piece.start)
-            if reading.has_chosen:
-                self.prompt.keep(reading.segment, self._select(reading))
+        chosen = [reading for reading, _ in pieces if reading.has_chosen]
+        for segment, kept in self._select(chosen):
+            self.prompt.keep(segment, kept)
 
     def _finish(self, readings: list[Reading]) -> None:
         """Moves what is kept of contexts that are read into their slots."""
+        full = [each for each in readings if each.segment is not None]
+        kept = dict(self._select([each for each in full if not each.has_chosen]))
         slots, rows, seen = [], [], []
-        for reading in readings:
-            if (segment := reading.segment) is not None:
-                states = self._states(segment)
-                kept = states.all_positions()
-                if not reading.has_chosen:
-                    kept = self._select(reading)
-                slots.append(reading.slot)
-                rows.append(kept + segment.start)
-                seen.append(reading.num_seen)
-        if slots:
+        for reading in full:
+            segment = reading.segment
+            assert segment is not None
+            chosen = kept.get(segment)
+            if chosen is None:  # what is left is what was chosen
+                chosen = self._states(segment).all_positions()
+            slots.append(reading.slot)
+            rows.append(chosen + segment.start)
+            seen.append(reading.num_seen)
+        if full:
             prompt = self.prompt
             self._cache.load_prompts(
                 slots, prompt.keys, prompt.values, rows, seen, prompt.received
@@ -213,19 +216,33 @@ class PromptReader:
         for reading in readings:
             self.stop(reading.slot)
 
-    def _select(self, reading: Reading) -> Tensor:
-        """Rows of its segment to keep, [num_layers, num_kv_heads, n].
+    def _select(self, readings: list[Reading]) -> list[tuple[Segment, Tensor]]:
+        """Rows of each segment to keep, [num_layers, num_kv_heads, n].
+
+        The policy is asked once for all that hold as many tokens.
 
         Raises:
             ValueError: the policy's choice is none.
         """
-        assert reading.segment is not None
-        states = self._states(reading.segment)
-        kept = self._policy.select(states, reading.budget)
-        # On a GPU nothing waits for its values, and one outside would end the process.
-        looks = not is_gpu(kept.device) or environment.check_invariants()
-        check_selection(kept, states, reading.budget, values=looks)
-        return kept if looks else kept.clamp(0, states.num_tokens - 1)
+        groups = defaultdict(list)
+        for reading in readings:
+            assert reading.segment is not None
+            num_held = reading.segment.num_held
+            groups[num_held, reading.budget].append(reading.segment)
+        selected: list[tuple[Segment, Tensor]] = []
+        for (num_held, budget), segments in groups.items():
+            states = list(map(self._states, segments))
+            # One by itself is not copied.
+            together = states[0] if len(states) == 1 else _stacked(states)
+            kept = self._policy.select(together, budget)
+            # On a GPU nothing waits for its values, and one outside would end the
+            # process.
+            looks = not is_gpu(kept.device) or environment.check_invariants()
+            check_selection(kept, together, budget, values=looks)
+            if not looks:
+                kept = kept.clamp(0, num_held - 1)
+            selected += zip(segments, [kept] if len(states) == 1 else kept, strict=True)
+        return selected
 
     def _states(self, segment: Segment) -> PromptStates:
         prompt = self.prompt
@@ -233,3 +250,17 @@ class PromptReader:
         return PromptStates(
             keys, prompt.last_queries(segment), prompt.attention(segment)
         )
+
+
+def _stacked(states: list[PromptStates]) -> PromptStates:
+    """States of prompts of one length, with a leading dimension for the prompts."""
+
+    def stack(each: list[Tensor | None]) -> Tensor | None:
+        found = [tensor for tensor in each if tensor is not None]
+        return torch.stack(found) if found else None
+
+    return PromptStates(
+        torch.stack([each.keys for each in states]),
+        stack([each.queries for each in states]),
+        stack([each.attention for each in states]),
+    )

@@ -34,10 +34,10 @@ class Request:
     Attributes:
         state: vLLM's object for the request.
         context: token ids, prompt and output.
-        num_computed: of them, before this step, by the target.
         sampled: whether it sampled a token in this step; if not, its prompt is still
             being prefilled.
         max_drafts: most tokens to draft now.
+        num_computed: tokens of the context that the target knew before this step.
         block_tables: of each kind of the target's cache, where its pages are.
     """
 
@@ -45,9 +45,9 @@ class Request:
     request_id: str
     state: Any
     context: np.ndarray
-    num_computed: int
     sampled: bool
     max_drafts: int
+    num_computed: int = 0
     block_tables: tuple[np.ndarray, ...] = ()
 
 
