@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from torch.utils.data import default_collate
 from transformers import (
     HfArgumentParser,
@@ -92,6 +93,9 @@ def train(argv: list[str]) -> None:
             stack.enter_context(claimed(output))
         stack.enter_context(when_interrupted(lambda: how_to_go_on(output)))
         _train(argv, parts)
+    if distributed.is_initialized():
+        # Its threads abort the process where they outlive the interpreter.
+        distributed.destroy_process_group()
 
 
 def _parse(argv: list[str]) -> tuple[Any, ...]:
