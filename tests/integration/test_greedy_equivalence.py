@@ -101,6 +101,7 @@ def draft(**settings: object) -> dict[str, object]:
                     eviction_policy="keep_all", draft_prefill_chunk=100
                 ),
                 "enable_prefix_caching": False,
+                "max_num_batched_tokens": 48,
             },
             id="keep_all",
         ),
