@@ -4,6 +4,7 @@ import multiprocessing
 import re
 import shutil
 from contextlib import closing
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vllm_budgetdraft.comparison.methods import PLAIN, Method
 from vllm_budgetdraft.comparison.races import races_of
 from vllm_budgetdraft.comparison.room import memory_at_hand
 from vllm_budgetdraft.errors import BudgetDraftError
+from vllm_budgetdraft.vllm_integration import engine_process
 from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
 pytestmark = pytest.mark.vllm
@@ -87,3 +89,23 @@ def test_a_dead_engine_has_the_same_last_words_whenever_it_is_asked(
             with pytest.raises(RuntimeError, match="(?s)stopped.*max_model_len"):
                 ask()
         assert not multiprocessing.active_children()
+
+
+def is_ready_and_waits(pipe: Connection, args: dict, log: str, variables: dict) -> None:
+    """An engine, as far as this process sees."""
+    Path(log).write_text("is ready\n")
+    pipe.send(None)
+    pipe.recv()
+
+
+def test_an_engine_that_is_killed_while_idle_is_said_to_have_stopped(
+    monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(engine_process, "_serve", is_ready_and_waits)
+    with closing(EngineProcess({}, tmp_path / "engine.log")) as engine:
+        engine.wait_until_ready()
+        engine._process.kill()
+        engine._process.join()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="(?s)stopped.*is ready"):
+                engine.describe()
