@@ -147,6 +147,24 @@ def forbid_host_reads() -> Iterator[None]:
 
 
 @contextmanager
+def forbid_host_writes() -> Iterator[None]:
+    """Fails where the host would copy to the device."""
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            name = getattr(func, "__name__", "")
+            if name in HOST_WRITES:
+                raise GraphError(f"{name} copies to the device")
+            return func(*args, **(kwargs or {}))
+
+    def from_numpy(array: Any) -> Tensor:  # no mode hears of it
+        raise GraphError("from_numpy copies to the device")
+
+    with Functions(), patch.object(torch, "from_numpy", from_numpy):
+        yield
+
+
+@contextmanager
 def forbid_allocation() -> Iterator[None]:
     """Fails at an operation whose result is not in memory that it was given.
 

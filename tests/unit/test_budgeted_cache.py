@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.page_pool import PagePool
@@ -347,3 +348,25 @@ def test_a_prompts_attention_is_counted_by_page():
     second = 11 + 12 + 58 + 59
     found = numbered.cache.attention[0]
     assert found[:3].tolist() == [first, second, 0]
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most numbers in a tensor that an operation returned."""
+
+    num_numbers = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.num_numbers = max(self.num_numbers, found.numel())
+        return found
+
+
+def test_loading_takes_memory_for_what_is_kept_alone():
+    """And not for a row of the page table beside each token."""
+    kept = 600
+    numbered = NumberedCache(budget=kept, page_size=1, k=2)
+    with LargestTensor() as largest:
+        numbered.start(0, kept=kept, seen=kept)
+    assert numbered.cache.pages_per_slot > kept
+    assert largest.num_numbers <= 4 * kept

@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.support import models
 from tests.support.drafting import build_proposer, held_by, ingested, positions_of
 from tests.support.fake_gpu import cpus_are_gpus
+from tests.support.fake_graph import forbid_host_writes
 from tests.support.policies import EVERY_SECOND
 from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
 from vllm_budgetdraft.proposer.prompt_reader import PromptReader
@@ -193,3 +194,20 @@ def test_on_a_gpu_a_choice_is_not_looked_at_and_cannot_leave_the_prompt(
         with pytest.raises(ValueError, match="do not ascend from 0 to below 90"):
             ingested(proposer, context)
     assert torch.equal(keys[:, 8], keys[:, 9])  # the last token, twice
+
+
+@pytest.mark.parametrize("policy", ["last_queries", "heavy_hitter"])
+def test_on_a_gpu_nothing_waits_for_what_the_host_would_copy_there(drafter, policy):
+    """A copy begins when all is done that the device was given before."""
+    proposer = build(drafter, **POLICIES[policy], **READING["relative"])
+    contexts = [models.random_tokens(n, seed=n) for n in (170, 60, 60, 90)]
+    for slot, context in enumerate(contexts):
+        proposer.start_reading(slot, len(context))
+
+    def tokens_of(pieces: list[tuple[int, range]]) -> Tensor:
+        return torch.cat([contexts[s][piece.start : piece.stop] for s, piece in pieces])
+
+    with forbid_host_writes():
+        proposer.reader.read(range(4), tokens_of, 120)
+        proposer.reader.read(range(4), tokens_of, 1000)
+    assert not any(map(proposer.reader.is_reading, range(4)))

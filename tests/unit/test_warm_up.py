@@ -5,13 +5,14 @@ others, the strides of a prompt may be a multiple of 16 or not.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.drafting import Requests, build_proposer
+from tests.support.drafting import Requests, build_proposer, positions_of
 from tests.support.fake_gpu import Launches, every_argument_is_checked
 from tests.support.fake_graph import FakeGraph
-from tests.support.models import llama, write_model
+from tests.support.models import llama, random_tokens, write_model
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.warm_up import warm_up
@@ -39,6 +40,22 @@ def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_dim=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2
     )
     return write_model(tmp_path_factory.mktemp("drafter"), config)
+
+
+def build(drafter: Path, **settings: Any) -> DraftProposer:
+    sizes = {
+        "num_slots": NUM_SLOTS,
+        "max_model_len": 160,
+        "num_speculative_tokens": NUM_DRAFTS,
+        "attention_backend": "triton",
+        "kv_budget": 40,
+        "page_size": 8,
+        "recent_window": 24,
+        "sink_tokens": 8,
+        "local_tokens": 8,
+        "draft_prefill_chunk": 30,
+    }
+    return build_proposer(drafter, **sizes | settings)
 
 
 def serve(proposer: DraftProposer) -> None:
@@ -76,20 +93,7 @@ def test_warm_up_reaches_every_kernel_that_requests_need(
     """And no kernel is given what it would misread."""
     fused = pytest.importorskip("budgetdraft_kernels.fused", reason="needs Triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    proposer = build_proposer(
-        drafter,
-        num_slots=NUM_SLOTS,
-        max_model_len=160,
-        num_speculative_tokens=NUM_DRAFTS,
-        attention_backend="triton",
-        kv_budget=40,
-        page_size=8,
-        recent_window=24,
-        sink_tokens=8,
-        local_tokens=8,
-        draft_prefill_chunk=30,
-        **settings,
-    )
+    proposer = build(drafter, **settings)
     with every_argument_is_checked(fused), Launches().record() as launches:
         warm_up(proposer)
         if graphs:
@@ -97,4 +101,24 @@ def test_warm_up_reaches_every_kernel_that_requests_need(
         known = set(launches.keys)
         assert known
         serve(proposer)
+    assert not launches.since(known, "budgetdraft_kernels")
+
+
+@pytest.mark.parametrize("score", ["last_key", "last_queries"])
+def test_prompts_of_a_length_are_scored_by_the_kernel_of_one(
+    drafter, score, monkeypatch
+):
+    """The policy is asked for all of them at once."""
+    fused = pytest.importorskip("budgetdraft_kernels.fused", reason="needs Triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    proposer = build(drafter, draft_prefill_chunk=100, chunk_score=score)
+    contexts = [random_tokens(45, seed) for seed in range(NUM_SLOTS)]
+    with every_argument_is_checked(fused), Launches().record() as launches:
+        for slots in ([0], [0, 1]):
+            known = set(launches.keys)
+            for slot in slots:
+                proposer.start_reading(slot, 45)
+            assert proposer.read(slots, positions_of(*contexts), 100) == {}
+            proposer.release_all()
+    assert known
     assert not launches.since(known, "budgetdraft_kernels")

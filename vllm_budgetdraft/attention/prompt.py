@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from budgetdraft_kernels.reference import rotate
 from vllm_budgetdraft.attention.packed import select_packed_attention
+from vllm_budgetdraft.cache.ranges import packed_ranges
 
 
 @dataclass(eq=False)
@@ -115,33 +115,32 @@ class PromptAttention:
         for segment, length in pieces:
             segment.num_held += length
             end = segment.start + segment.num_held
-            cells.append(np.arange(end - length, end))
+            cells.append(range(end - length, end))
         self._key_lengths = [segment.num_held for segment in self._pieces]
         self._num_keys = sum(self._key_lengths)
         self._cells = self._indices(cells)
         if self.received is not None:
             self.received[..., self._cells] = 0
         if self._key_rotary is not None:
-            rows = self._indices([np.arange(each) for each in self._key_lengths])
+            rows = self._indices([range(each) for each in self._key_lengths])
             cos, sin = self._key_rotary
             self._rotary_of_keys = cos[rows, None], sin[rows, None]
         if self._observation_tokens:
-            ends = np.cumsum(self._query_lengths)
+            ends = accumulate(self._query_lengths)
             self._last_lengths = [
                 min(length, self._observation_tokens) for length in self._query_lengths
             ]
             self._last_rows = self._indices(
                 [
-                    np.arange(end - length, end)
+                    range(end - length, end)
                     for end, length in zip(ends, self._last_lengths, strict=True)
                 ]
             )
             self._last_queries: list[Tensor] = []
         return self
 
-    def _indices(self, runs: list[np.ndarray]) -> Tensor:
-        """int64 on the device, by one copy for all runs."""
-        return torch.from_numpy(np.concatenate(runs)).to(self.keys.device)
+    def _indices(self, runs: list[range]) -> Tensor:
+        return packed_ranges(runs, self.keys.device)
 
     def _arrange(self, pieces: Sequence[tuple[Segment, int]]) -> None:
         """Lays segments one after another, first those of the pass, with their room."""
@@ -150,8 +149,8 @@ class PromptAttention:
         start, old, new = 0, [], []
         for segment, length in chain(pieces, idle):
             if segment.num_held and segment.start != start:
-                old.append(np.arange(segment.cells.start, segment.cells.stop))
-                new.append(np.arange(start, start + segment.num_held))
+                old.append(range(segment.cells.start, segment.cells.stop))
+                new.append(range(start, start + segment.num_held))
             segment.start = start
             start += segment.num_held + length
         assert start <= self.max_tokens, (start, self.max_tokens)

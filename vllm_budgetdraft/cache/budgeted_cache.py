@@ -2,13 +2,13 @@
 
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from budgetdraft_kernels import reference
 from vllm_budgetdraft.cache.page_pool import PagePool
 from vllm_budgetdraft.cache.page_table import PageTable
+from vllm_budgetdraft.cache.ranges import packed_ranges
 
 
 class BudgetedCache:
@@ -170,11 +170,10 @@ class BudgetedCache:
         lengths = [rows.shape[2] for rows in kept]
         for num_kept, num_seen in zip(lengths, seen, strict=True):
             assert num_kept <= min(num_seen, self.capacity), (num_kept, num_seen)
-        evicted = np.subtract(seen, lengths)
-        indices = np.concatenate([np.arange(length) for length in lengths])
-        table = np.stack([np.repeat(slots, lengths), indices])
-        device = self.num_evicted.device
-        slot, index = torch.from_numpy(table).to(device)
+        index = packed_ranges(map(range, lengths), self.num_evicted.device)
+        slot = torch.cat(
+            [index.new_full((n,), slot) for slot, n in zip(slots, lengths, strict=True)]
+        )
         rows = torch.cat(kept, 2)
         self._operations.page_compaction(
             keys,
@@ -185,7 +184,8 @@ class BudgetedCache:
             self.page_table.cells(slot, index[:, None], self.page_size)[:, 0],
             validate=False,
         )
-        self.num_evicted[slots] = torch.from_numpy(evicted).to(device)
+        for each, num_seen, num_kept in zip(slots, seen, lengths, strict=True):
+            self.num_evicted[each] = num_seen - num_kept
         if self.attention is not None:
             assert attention is not None
             received = attention.gather(2, rows).sum((0, 1))

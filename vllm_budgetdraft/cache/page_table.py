@@ -38,8 +38,9 @@ class PageTable:
         Returns:
             [B, T] int64.
         """
-        rows = self.pages[slots]
-        return rows.gather(1, indices // page_size) * page_size + indices % page_size
+        # Whole rows of slots would be large where they are many, one for each token.
+        pages = self.pages[slots[:, None], indices // page_size]
+        return pages * page_size + indices % page_size
 
     def reorder(self, slots: Tensor, due: Tensor, order: Tensor) -> None:
         """Sorts the rows of the slots that are ``due`` [B] bool by ``order`` [B, N]."""

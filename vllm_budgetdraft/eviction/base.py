@@ -142,11 +142,13 @@ def chunk_scores(
         operations: see ``EvictionPolicy``.
         keys, queries: as ``PromptStates`` has them.
     """
-    if keys.ndim == 4:  # serving's
+    if keys.ndim == 4:  # serving's, of one prompt
         scores: Tensor = operations.chunk_scores(keys, queries, chunk_size, score)
         return scores
     leading = keys.shape[:-2]
-    keys = keys.reshape(1, -1, *keys.shape[-2:])
-    queries = queries.reshape(1, -1, *queries.shape[-3:])
+    # Kernels are compiled for the number of heads, which no number of prompts changes.
+    num_heads = keys.shape[-3] if leading else 1
+    keys = keys.reshape(-1, num_heads, *keys.shape[-2:])
+    queries = queries.reshape(-1, num_heads, *queries.shape[-3:])
     scores = operations.chunk_scores(keys, queries, chunk_size, score)
     return scores.view(*leading, scores.shape[-1])

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from vllm_budgetdraft import environment
 from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.attention.prompt import PromptAttention, Segment
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
+from vllm_budgetdraft.cache.ranges import packed_ranges
 from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import (
@@ -183,9 +183,9 @@ class PromptReader:
         for reading, piece in pieces:
             assert reading.segment is not None
             start = reading.segment.num_held if self._is_relative else piece.start
-            positions.append(np.arange(start, start + len(piece)))
+            positions.append(range(start, start + len(piece)))
             grown.append((reading.segment, len(piece)))
-        at = torch.from_numpy(np.concatenate(positions)).to(tokens.device)
+        at = packed_ranges(positions, tokens.device)
         self._drafter(tokens, self.prompt.extend(grown, *self._drafter.rotary(at)))
         for reading, piece in pieces:
             reading.num_seen = piece.stop

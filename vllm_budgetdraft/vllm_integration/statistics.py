@@ -48,8 +48,8 @@ LABELLED_COUNTERS = {
 HISTOGRAMS = {
     "steps_to_first_draft": (
         (0, 1, 2, 4, 8, 16, 32, 64),
-        "Steps in which a request sampled and had no drafts made, from its beginning, "
-        "or a preemption, to its first drafts.",
+        "Steps in which a request sampled and had no drafts made, from when it got "
+        "pages of the draft cache, at first or anew, to its first drafts.",
     ),
 }
 
