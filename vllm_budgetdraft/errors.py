@@ -23,3 +23,9 @@ class PagePoolExhaustedError(BudgetDraftError, RuntimeError):
 
 class TrainingError(BudgetDraftError, RuntimeError):
     """A training run cannot go on, for a reason outside of it."""
+
+
+def short(said: object, longest: int = 200) -> str:
+    """What others' errors and values say, as a part of one paragraph."""
+    text = " ".join(str(said).encode(errors="backslashreplace").decode().split())
+    return text if len(text) <= longest else f"{text[:longest]}..."

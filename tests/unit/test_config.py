@@ -90,7 +90,7 @@ def settings(**changes):
         ),
         pytest.param(
             {"adaptive_draft_length": "perhaps"},
-            ["adaptive_draft_length='perhaps'", "valid boolean"],
+            ["adaptive_draft_length='perhaps'", "true or false"],
             id="not_a_boolean",
         ),
         pytest.param(
@@ -141,7 +141,9 @@ def test_a_setting_that_cannot_work_is_refused_with_value_limit_and_remedy(
         ),
         pytest.param([(1, 4)], [".0.2' is missing"], id="not_a_triple"),
         pytest.param([(1, 4, 2, 7)], [".0=", "3 items"], id="four_numbers"),
-        pytest.param([(1, 4, "few")], [".0.2='few'", "integer"], id="not_a_number"),
+        pytest.param(
+            [(1, 4, "few")], ["'few') is not", "whole numbers"], id="not_a_number"
+        ),
         pytest.param({"1": 4}, ["={'1': 4}", "valid list"], id="not_a_list"),
     ],
 )
@@ -329,6 +331,46 @@ def test_a_long_value_is_not_said_whole():
     with pytest.raises(ConfigurationError) as refusal:
         settings(eviction_policy="x" * 200_000, kv_budget="y" * 200_000)
     assert len(str(refusal.value)) < 1000
+    for value in ("z" * 200_000, 10**4000):
+        with pytest.raises(ConfigurationError) as refusal:
+            parse_request_settings({"kv_budget": value}, settings())
+        assert len(str(refusal.value)) < 1000
+
+
+def test_a_long_key_is_not_said_whole():
+    with pytest.raises(ConfigurationError, match="unknown key 'xxx") as refusal:
+        settings(**{"x" * 5000: 1})
+    assert len(str(refusal.value)) < 1500
+
+
+def test_of_many_mistakes_the_first_are_explained_and_known_keys_once():
     with pytest.raises(ConfigurationError) as refusal:
-        parse_request_settings({"kv_budget": "z" * 200_000}, settings())
-    assert len(str(refusal.value)) < 1000
+        settings(**{f"key_{index}": "long" * 1000 for index in range(40)})
+    message = str(refusal.value)
+    assert "unknown key 'key_7'" in message and "and 32 more" in message
+    assert message.count("known keys: ") == 1 and len(message) < 3000
+
+
+def test_a_key_that_is_no_text_is_named():
+    with pytest.raises(ConfigurationError, match=r"unknown key '\\ud800'"):
+        settings(**{"\ud800": 1})
+    asked = parse_request_settings({"\ud800": 1, "kv_budget": 64}, settings())
+    assert asked.kv_budget == 64  # what others call theirs is not read
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("adaptive_draft_length", 1, "true or false"),
+        ("adaptive_draft_length", "true", "true or false"),
+        ("draft_confidence_threshold", "0.25", "a number, as 0.5 is"),
+        ("draft_confidence_threshold", False, "a number, as 0.5 is"),
+        ("pool_memory_gib", "1", "a number, as 0.5 is"),
+        ("num_speculative_tokens_per_batch_size", [[1, "8", 4]], "in whole numbers"),
+        ("num_speculative_tokens_per_batch_size", [[True, 8, 4]], "in whole numbers"),
+        ("num_speculative_tokens_per_batch_size", [[1, 8.0, 4]], "in whole numbers"),
+    ],
+)
+def test_what_is_of_another_type_is_not_taken_for_a_value(name, value, wanted):
+    with pytest.raises(ConfigurationError, match=f"{name}=.*{wanted}"):
+        settings(**{name: value})

@@ -271,11 +271,56 @@ def test_a_config_of_something_else_is_refused(folder, content, mention):
     assert mention in refusal_of(folder)
 
 
-@pytest.mark.parametrize("value", [-1, 0, 2.5, True])
-def test_sizes_that_are_none_are_refused(folder, value):
-    change_config(folder, num_hidden_layers=value)
+@pytest.mark.parametrize("value", [-1, 0, 2.5, True, 10**9, 10**30])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "head_dim"])
+def test_sizes_that_are_none_are_refused(folder, name, value):
+    change_config(folder, **{name: value})
     message = refusal_of(folder)
-    assert "num_hidden_layers" in message or "no valid config" in message
+    assert name in message or "no valid config" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": "10000.0"},
+        {"rope_theta": [1e4]},
+        {"rope_theta": -1e4},
+        {"rope_theta": float("nan")},
+        {"rope_type": "linear", "factor": [2.0]},
+        {"rope_type": "linear", "factor": None},
+        {"rope_type": "yarn", "rope_theta": True, "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": float("inf")},
+    ],
+)
+def test_rotary_parameters_that_give_no_angles_are_refused(folder, changes):
+    rope = {"rope_type": "default", "rope_theta": 1e4, **changes}
+    change_config(folder, rope_parameters=rope)
+    message = refusal_of(folder)
+    assert "rope_parameters=" in message and "no finite angles" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_an_epsilon_that_is_none_is_refused(folder, value):
+    change_config(folder, rms_norm_eps=value)
+    assert f"rms_norm_eps={value}" in refusal_of(folder)
+
+
+@pytest.mark.parametrize("name", ["mlp_bias", "pad_token_id"])
+def test_what_transformers_says_of_a_config_is_one_short_paragraph(folder, name):
+    change_config(folder, **{name: {"x" * 5000: "\n\n"}})
+    message = refusal_of(folder)
+    assert name in message and len(message) < 1000 and "\n" not in message
+
+
+def test_an_output_matrix_that_is_stored_although_it_is_tied(folder):
+    """Where it is the embedding, as some save it, it is read; or else refused."""
+    change_config(folder, tie_word_embeddings=True)
+    message = refusal_of(folder)
+    assert "lm_head.weight that is not model.embed_tokens.weight" in message
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors")
+    assert load(folder).lm_head is None
 
 
 @pytest.mark.parametrize("name", ["nul\0byte", "long" * 2000])

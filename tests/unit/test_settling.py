@@ -88,6 +88,12 @@ def test_code_that_a_folder_names_is_not_run():
     assert settled(trained, eviction_policy="keep_all").eviction_policy == "keep_all"
 
 
+def test_what_a_folder_names_is_not_said_whole():
+    with pytest.raises(ConfigurationError, match="code is not run") as refusal:
+        settled({"eviction_policy": ["a:b" * 10_000]})
+    assert len(str(refusal.value)) < 1000
+
+
 def test_a_budget_is_held_against_the_drafters_chunks():
     assert settled({"chunk_size": 4}, kv_budget=12).kv_budget == 12
     with pytest.raises(ConfigurationError, match="kv_budget=12 is below 16 tokens"):

@@ -8,12 +8,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_budgetdraft.config.speculative import BudgetDraftConfig, SettledConfig
 from vllm_budgetdraft.config.view import ViewSettings
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.errors import ConfigurationError, short
 
 Settings = TypeVar("Settings", bound=ViewSettings)
 
 ELSEWHERE = "it belongs to another method; leave it out"
 ALWAYS = "it is not to be chosen here; leave it out"
+UNKNOWN = "unknown key"
+#: So many mistakes are explained at once.
+MOST_EXPLAINED = 8
 #: Keys of vLLM's other methods, and what to do about each.
 FOREIGN_KEYS = {
     "tensor_parallel_size": "the drafter runs on one device; leave it out",
@@ -62,10 +65,12 @@ def parse_request_settings(
     Raises:
         ConfigurationError: a value is no number, or outside what ``config`` allows.
     """
+    given = extra_args or {}
+    ours = {name: given[name] for name in RequestSettings.model_fields if name in given}
     try:
-        asked = RequestSettings(**(extra_args or {}))
+        asked = RequestSettings(**ours)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = _explanations(error)
         raise ConfigurationError(
             "invalid extra_args (vllm_xargs): " + "; ".join(lines)
         ) from None
@@ -74,14 +79,14 @@ def parse_request_settings(
         limits["kv_budget"] = (config.min_budget, config.kv_budget)
     elif asked.kv_budget is not None:
         raise ConfigurationError(
-            f"invalid extra_args (vllm_xargs): kv_budget={asked.kv_budget} means "
-            "nothing to eviction_policy='keep_all'; leave it out"
+            f"invalid extra_args (vllm_xargs): kv_budget={short(asked.kv_budget)} "
+            "means nothing to eviction_policy='keep_all'; leave it out"
         )
     for key, (lowest, highest) in limits.items():
         value = getattr(asked, key)
         if value is not None and not lowest <= value <= highest:
             raise ConfigurationError(
-                f"invalid extra_args (vllm_xargs): {key}={value} is not within "
+                f"invalid extra_args (vllm_xargs): {key}={short(value)} is not within "
                 f"{lowest} to {highest}, which this server allows; choose a value there"
             )
     return asked
@@ -123,12 +128,14 @@ def settle(
     policy = settings.get("eviction_policy")
     if "eviction_policy" not in given and ":" in str(policy):
         raise ConfigurationError(
-            f"{config.model} was trained with eviction_policy={policy!r}, and code is "
-            "not run because a drafter's folder names it; set eviction_policy to that, "
-            "or to another"
+            f"{short(config.model)} was trained with eviction_policy="
+            f"{short(repr(policy))}, and code is not run because a drafter's folder "
+            "names it; set eviction_policy to that, or to another"
         )
     return valid(
-        SettledConfig, settings, f"settings (what is not set is of {config.model})"
+        SettledConfig,
+        settings,
+        f"settings (what is not set is of {short(config.model)})",
     )
 
 
@@ -169,8 +176,19 @@ def valid(kind: type[Settings], settings: dict[str, Any], what: str) -> Settings
     try:
         return kind(**settings)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = _explanations(error)
         raise ConfigurationError(f"invalid {what}:\n  " + "\n  ".join(lines)) from None
+
+
+def _explanations(error: ValidationError) -> list[str]:
+    """Of each problem, or of the first where there are many."""
+    problems = error.errors()
+    lines = [_explain(problem) for problem in problems[:MOST_EXPLAINED]]
+    if len(problems) > MOST_EXPLAINED:
+        lines.append(f"and {len(problems) - MOST_EXPLAINED} more")
+    if any(line.startswith(UNKNOWN) for line in lines):
+        lines.append(f"known keys: {', '.join(BudgetDraftConfig.model_fields)}")
+    return lines
 
 
 def _explain(problem: Any) -> str:
@@ -183,12 +201,13 @@ def _explain(problem: Any) -> str:
             return f"{key}={value}: {FOREIGN_KEYS[key]}"
         known = list(BudgetDraftConfig.model_fields)
         close = get_close_matches(key, known, n=1)
-        meant = f"did you mean {close[0]!r}? " if close else ""
-        return (
-            f"unknown key {key!r} (value {value}); {meant}known keys: "
-            f"{', '.join(known)}"
+        meant = f"did you mean {close[0]!r}?" if close else ""
+        return f"{UNKNOWN} {short(repr(key), 100)} (value {value}); {meant}".rstrip(
+            "; "
         )
+    if problem["type"] == "string_unicode" and not key:
+        return f"{UNKNOWN} {value}, which is no text"
     if problem["type"] == "missing":
         return f"key {key!r} is missing; set it"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}={value}: {message}" if key else message
+    return f"{short(key, 100)}={value}: {message}" if key else message

@@ -1,11 +1,11 @@
 """The keys of a speculative config, as users write them and as they are used."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from vllm_budgetdraft.config.view import ViewSettings
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.errors import ConfigurationError, short
 
 #: What a drafter without a cache of its own leaves nothing for.
 CACHE_SETTINGS = (
@@ -97,6 +97,18 @@ class BudgetDraftConfig(ViewSettings):
         "where PyTorch can (x86), for they are read once for every token.",
     )
 
+    @field_validator("num_speculative_tokens_per_batch_size", mode="before")
+    @classmethod
+    def _ranges_are_of_whole_numbers(cls, schedule: Any) -> Any:
+        for each in schedule if isinstance(schedule, list) else ():
+            items = each if isinstance(each, list | tuple) else [each]
+            if any(type(item) is not int for item in items):
+                raise ValueError(
+                    f"{short(repr(each), 100)} is not (first, last, length) in whole "
+                    "numbers; write [1, 8, 4]"
+                )
+        return schedule
+
     @field_validator("num_speculative_tokens_per_batch_size")
     @classmethod
     def _ranges_follow(
@@ -109,14 +121,15 @@ class BudgetDraftConfig(ViewSettings):
         schedule = sorted(schedule)
         if schedule[0][0] != 1:
             raise ValueError(
-                f"the first range is {schedule[0]}; begin it at batch size 1"
+                f"the first range is {short(schedule[0])}; begin it at batch size 1"
             )
         previous = 0
         for first, last, length in schedule:
             if not previous < first <= last or length < 0:
                 raise ValueError(
-                    f"({first}, {last}, {length}) is not (first, last, length) with "
-                    f"{previous} < first <= last and length >= 0; mend it"
+                    f"({short(first)}, {short(last)}, {short(length)}) is not "
+                    f"(first, last, length) with {short(previous)} < first <= last "
+                    "and length >= 0; mend it"
                 )
             previous = last
         return schedule

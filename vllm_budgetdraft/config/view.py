@@ -72,12 +72,16 @@ class EvictionSettings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _whole_numbers_are_written_so(cls, value: Any, field: ValidationInfo) -> Any:
-        """Neither "512" nor 512.0, and true is no 1."""
+    def _numbers_are_written_so(cls, value: Any, field: ValidationInfo) -> Any:
+        """A whole one neither "512" nor 512.0, and true is no 1, and 1 not true."""
         assert field.field_name is not None
         wanted = cls.model_fields[field.field_name].annotation
         if wanted is int and type(value) is not int:
             raise ValueError("it must be a whole number, as 512 is")
+        if wanted is bool and type(value) is not bool:
+            raise ValueError("it must be true or false")
+        if wanted in (float, float | None) and type(value) in (str, bool):
+            raise ValueError("it must be a number, as 0.5 is")
         return value
 
     @model_validator(mode="after")

@@ -85,7 +85,7 @@ def load_drafter(
 def check_weights(
     folder: str | Path, config: PretrainedConfig, has_embeddings: bool = False
 ) -> StoredWeights:
-    """The weights of a folder, none of which has been read.
+    """The weights of a folder, none of which has been read but those stored twice.
 
     Args:
         config: of the folder.
@@ -101,7 +101,17 @@ def check_weights(
     if stored.lacks(EMBEDDING) and has_embeddings:
         expected.pop(EMBEDDING), expected.pop(LM_HEAD, None)
     # Where it is tied to the embedding, it may be stored even so.
+    both = (EMBEDDING, LM_HEAD)
+    is_double = drafter.lm_head is None and not any(map(stored.lacks, both))
+    if is_double:
+        expected[LM_HEAD] = expected[EMBEDDING]
     stored.check(expected, ignored=(LM_HEAD,))
+    if is_double and not torch.equal(*(stored.read(each).float() for each in both)):
+        raise UnsupportedDrafterError(
+            f"{folder} has an {LM_HEAD} that is not {EMBEDDING}, and config.json says "
+            "that it is (tie_word_embeddings); they are of two models: download or "
+            "copy both anew"
+        )
     return stored
 
 

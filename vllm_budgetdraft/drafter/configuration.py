@@ -1,6 +1,7 @@
 """What the drafter's folder says about the model in it."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import cached_file
 
 from vllm_budgetdraft.config import SettledConfig
-from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError
+from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError, short
 
 #: Llama-family decoders: RMSNorm, rotary embedding, gated SiLU, grouped queries.
 ARCHITECTURES = {
@@ -20,10 +21,17 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-)
+#: And the most of each; far from what any such model has.
+SIZES = {
+    "vocab_size": 2**22,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**12,
+    "max_position_embeddings": 2**31,
+}
 #: Rotary schemes whose angles do not depend on the length of the input.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -61,23 +69,46 @@ def read_drafter_config(folder: str | Path) -> PretrainedConfig:
         set(map(str, architectures)) & set(ARCHITECTURES)
     ):
         raise UnsupportedDrafterError(
-            f"model={str(folder)!r} is {architectures or 'of no named architecture'}; "
+            f"model={str(folder)!r} is "
+            f"{short(architectures or 'of no named architecture')}; "
             f"drafters are one of {', '.join(ARCHITECTURES)}"
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers validates with several kinds
         raise UnsupportedDrafterError(
-            f"{path} is no valid config ({error}); mend it, or download it anew"
+            f"{path} is no valid config ({short(error)}); mend it, or download it anew"
         ) from error
     check_drafter_config(config, str(folder))
-    for key in SIZES:
-        if type(size := getattr(config, key)) is not int or size < 1:
+    for key, most in SIZES.items():
+        size = head_dim(config) if key == "head_dim" else getattr(config, key)
+        if type(size) is not int or not 0 < size <= most:
             raise UnsupportedDrafterError(
-                f"{path}: {key}={size!r} is no size; it must be a whole number from 1 "
-                "on: mend it, or download it anew"
+                f"{path}: {key}={short(repr(size))} is no size; it must be a whole "
+                f"number from 1 to {most}: mend it, or download it anew"
             )
+    _check_numbers(config, path)
     return config
+
+
+def _check_numbers(config: PretrainedConfig, path: Path) -> None:
+    """Of those that are no sizes, and enter what is computed."""
+    eps = config.rms_norm_eps
+    if not math.isfinite(eps) or eps < 0:
+        raise UnsupportedDrafterError(
+            f"{path}: rms_norm_eps={eps!r} must be a number from 0 on: mend it, or "
+            "download it anew"
+        )
+    try:
+        frequencies, scaling = rotary_frequencies(config)
+        why = "" if frequencies.isfinite().all() and math.isfinite(scaling) else "none"
+    except Exception as error:  # transformers computes with whatever stands there
+        why = short(error)
+    if why:
+        raise UnsupportedDrafterError(
+            f"{path}: rope_parameters={short(config.rope_parameters)} give no finite "
+            f"angles ({why}): mend them, or download it anew"
+        )
 
 
 def _read_json(path: Path, folder: str) -> dict[str, Any]:
@@ -90,7 +121,7 @@ def _read_json(path: Path, folder: str) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedDrafterError(
-            f"{str(path)[:200]} is not JSON, or cannot be read ({str(error)[:200]}); "
+            f"{str(path)[:200]} is not JSON, or cannot be read ({short(error)}); "
             "download or copy it anew"
         ) from error
     if not isinstance(raw, dict):
@@ -105,18 +136,18 @@ def check_drafter_config(config: PretrainedConfig, name: str) -> None:
     """Raises UnsupportedDrafterError for a feature that the drafter's model lacks."""
     if config.model_type not in ARCHITECTURES.values():
         raise UnsupportedDrafterError(
-            f"{name}: model_type={config.model_type!r}; drafters are one of "
+            f"{name}: model_type={short(repr(config.model_type))}; drafters are one of "
             f"{', '.join(ARCHITECTURES.values())}"
         )
     if config.hidden_act != "silu":
         raise UnsupportedDrafterError(
-            f"{name}: hidden_act={config.hidden_act!r}; drafters use 'silu'"
+            f"{name}: hidden_act={short(repr(config.hidden_act))}; drafters use 'silu'"
         )
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in STATIC_ROPE_TYPES:
         raise UnsupportedDrafterError(
-            f"{name}: rope_type={rope_type!r} depends on the input's length; drafters "
-            f"use one of {', '.join(STATIC_ROPE_TYPES)}"
+            f"{name}: rope_type={short(repr(rope_type))} depends on the input's "
+            f"length; drafters use one of {', '.join(STATIC_ROPE_TYPES)}"
         )
 
 
@@ -187,4 +218,6 @@ def rotary_frequencies(config: PretrainedConfig) -> tuple[torch.Tensor, float]:
 
 def head_dim(config: PretrainedConfig) -> int:
     given: int | None = getattr(config, "head_dim", None)
-    return given or config.hidden_size // config.num_attention_heads
+    if given is None:
+        given = config.hidden_size // config.num_attention_heads
+    return given

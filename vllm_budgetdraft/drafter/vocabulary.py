@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
-from vllm_budgetdraft.errors import UnsupportedDrafterError
+from vllm_budgetdraft.errors import UnsupportedDrafterError, short
 
 
 def check_vocabulary(
@@ -57,7 +57,7 @@ def _why_not(
         try:
             read.append(AutoTokenizer.from_pretrained(name, **given).get_vocab())
         except Exception as error:  # each kind of tokenizer has its own
-            return f"the tokenizer of {name} cannot be read ({error})"
+            return f"the tokenizer of {name} cannot be read ({short(error)})"
     ours, theirs = read
     if different := {place for _, place in ours.items() ^ theirs.items()}:
         first = min(different)

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vllm_budgetdraft.errors import UnsupportedDrafterError
+from vllm_budgetdraft.errors import UnsupportedDrafterError, short
 
 #: Types of weights, as headers name them, and of codes that a scale makes weights of.
 FLOATS, CODES = ("F32", "F16", "BF16"), ("I8", "F8_E4M3")
@@ -82,7 +82,7 @@ class StoredWeights:
         method = self._quantization.get("quant_method")
         if method and (missing or unread):
             raise UnsupportedDrafterError(
-                f"{self._folder} is quantised by {method!r} ({_some(unread)}); "
+                f"{self._folder} is quantised by {method!r:.100} ({_some(unread)}); "
                 "drafters are read in 16 or 32 bits, and in int8 or FP8 with scales of "
                 "tensors, rows or blocks: give the model as it was before"
             )
@@ -190,7 +190,7 @@ def tile_of(
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
+    shown = ", ".join(short(name) for name in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -205,7 +205,7 @@ def _files(folder: Path, name: str) -> list[Path]:
         outside = [each for each in shards if Path(each).name != each]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedDrafterError(
-            f"{index} is no index of weights ({type(error).__name__}: {error}); "
+            f"{index} is no index of weights ({type(error).__name__}: {short(error)}); "
             "download it anew"
         ) from error
     if outside or not shards:
@@ -232,6 +232,6 @@ def _header(file: Path) -> dict[str, Stored]:
             }
     except (SafetensorError, OSError) as error:
         raise UnsupportedDrafterError(
-            f"{file} is not safetensors ({error}); download it anew, whole: Git "
-            "LFS leaves a small text in its place"
+            f"{file} is not safetensors ({short(error)}); download it anew, whole: "
+            "Git LFS leaves a small text in its place"
         ) from error
