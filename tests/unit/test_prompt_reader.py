@@ -13,6 +13,7 @@ from tests.support.fake_graph import forbid_host_writes
 from tests.support.policies import EVERY_SECOND
 from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
 from vllm_budgetdraft.proposer.prompt_reader import PromptReader
+from vllm_budgetdraft.proposer.warm_up import warm_up
 
 POLICIES = {
     "keep_all": {"eviction_policy": "keep_all"},
@@ -211,3 +212,24 @@ def test_on_a_gpu_nothing_waits_for_what_the_host_would_copy_there(drafter, poli
         proposer.reader.read(range(4), tokens_of, 120)
         proposer.reader.read(range(4), tokens_of, 1000)
     assert not any(map(proposer.reader.is_reading, range(4)))
+
+
+def test_warm_up_keeps_as_many_queries_as_prompts_ever_do(drafter, monkeypatch):
+    """Theirs is the memory that many short prompts take, and one long one does not."""
+    sizes = SIZES | {"dtype": torch.float32}
+    proposer = build_proposer(drafter, **sizes, **POLICIES["observation_window"])
+    prompt, num_queries = proposer.reader.prompt, []
+    observe = prompt._observe
+
+    def watched() -> None:
+        num_queries.append(sum(prompt._last_lengths))
+        observe()
+
+    monkeypatch.setattr(prompt, "_observe", watched)
+    warm_up(proposer)
+    most = max(num_queries)
+    contexts = [models.random_tokens(8, seed=i) for i in range(NUM_SLOTS)]
+    for slot in range(NUM_SLOTS):
+        proposer.start_reading(slot, 8)
+    assert proposer.read(range(NUM_SLOTS), positions_of(*contexts), 1000) == {}
+    assert max(num_queries) == most == 42

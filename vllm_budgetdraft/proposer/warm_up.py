@@ -25,16 +25,11 @@ def warm_up(proposer: DraftProposer) -> None:
     length = min(length, proposer.max_model_len)
     length = max(length, FIRST_WIDTH)  # no context that drafts is shorter
     tokens = torch.zeros(length, dtype=torch.int64, device=proposer.device)
-    slots = []
-    for slot in range(min(-(-pass_tokens // length), cache.num_slots)):
-        if proposer.has_room():
-            proposer.start_reading(slot, length - FIRST_WIDTH)
-            slots.append(slot)
-
-    def tokens_of(pieces: list[tuple[int, range]]) -> Tensor:
-        return torch.cat([tokens[piece.start : piece.stop] for _, piece in pieces])
-
-    proposer.reader.read(slots, tokens_of, len(slots) * length)
+    if observed := min(proposer.policy.observation_tokens, length):
+        # Queries are kept of so many tokens of each: most where they have no others.
+        _read(proposer, tokens[:observed], -(-pass_tokens // observed))
+        proposer.release_all()
+    _read(proposer, tokens[:-FIRST_WIDTH], -(-pass_tokens // length))
     _try_all(proposer, torch.zeros_like(tokens[:1]), length, [1])
     proposer.release_all()
     if proposer.operations is not reference:
@@ -43,6 +38,20 @@ def warm_up(proposer: DraftProposer) -> None:
             spare = tokens.new_full((size,), cache.spare_slot)
             _try_all(proposer, spare, FIRST_WIDTH, widths)
     cache.forget_evictions()
+
+
+def _read(proposer: DraftProposer, context: Tensor, number: int) -> None:
+    """Reads a context [num_tokens] in as many slots from the first, if there are."""
+    slots = []
+    for slot in range(min(number, proposer.cache.num_slots)):
+        if proposer.has_room():
+            proposer.start_reading(slot, len(context))
+            slots.append(slot)
+
+    def tokens_of(pieces: list[tuple[int, range]]) -> Tensor:
+        return torch.cat([context[piece.start : piece.stop] for _, piece in pieces])
+
+    proposer.reader.read(slots, tokens_of, len(slots) * len(context))
 
 
 def _try_all(
