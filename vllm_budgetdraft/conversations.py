@@ -1,12 +1,12 @@
 """Conversations in the layouts that data sets have, and in a model's chat template."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.errors import ConfigurationError, short
 from vllm_budgetdraft.files import read_text
 
 #: ``role`` and ``content``, as ``apply_chat_template`` takes them.
@@ -24,6 +24,14 @@ ANSWER = "\u2588answer\u2588"
 
 class MalformedConversationError(ValueError):
     """A row that is no conversation, and why; to be counted, and left out."""
+
+
+def reasons_of(left_out: Counter[str], most: int = 8) -> str:
+    """Why rows were left out, and how many of them for each, the commonest first."""
+    counts = left_out.most_common()
+    others = sum(number for _, number in counts[most:])
+    reasons = [f"{number} {why}" for why, number in counts[:most]]
+    return ", ".join(reasons + [f"{others} for other reasons"] * bool(others))
 
 
 def messages_of(row: dict[str, Any]) -> list[Message]:
@@ -51,20 +59,22 @@ def _message(given: Any) -> Message:
         raise MalformedConversationError(f"a {type(given).__name__} for a message")
     name = given.get("role") or given.get("from")
     if not isinstance(name, str) or name not in ROLES:
-        raise MalformedConversationError(f"a message by {name!r}")
+        raise MalformedConversationError(f"a message by {short(repr(name), 60)}")
     content = given.get("content")
     content = given.get("value") if content is None else content
     if isinstance(content, list):  # of parts, as OpenAI has them
         content = "".join(map(_text_of_part, content))
     if not isinstance(content, str):
-        raise MalformedConversationError(f"a message by {name!r} without text")
+        raise MalformedConversationError(
+            f"a message by {short(repr(name), 60)} without text"
+        )
     return {"role": ROLES[name], "content": content}
 
 
 def _text_of_part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text":
-        raise MalformedConversationError(f"a part of the type {kind!r}")
+        raise MalformedConversationError(f"a part of the type {short(repr(kind), 60)}")
     text = part.get("text")
     if not isinstance(text, str):
         raise MalformedConversationError("a part without text")
@@ -130,7 +140,7 @@ def answers(
     """
     found = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not index:  # or it answers nothing
             continue
         asked = render(tokenizer, messages[:index], asks=True)
         stub = {"role": "assistant", "content": ANSWER}
@@ -183,8 +193,10 @@ def render(
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=asks, tokenize=False
         )
-    except (TemplateError, TypeError) as error:  # as of text and a number
-        raise MalformedConversationError(f"the template refuses it: {error}") from error
+    except Exception as error:  # of whatever kind what a template does ends in
+        raise MalformedConversationError(
+            f"the template refuses it: {short(error)}"
+        ) from error
     return str(text)
 
 

@@ -169,7 +169,8 @@ def _tensors(rng: Random, files: Files) -> Any:
     elif way in (2, 3, 4):
         code = rng.choice((torch.int8, torch.float8_e4m3fn))
         scale = rng.choice((value.abs().max() / 100, torch.tensor(float("nan"))))
-        shapes = ([], [1], [len(value)], [len(value), 1], [4], [1, len(value)], [0])
+        rows = len(value) if value.ndim else 1
+        shapes = ([], [1], [rows], [rows, 1], [4], [1, rows], [0])
         scales = scale.expand(rng.choice(shapes)).contiguous()
         to = rng.choice((torch.float32, torch.bfloat16, torch.float16, *DTYPES))
         tensors[name + rng.choice(("_scale", "_scale_inv"))] = scales.to(to)

@@ -76,6 +76,63 @@ def test_continuations_of_something_else(tmp_path, rows, mentions):
         assert part in str(refusal.value)
 
 
+LIKELY = {
+    "prompt": [1],
+    "continuation": [2, 3],
+    "temperature": 0.5,
+    "top_ids": [[2, 9], [3, 9]],
+    "top_logprobs": [[-0.1, -3.0], [0, -4.0]],
+}
+PLAIN = {"prompt": [1], "continuation": [2]}
+
+
+def test_what_else_is_stored_of_continuations_is_read(tmp_path):
+    file = lines(tmp_path / "f.jsonl", [LIKELY, LIKELY | {"title": "a"}])
+    read = read_continuations([file], vocab_size=100)
+    assert read.select_columns(sorted(LIKELY))[1] == LIKELY
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions"),
+    [
+        ({"top_ids": None}, ["'None' in the column 'top_ids' of row 1", "2 numbers"]),
+        ({"top_ids": [[2, 9]]}, ["'top_ids' of row 1", "each token"]),
+        ({"top_ids": [[2, 9], [3]]}, ["'[[2, 9], [3]]'", "'top_ids' of row 1"]),
+        ({"top_ids": [[2, 9], None]}, ["'top_ids' of row 1"]),
+        ({"top_ids": [[2, 9], [3, None]]}, ["'top_ids' of row 1"]),
+        ({"top_ids": 7}, ["'top_ids' of row"]),
+        (
+            {"top_ids": [[2, 9], [3, 100]]},
+            ["ids 2 to 100 in the column 'top_ids"],
+        ),
+        ({"top_ids": [[2, -9], [3, 9]]}, ["token ids -9 to 9 in the column 'top_ids"]),
+        ({"top_logprobs": [[[-1.0]], [[-1.0]]]}, ["'top_logprobs' of row"]),
+        ({"top_logprobs": [[-1.0], [-2.0]]}, ["'top_logprobs' of row 1"]),
+        ({"temperature": None}, ["'None' in the column 'temperature' of row 1"]),
+        ({"temperature": -0.5}, ["'-0.5' in the column 'temperature' of row 1"]),
+        ({"temperature": "0"}, ["read as", "in the column 'temperature'"]),
+    ],
+)
+def test_what_else_is_stored_is_right_in_every_row(tmp_path, changes, mentions):
+    file = lines(tmp_path / "f.jsonl", [LIKELY, LIKELY | changes, LIKELY])
+    with pytest.raises(ConfigurationError) as refusal:
+        read_continuations([file], vocab_size=100)
+    for part in (file, *mentions):
+        assert part in str(refusal.value)
+
+
+def test_every_source_has_as_many_of_the_likeliest(tmp_path):
+    one = {"top_ids": [[2], [3]], "top_logprobs": [[-0.1], [-0.2]]}
+    files = [
+        lines(tmp_path / "two.jsonl", [LIKELY]),
+        lines(tmp_path / "one.jsonl", [LIKELY | one]),
+    ]
+    with pytest.raises(ConfigurationError, match="one.jsonl.*row 0, where 2 numbers"):
+        read_continuations(files, vocab_size=100)
+    files[1] = lines(tmp_path / "plain.jsonl", [PLAIN])
+    assert "top_ids" not in read_continuations(files, vocab_size=100).column_names
+
+
 def test_continuations_without_prompts_are_read(tmp_path):
     file = lines(tmp_path / "f.jsonl", [{"prompt": [], "continuation": [1, 99]}] * 2)
     assert len(read_continuations([file], vocab_size=100)) == 2
@@ -87,6 +144,8 @@ def test_continuations_without_prompts_are_read(tmp_path):
         ("f.jsonl", b""),
         ("f.jsonl", b'{"text": "a"}\n{"text": '),
         ("f.jsonl", b"not json at all"),
+        ("f.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n'),
+        ("f.jsonl", b'{"turns": [{"from": "\xe8\x7f", "value": "b"}]}\n'),
         ("f.txt", "caf\u00e9".encode("latin-1")),
         ("f.parquet", b"PAR1 no more"),
         ("f.jsonl.xz", b"not packed"),

@@ -1,5 +1,6 @@
 """Rows of every layout, and what a chat template makes of them."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vllm_budgetdraft.conversations import (
     answers,
     messages_of,
     prompt_tokens,
+    reasons_of,
     set_chat_template,
 )
 from vllm_budgetdraft.errors import ConfigurationError
@@ -177,10 +179,42 @@ def test_an_answer_ends_with_another_special_token_than_the_end_of_text():
     assert texts(tokenizer, [WHY, SO])[0][1] == "So.<end_of_turn>"
 
 
-def test_a_template_that_fails_makes_the_row_malformed():
-    tokenizer = make_tokenizer("{{ messages[0]['content'] + 1 }}")
-    with pytest.raises(MalformedConversationError, match="the template refuses it"):
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0]['content'] + 1 }}",
+        "{{ 1 // 0 }}",
+        "{{ messages[0]['content'].index('x') }}",
+        "{{ raise_exception('no' * 5000) }}",
+    ],
+)
+def test_a_template_that_fails_makes_the_row_malformed(template):
+    tokenizer = make_tokenizer(template)
+    with pytest.raises(
+        MalformedConversationError, match="the template refuses it"
+    ) as refusal:
         prompt_tokens(tokenizer, [WHY])
+    assert len(str(refusal.value)) < 300
+
+
+def test_an_assistant_that_begins_answers_nothing():
+    """As in rows of ShareGPT; what it said stands before what it answers later."""
+    tokenizer = make_tokenizer(CHATML)
+    assert not answers(tokenizer, [SO])
+    ((prompt, answer),) = answers(tokenizer, [SO, WHY, END])
+    assert "So." in tokenizer.decode(prompt)
+    assert tokenizer.decode(answer).startswith("No.")
+
+
+def test_reasons_are_told_the_commonest_first_and_few_of_them():
+    left_out = Counter({f"of kind {kind}": kind + 1 for kind in range(12)})
+    said = reasons_of(left_out)
+    assert said.startswith("12 of kind 11, 11 of kind 10, ")
+    assert said.endswith("5 of kind 4, 10 for other reasons")
+    assert reasons_of(Counter({"without an answer": 2})) == "2 without an answer"
+    with pytest.raises(MalformedConversationError) as refusal:
+        messages_of({"messages": [{"role": "x" * 5000, "content": "a"}]})
+    assert len(str(refusal.value)) < 100
 
 
 def test_a_template_can_be_given(tmp_path: Path):

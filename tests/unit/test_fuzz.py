@@ -4,22 +4,21 @@ A sample of each always runs, and the others where slow tests do. What was found
 as a case of its own beside the other tests of its module.
 """
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 from random import Random
-from types import FrameType
 from typing import Annotated, Any
 
+import datasets
 import pytest
 import torch
 from pydantic import BaseModel, TypeAdapter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.support import books, models
 from tests.support.drafting import Requests, build_proposer
-from tests.support.junk import spoilt_inside
+from tests.support.fuzzing import check_message, parts, run
+from tests.support.junk import spoilt_bytes, spoilt_inside, written
 from tests.support.spoilt_folders import Files, files_of, spoil
 from vllm_budgetdraft.config import (
     BudgetDraftConfig,
@@ -34,65 +33,25 @@ from vllm_budgetdraft.drafter.configuration import read_drafter_config, trained_
 from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
 from vllm_budgetdraft.eviction.catalogue import make_policy
+from vllm_budgetdraft.generation.chats import (
+    ANSWERS,
+    ENDS,
+    MALFORMED,
+    Chat,
+    write_chats,
+)
+from vllm_budgetdraft.generation.engine import Written
 from vllm_budgetdraft.proposer.memory import MemoryPlan
+from vllm_budgetdraft.training.chats import read_conversations
+from vllm_budgetdraft.training.data import TokenWindows
+from vllm_budgetdraft.training.sources import (
+    open_source,
+    read_continuations,
+    read_texts,
+)
 from vllm_budgetdraft.training.views import View, continuation_hidden
 
-#: Of each kind of thing; a part of them in one test.
-CASES, SAMPLE, PART = 2000, 50, 100
-#: Seconds that one may take.
-LONGEST = 5.0
 MAX_MODEL_LEN, DRAFTS = 128, 4
-
-parts = pytest.mark.parametrize(
-    "seeds",
-    [
-        range(SAMPLE),
-        *(
-            pytest.param(range(first, first + PART), marks=pytest.mark.slow)
-            for first in range(0, CASES, PART)
-        ),
-    ],
-    ids=lambda seeds: f"{seeds.start}-{seeds.stop}",
-)
-
-
-@contextmanager
-def no_longer_than(seconds: float) -> Iterator[None]:
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"it took more than {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def run(seeds: range, case: Callable[[Random, list[Any]], None]) -> None:
-    """Every case; fails with all that went wrong, by their seeds."""
-    wrong = []
-    for seed in seeds:
-        told: list[Any] = []
-        try:
-            with no_longer_than(LONGEST):
-                case(Random(seed), told)
-        except (Exception, SystemExit) as error:
-            what = f"{type(error).__name__}: {str(error)[:200]}"
-            wrong.append(f"seed {seed}, {str(told)[:300]}: {what}")
-    if wrong:
-        pytest.fail(f"{len(wrong)} of {seeds}:\n" + "\n".join(wrong), pytrace=False)
-
-
-def check_message(error: BudgetDraftError, *names: str) -> None:
-    """One paragraph, of a length that can be read, which names what is wrong."""
-    message = str(error)
-    blank = [line for line in message.splitlines() if not line.strip()]
-    assert not blank, f"several paragraphs: {message}"
-    message.encode()  # as logs and servers do
-    assert 0 < len(message) < 3000, f"{len(message)} characters: {message}"
-    assert any(name in message for name in names), f"names nothing: {message}"
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +220,141 @@ def check_fields(found: BaseModel, given: dict[str, Any]) -> None:
             wanted = value if wanted is None else int(wanted)  # some send texts alone
         assert value == wanted, (name, value)
         assert type(value) is type(wanted) or isinstance(value, float), (name, value)
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('system comes first') }}{% endif %}"
+    "{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+WORDS = " ".join(books.WORDS[:12])
+ANSWERED = {"role": "assistant", "content": WORDS}
+WRITTEN = {
+    "prompt": [1, 2, 3, 4],
+    "continuation": [5, 6, 7],
+    "temperature": 0.5,
+    "top_ids": [[5, 9], [6, 9], [7, 9]],
+    "top_logprobs": [[-0.5, -2.0]] * 3,
+}
+#: Rows as each reader takes them.
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "texts": [{"text": WORDS}, {"text": "w01", "title": "w"}],
+    "continuations": [WRITTEN, {k: WRITTEN[k] for k in ("prompt", "continuation")}],
+    "conversations": [
+        {"messages": [{"role": "user", "content": WORDS}, ANSWERED]},
+        {
+            "messages": [
+                {"role": "system", "content": [{"type": "text", "text": "w03"}]},
+                *({"role": "user", "content": "w04 w05"}, ANSWERED),
+                *({"role": "user", "content": "w06"}, ANSWERED),
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": WORDS},
+                {"from": "gpt", "value": WORDS},
+            ]
+        },
+        {"turns": ["w01 w02", "w03"], "category": "words"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(target: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@parts
+def test_rows(seeds, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def case(rng: Random, told: list[Any]) -> None:
+        kind = rng.choice([*ROWS, "conversations"])
+        rows: list[Any] = [rng.choice(ROWS[kind])] * rng.randint(1, 3)
+        rows = rows + rng.choices(ROWS[kind], k=rng.choice((0, 0, 1, 4)))
+        for _ in range(rng.choice((1, 1, 2))):
+            place = rng.randrange(len(rows))
+            rows[place] = spoilt_inside(rng, rows[place])
+        content = b"".join(written(row) + b"\n" for row in rows)
+        if rng.random() < 0.2:
+            content = spoilt_bytes(rng, content)
+        told += [kind, content[:2000]]
+        # By another name each, for what was read is kept by names.
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        file.write_bytes(content)
+        try:
+            {
+                "texts": train_on_texts,
+                "continuations": train_on_continuations,
+                "conversations": rng.choice((train_on_chats, generate)),
+            }[kind](str(file), tokenizer)
+        except ConfigurationError as error:
+            check_message(error, str(file), "fewer than the 8 of a window")
+
+    run(seeds, case)
+
+
+def train_on_texts(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    read = read_texts([file], tokenizer)
+    given = [json.loads(row)["text"] for row in Path(file).read_text().splitlines()]
+    expected = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in given
+    ]
+    assert read["input_ids"] == expected
+    check_windows(texts=read, continuations=None)
+
+
+def train_on_continuations(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    read = read_continuations([file], models.VOCAB_SIZE)
+    given = [json.loads(row) for row in Path(file).read_text().splitlines()]
+    for name in ("prompt", "continuation"):
+        assert read[name] == [row[name] for row in given], name
+    check_windows(texts=None, continuations=read)
+
+
+def train_on_chats(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    read = read_conversations([file], tokenizer)
+    assert len(read) and all(read["prompt"])
+    check_windows(texts=None, continuations=None, conversations=read)
+
+
+def generate(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = open_source(file)
+    chats = [Chat(row, str(index), 0.0) for index, row in enumerate(rows)]
+
+    def write(prompts: list[list[int]], *_: Any) -> list[Written]:
+        assert all(prompts)
+        return [Written([1, 2], True, {}) for _ in prompts]
+
+    found, counts = write_chats(chats, tokenizer, write, 100)
+    assert sum(counts[end] for end in ENDS) == len(rows)
+    assert all(chat.why for chat in chats if chat.end == MALFORMED)
+    assert counts[ANSWERS] == len(found)
+
+
+def check_windows(**data: Any) -> None:
+    """As training takes them."""
+    windows = TokenWindows(
+        prefix_tokens=[4],
+        continuation_tokens=4,
+        on_policy_fraction=1.0,
+        windows_per_step=1,
+        num_windows=4,
+        seed=0,
+        **data,
+    )
+    for window in windows:
+        assert window["prefix_ids"].shape == window["continuation_ids"].shape == (4,)
+        for name in ("prefix_ids", "continuation_ids"):
+            assert 0 <= int(window[name].min()) <= int(window[name].max()) < 100
+        assert bool(window["temperatures"].isfinite().all()), window["temperatures"]
+        assert bool((window["temperatures"] >= 0).all()), window["temperatures"]
+        if "top_ids" in window:
+            assert len(window["top_ids"]) == len(window["top_logprobs"]) == 4
+            assert 0 <= int(window["top_ids"].min()), window["top_ids"]
+            assert int(window["top_ids"].max()) < models.VOCAB_SIZE
+            assert not bool(window["top_logprobs"].isnan().any())

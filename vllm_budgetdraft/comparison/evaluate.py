@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_budgetdraft.cli import MODELS
 from vllm_budgetdraft.command_line import at_least, json_object, when_interrupted
 from vllm_budgetdraft.comparison.methods import KINDS, default_kinds
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.errors import ConfigurationError, short
 from vllm_budgetdraft.files import claimed
 
 if TYPE_CHECKING:
@@ -165,8 +165,8 @@ def _evaluate(args: Namespace, output: Path) -> None:
         target = AutoConfig.from_pretrained(args.target)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"--target {args.target!r} cannot be read ({error}); give a folder or a "
-            "name on the hub"
+            f"--target {args.target!r} cannot be read ({short(error)}); give a "
+            "folder or a name on the hub"
         ) from error
     longest = max(args.context_tokens) + args.new_tokens
     if longest > target.max_position_embeddings:

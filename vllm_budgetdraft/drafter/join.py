@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.errors import ConfigurationError, short
 from vllm_budgetdraft.files import whole_folder
 
 
@@ -89,6 +89,6 @@ def of_target(target: str, load: Callable[..., Any], **options: Any) -> Any:
         return load(target, **options)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"--target {target!r} cannot be loaded ({error}); give the folder of a "
-            "causal language model, or its name on the hub"
+            f"--target {target!r} cannot be loaded ({short(error)}); give the "
+            "folder of a causal language model, or its name on the hub"
         ) from error

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from budgetdraft_kernels import reference
 from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.errors import ConfigurationError, short
 from vllm_budgetdraft.eviction.base import EvictionPolicy
 from vllm_budgetdraft.eviction.chunk_retrieval import ChunkRetrieval
 from vllm_budgetdraft.eviction.heavy_hitter import HeavyHitter
@@ -44,8 +44,8 @@ def make_policy(
         policy_class = getattr(importlib.import_module(module_name), class_name)
     except (Exception, SystemExit) as error:  # whatever the module does
         raise ConfigurationError(
-            f"eviction_policy={name!r} cannot be imported ({type(error).__name__}: "
-            f"{error}); use one of "
+            f"eviction_policy={name!r:.100} cannot be imported "
+            f"({type(error).__name__}: {short(error)}); use one of "
             f"{', '.join(POLICIES)}, or a 'package.module:Class' on the Python path"
         ) from error
     if (
@@ -54,7 +54,7 @@ def make_policy(
         or inspect.isabstract(policy_class)
     ):
         raise ConfigurationError(
-            f"eviction_policy={name!r} is no complete subclass of "
+            f"eviction_policy={name!r:.100} is no complete subclass of "
             f"{EvictionPolicy.__module__}.{EvictionPolicy.__name__}; derive it from "
             "that, with its own select"
         )

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from vllm_budgetdraft.command_line import told, when_interrupted, with_homes
 from vllm_budgetdraft.config import ViewSettings, valid
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.errors import ConfigurationError, short
 from vllm_budgetdraft.files import claimed, write_text
 from vllm_budgetdraft.flexdraft.checkpoint import fingerprint
 from vllm_budgetdraft.training.arguments import (
@@ -107,7 +107,7 @@ def _parse(argv: list[str]) -> tuple[Any, ...]:
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(
-            f"the options cannot be taken ({error}); change what that names"
+            f"the options cannot be taken ({short(error)}); change what that names"
         ) from error
     return parts
 

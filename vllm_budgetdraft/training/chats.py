@@ -12,6 +12,7 @@ from vllm_budgetdraft.conversations import (
     MalformedConversationError,
     answers,
     messages_of,
+    reasons_of,
     set_chat_template,
 )
 from vllm_budgetdraft.errors import ConfigurationError
@@ -41,7 +42,7 @@ def read_conversations(
         encode = partial(_encode, tokenizer=tokenizer)
         encoded = rows.map(encode, remove_columns=columns)
         left_out = Counter(why for why in encoded["left_out"] if why)
-        reasons = ", ".join(f"{n} {why}" for why, n in left_out.most_common())
+        reasons = reasons_of(left_out)
         answered = encoded.map(
             _flatten, batched=True, remove_columns=encoded.column_names
         )

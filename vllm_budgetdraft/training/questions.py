@@ -9,6 +9,7 @@ from vllm_budgetdraft.conversations import (
     MalformedConversationError,
     messages_of,
     prompt_tokens,
+    reasons_of,
 )
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.training.sources import open_source
@@ -65,7 +66,7 @@ def questions(
             left_out[f"of more than {longest} tokens"] += 1
         else:
             found.append(list(tokens))
-    reasons = ", ".join(f"{number} {why}" for why, number in left_out.items())
+    reasons = reasons_of(left_out)
     if len(found) < count:
         raise ConfigurationError(
             f"{source!r} has {len(found)} questions that can be asked, {count} are "

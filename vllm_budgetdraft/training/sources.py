@@ -1,9 +1,11 @@
 """Where training's data comes from: files, folders and names, and what is in them."""
 
 import glob
+import math
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.errors import ConfigurationError, short
 
 #: Readers of the ``datasets`` library by suffix; it unpacks .gz, .xz and .zst.
 READERS = {
@@ -51,7 +53,7 @@ def open_source(source: str) -> Dataset:
         try:
             return load_dataset(source, split="train")
         except Exception as error:  # of the library's many kinds, and the network's
-            reason = str(error)
+            reason = short(error)
     raise ConfigurationError(
         f"{source!r} names no file here, and no dataset on the hub ({reason}); give a "
         "file, a glob, a folder, or a dataset's name"
@@ -62,7 +64,9 @@ def _read(
     source: str, files: list[str], reader: str, options: dict[str, str]
 ) -> Dataset:
     try:
-        return load_dataset(reader, data_files=files, split="train", **options)
+        rows = load_dataset(reader, data_files=files, split="train", **options)
+        rows.data.validate(full=True)  # of the texts, which may be of no UTF-8
+        return rows
     except Exception as error:  # of the library's many kinds
         if len(files) > 1:
             for file in files:  # to name the one that cannot be read
@@ -72,7 +76,7 @@ def _read(
             cause = cause.__cause__
         raise ConfigurationError(
             f"{source!r} cannot be read as {reader} ({type(cause).__name__}: "
-            f"{str(cause)[:200]}); give files in UTF-8 whose rows all have columns of "
+            f"{short(cause)}); give files in UTF-8 whose rows all have columns of "
             "the same types"
         ) from error
 
@@ -161,7 +165,7 @@ def read_continuations(sources: list[str], vocab_size: int | None = None) -> Dat
 
     Raises:
         ConfigurationError: see ``open_source``; or a column is missing, or holds
-            something else.
+            something else, or another number of likeliest tokens than others do.
     """
     found = []
     for source in sources:
@@ -174,12 +178,20 @@ def read_continuations(sources: list[str], vocab_size: int | None = None) -> Dat
             )
         for column in ("prompt", "continuation"):
             _check_column(rows, source, column, "a list of token ids", _is_token_list)
-            _check_tokens(rows, source, column, vocab_size)
+            tokens = pc.list_flatten(_column(rows, column))
+            _check_tokens(tokens, source, column, vocab_size)
         found.append(rows)
     shared = set.intersection(*(set(rows.column_names) for rows in found))
     wanted = {"prompt", "continuation"}
-    for optional in ({"top_ids", "top_logprobs"}, {"temperature"}):
-        wanted |= optional if optional <= shared else set()
+    if {"top_ids", "top_logprobs"} <= shared:
+        wanted |= {"top_ids", "top_logprobs"}
+        count = None
+        for source, rows in zip(sources, found, strict=True):
+            count = _check_likeliest(rows, source, vocab_size, count)
+    if "temperature" in shared:
+        wanted |= {"temperature"}
+        for source, rows in zip(sources, found, strict=True):
+            _check_temperatures(rows, source)
     return concatenate_datasets([rows.select_columns(sorted(wanted)) for rows in found])
 
 
@@ -188,11 +200,17 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_token_list(kind: pa.DataType) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     # A list that is empty in every row is one of nulls.
-    return is_list and bool(
-        pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)
-    )
+    return _is_list(kind, pa.types.is_integer) or _is_list(kind, pa.types.is_null)
+
+
+def _is_list(kind: pa.DataType, is_item: Callable[[pa.DataType], bool]) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(is_list and is_item(kind.value_type))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _check_column(
@@ -202,7 +220,7 @@ def _check_column(
     wanted: str,
     is_wanted: Callable[[pa.DataType], bool],
 ) -> None:
-    values = rows.flatten_indices().data.column(column)
+    values = _column(rows, column)
     if is_wanted(values.type) and not values.null_count:
         return
     kind = list if is_wanted is _is_token_list else str
@@ -210,17 +228,91 @@ def _check_column(
         (each for each in enumerate(rows[column]) if not isinstance(each[1], kind)),
         (0, rows[column][0]),
     )
-    raise ConfigurationError(
+    raise _of_row(source, column, row, value, wanted)
+
+
+def _of_row(
+    source: str, column: str, row: int, value: Any, wanted: str
+) -> ConfigurationError:
+    return ConfigurationError(
         f"{source!r} has {str(value)[:60]!r} in the column {column!r} of row {row}, "
         f"where {wanted} is wanted; mend the row, or leave it out"
     )
 
 
+def _column(rows: Dataset, column: str) -> pa.ChunkedArray:
+    return rows.flatten_indices().data.column(column)
+
+
+def _check_likeliest(
+    rows: Dataset, source: str, vocab_size: int | None, count: int | None
+) -> int:
+    """Of each token of a continuation as many ids and logprobs.
+
+    Args:
+        count: how many other sources have; None for the first one.
+
+    Returns:
+        How many there are.
+    """
+    written = pc.list_value_length(_column(rows, "continuation"))
+    for name, is_number in (
+        ("top_ids", pa.types.is_integer),
+        ("top_logprobs", _is_number),
+    ):
+        lists = _column(rows, name)
+        if _is_list(lists.type, partial(_is_list, is_item=is_number)):
+            inner = pc.list_flatten(lists)
+            numbers, sizes = pc.list_flatten(inner), pc.list_value_length(inner)
+            count = count or pc.max(sizes).as_py()
+            if (
+                not lists.null_count + inner.null_count + numbers.null_count
+                and pc.all(pc.equal(pc.list_value_length(lists), written)).as_py()
+                and pc.unique(sizes).to_pylist() == [count]
+                and not pc.any(pc.is_nan(numbers)).as_py()
+            ):
+                continue
+        wanted = f"{count or 'a number of'} numbers for each token of the continuation"
+        sized = zip(rows[name], rows["continuation"], strict=True)
+        row = next((n for n, x in enumerate(sized) if not _fits(*x, count)), 0)
+        raise _of_row(source, name, row, rows[row][name], wanted)
+    numbers = pc.list_flatten(pc.list_flatten(_column(rows, "top_ids")))
+    _check_tokens(numbers, source, "top_ids", vocab_size)
+    return count or 0
+
+
+def _fits(likeliest: Any, written: list[int], count: int | None) -> bool:
+    return (
+        isinstance(likeliest, list)
+        and len(likeliest) == len(written)
+        and all(isinstance(each, list) and len(each) == count for each in likeliest)
+        and all(
+            type(each) in (int, float) and not math.isnan(each)
+            for each in chain.from_iterable(likeliest)
+        )
+    )
+
+
+def _check_temperatures(rows: Dataset, source: str) -> None:
+    values = _column(rows, "temperature")
+    if _is_number(values.type) and not values.null_count:
+        first, last = (pc.min_max(values)[each].as_py() for each in ("min", "max"))
+        if 0 <= first and last < math.inf and not pc.any(pc.is_nan(values)).as_py():
+            return
+    row, value = next(
+        (
+            (n, x)
+            for n, x in enumerate(rows["temperature"])
+            if type(x) not in (int, float) or not 0 <= x < math.inf
+        ),
+        (0, f"{rows[0]['temperature']}, read as {values.type}"),
+    )
+    raise _of_row(source, "temperature", row, value, "a number from 0 on")
+
+
 def _check_tokens(
-    rows: Dataset, source: str, column: str, vocab_size: int | None
+    tokens: pa.ChunkedArray, source: str, column: str, vocab_size: int | None
 ) -> None:
-    lists = rows.flatten_indices().data.column(column)
-    tokens = pc.list_flatten(lists)
     if not len(tokens):
         if column == "prompt":
             return
