@@ -65,12 +65,15 @@ def settings(**changes):
         ),
         pytest.param(
             {"pool_memory_gib": 0},
-            ["pool_memory_gib=0", "greater than 0"],
+            ["pool_memory_gib=0", "greater than 0; choose a value there"],
             id="no_memory",
         ),
         pytest.param(
             {"position_mode": "relative"},
-            ["position_mode='relative'", "'absolute' or 'cache_relative'"],
+            [
+                "position_mode='relative'",
+                "'absolute' or 'cache_relative'; choose a value there",
+            ],
             id="unknown_position_mode",
         ),
         pytest.param(

@@ -326,3 +326,12 @@ def test_an_output_matrix_that_is_stored_although_it_is_tied(folder):
 @pytest.mark.parametrize("name", ["nul\0byte", "long" * 2000])
 def test_a_path_that_can_be_none_is_refused(name):
     assert len(refusal_of(Path(name))) < 1000
+
+
+@pytest.mark.parametrize("name", ["none", "a\0b", "x" * 5000])
+def test_a_folder_that_is_not_there_is_said_to_be_none(name):
+    with pytest.raises(UnsupportedDrafterError) as refused:
+        read_drafter_config(name)
+    said = str(refused.value)
+    assert len(said) < 500
+    assert ("is not JSON" in said) != ("holds no config.json" in said)

@@ -10,6 +10,12 @@ from vllm_budgetdraft.config.speculative import BudgetDraftConfig, SettledConfig
 from vllm_budgetdraft.config.view import ViewSettings
 from vllm_budgetdraft.errors import ConfigurationError, short
 
+#: Kinds of pydantic's errors whose text is a limit alone.
+LIMITS = {
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+    *("finite_number", "literal_error"),
+}
+
 Settings = TypeVar("Settings", bound=ViewSettings)
 
 ELSEWHERE = "it belongs to another method; leave it out"
@@ -210,4 +216,6 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"key {key!r} is missing; set it"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in LIMITS:
+        message += "; choose a value there"
     return f"{short(key, 100)}={value}: {message}" if key else message

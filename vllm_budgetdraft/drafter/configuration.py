@@ -113,17 +113,18 @@ def _check_numbers(config: PretrainedConfig, path: Path) -> None:
 
 def _read_json(path: Path, folder: str) -> dict[str, Any]:
     try:
-        if not path.is_file():
-            raise UnsupportedDrafterError(
-                f"model={folder[:200]!r} holds no config.json; give the folder of a "
-                "drafter in the Hugging Face layout"
-            )
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        is_there = path.is_file()
+        raw = json.loads(path.read_text(encoding="utf-8")) if is_there else None
     except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedDrafterError(
             f"{str(path)[:200]} is not JSON, or cannot be read ({short(error)}); "
             "download or copy it anew"
         ) from error
+    if not is_there:
+        raise UnsupportedDrafterError(
+            f"model={folder[:200]!r} holds no config.json; give the folder of a "
+            "drafter in the Hugging Face layout"
+        )
     if not isinstance(raw, dict):
         raise UnsupportedDrafterError(
             f"{path} holds a {type(raw).__name__}, not an object; download or copy it "
