@@ -14,8 +14,9 @@ CACHE_SETTINGS = (
 )
 
 
-#: A pass of so many tokens keeps any GPU busy; more would only take more memory.
-MAX_PASS_TOKENS = 8192
+#: A pass of so many tokens keeps a GPU busy. Longer ones take memory, and on a CPU
+#: time, for activations leave its caches.
+MAX_PASS_TOKENS = 4096
 
 
 class BudgetDraftConfig(ViewSettings):
