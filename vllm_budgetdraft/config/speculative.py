@@ -14,8 +14,7 @@ CACHE_SETTINGS = (
 )
 
 
-#: A pass of so many tokens keeps a GPU busy. Longer ones take memory, and on a CPU
-#: time, for activations leave its caches.
+#: Longer passes take memory, and on a CPU time, for their activations leave its caches.
 MAX_PASS_TOKENS = 4096
 
 
