@@ -120,14 +120,16 @@ def in_engines(args: argparse.Namespace, sets: list[list[list[int]]]) -> dict[st
                     engines[name].reset_prefix_cache()
                 firsts, outputs[name] = serve(engines[name], prompts, stagger)
                 if number:
-                    of_case = found.setdefault(case, {"waits": Counter(), "reading": 0})
+                    of_case = found.setdefault(
+                        case, {"waits": Counter(), "drafts_skipped": Counter()}
+                    )
                     of_case.setdefault(f"{name}_seconds", []).append(
                         statistics.mean(firsts)
                     )
             assert outputs["vllm"] == outputs["budgetdraft"], (number, case)
             if number:
                 found[case]["waits"] += waits
-                found[case]["reading"] += skipped["reading"]
+                found[case]["drafts_skipped"] += skipped
     for of_case in found.values():
         ratios = map(
             lambda ours, plain: ours / plain,
