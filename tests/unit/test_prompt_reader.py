@@ -11,6 +11,7 @@ from tests.support.drafting import build_proposer, held_by, ingested, positions_
 from tests.support.fake_gpu import cpus_are_gpus
 from tests.support.fake_graph import forbid_host_writes
 from tests.support.policies import EVERY_SECOND
+from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
 from vllm_budgetdraft.proposer.prompt_reader import PromptReader
 from vllm_budgetdraft.proposer.warm_up import warm_up
@@ -233,3 +234,26 @@ def test_warm_up_keeps_as_many_queries_as_prompts_ever_do(drafter, monkeypatch):
         proposer.start_reading(slot, 8)
     assert proposer.read(range(NUM_SLOTS), positions_of(*contexts), 1000) == {}
     assert max(num_queries) == most == 42
+
+
+class ReshapesThePrompt(EvictionPolicy):
+    """Knows [layers, heads, tokens, head_dim] and nothing else."""
+
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        layers, heads, num_tokens, _ = states.keys.shape
+        kept = torch.arange(max(0, num_tokens - budget), num_tokens)
+        return kept.expand(layers, heads, -1)
+
+
+def test_a_policy_for_one_request_at_a_time_is_refused_at_start_up(drafter):
+    name = f"{__name__}:ReshapesThePrompt"
+    sizes = SIZES | {"dtype": torch.float32, "eviction_policy": name}
+    sizes["draft_prefill_chunk"] = 100
+    with pytest.raises(
+        ConfigurationError,
+        match="ReshapesThePrompt' fails where two requests hold as many tokens "
+        r"\(ValueError: too many values to unpack .*\); let its select take",
+    ):
+        warm_up(build_proposer(drafter, **sizes))
+    # With room for one request alone it is never asked about two.
+    warm_up(build_proposer(drafter, **sizes | {"num_slots": 1}))

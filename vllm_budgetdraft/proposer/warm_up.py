@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from budgetdraft_kernels import reference
+from vllm_budgetdraft.errors import ConfigurationError, short
 from vllm_budgetdraft.proposer.draft_length import ladder
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -17,6 +18,9 @@ def warm_up(proposer: DraftProposer) -> None:
     Kernels are compiled for sizes: it launches them at every batch size and width for
     which they may be others. A pass over prompts is as large as can be, for vLLM to see
     what memory that takes.
+
+    Raises:
+        ConfigurationError: the policy cannot choose for two requests at once.
     """
     cache, pass_tokens = proposer.cache, proposer.plan.pass_tokens
     length = pass_tokens
@@ -32,6 +36,7 @@ def warm_up(proposer: DraftProposer) -> None:
     _read(proposer, tokens[:-FIRST_WIDTH], -(-pass_tokens // length))
     _try_all(proposer, torch.zeros_like(tokens[:1]), length, [1])
     proposer.release_all()
+    _choose_for_two(proposer, tokens[: proposer.kv_budget + 1])
     if proposer.operations is not reference:
         widths = range(1, proposer.max_append + 1)
         for size in ladder(cache.num_slots):
@@ -52,6 +57,23 @@ def _read(proposer: DraftProposer, context: Tensor, number: int) -> None:
         return torch.cat([context[piece.start : piece.stop] for _, piece in pieces])
 
     proposer.reader.read(slots, tokens_of, len(slots) * len(context))
+
+
+def _choose_for_two(proposer: DraftProposer, context: Tensor) -> None:
+    """Asks the policy about two prompts, the shortest of which it keeps a part.
+
+    Where a pass holds both: otherwise it is seldom asked about two.
+    """
+    try:
+        _read(proposer, context, 2)
+    except Exception as error:
+        name = proposer.config.eviction_policy
+        raise ConfigurationError(
+            f"eviction_policy={name!r:.100} fails where two requests hold as many "
+            f"tokens ({type(error).__name__}: {short(error)}); let its select take "
+            "[requests, layers, heads, tokens, head_dim] too"
+        ) from error
+    proposer.release_all()
 
 
 def _try_all(
