@@ -284,7 +284,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
                     is_ready = self._is_ready(index, progress, length)
                 except Exception as error:
                     self._drop(index, progress, error)
-            self._statistics.count_wait(progress, is_ready)
+            if length:
+                self._statistics.count_wait(progress, is_ready)
             if is_ready:
                 rows.append(row)
             else:

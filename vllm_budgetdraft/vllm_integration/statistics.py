@@ -48,7 +48,7 @@ LABELLED_COUNTERS = {
 HISTOGRAMS = {
     "steps_to_first_draft": (
         (0, 1, 2, 4, 8, 16, 32, 64),
-        "Steps in which a request sampled and had no drafts made, from when it got "
+        "Steps with drafts in which a request sampled and had none, from when it got "
         "pages of the draft cache, at first or anew, to its first drafts.",
     ),
 }
