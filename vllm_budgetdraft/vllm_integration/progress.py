@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 
 
@@ -56,20 +58,23 @@ class Progress:
         self.num_to_read = num_tokens + (not has_sampled) - FIRST_WIDTH
         self.max_missing = 0 if has_sampled else -1
 
-    def step(self, batch: Any, row: int) -> bool:
-        """Takes note of a step, and returns whether it sampled.
-
-        Args:
-            batch: vLLM's InputBatch.
-        """
-        drafts = batch.num_draft_tokens_per_req
-        num_drafts = 0 if drafts is None else int(drafts[row])
-        num_prefilled = (
-            batch.num_computed_prefill_tokens_np[row]
-            + batch.num_scheduled_tokens[row]
-            - num_drafts
-        )
-        has_sampled = bool(num_prefilled >= self.num_prefill)
+    def step(self, num_prefilled: int, num_drafts: int) -> bool:
+        """Takes note of a step, and returns whether it sampled: see ``rows_of``."""
+        has_sampled = num_prefilled >= self.num_prefill
         if has_sampled:
             self.max_missing += 1 + num_drafts
         return has_sampled
+
+
+def rows_of(batch: Any) -> list[tuple[int, int, int]]:
+    """Of each row of vLLM's InputBatch, what a step has done.
+
+    Returns:
+        Indices, prompt tokens that the target knows now, and drafts that it verified.
+    """
+    drafts = batch.num_draft_tokens_per_req
+    if drafts is None:
+        drafts = np.zeros_like(batch.num_scheduled_tokens)
+    prefilled = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens
+    columns = batch.idx_mapping_np, prefilled - drafts, drafts
+    return list(zip(*(column.tolist() for column in columns), strict=True))

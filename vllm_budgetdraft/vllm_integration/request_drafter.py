@@ -125,7 +125,7 @@ class RequestDrafter:
             else:
                 able.append((request, holding))
         unread = [each for each in able if not each[1].is_read]
-        if not is_trial or len(unread) == len(able):
+        if unread and (not is_trial or len(unread) == len(able)):
             self._read(unread)
         ready = [each for each in able if each[1].is_read and each[0].sampled]
         is_behind = any(_num_missing(*each) for each in ready)

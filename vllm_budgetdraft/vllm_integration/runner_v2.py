@@ -18,7 +18,7 @@ from vllm_budgetdraft.vllm_integration import sampling
 from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
-from vllm_budgetdraft.vllm_integration.progress import Progress
+from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
 from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 
 #: Logit of a token that is not drafted; finite, for it is scaled by temperatures.
@@ -30,9 +30,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
 
     An index of the runner is a slot of the proposer. Tokens, lengths and drafts stay on
     the device: nothing waits for it (but see ``_begin_anew``), and scheduling may run
-    ahead. vLLM verifies
-    drafts of every row; one that did not draft repeats its last token, with the
-    probability 1 that it was "drawn" with, which is as lossless as any draft.
+    ahead. vLLM verifies drafts of every row; one that did not draft repeats its last
+    token, "drawn" with the probability 1, which is as lossless as any draft.
     """
 
     # A vLLM module, attention layers, and whatever hangs on them: there are none.
@@ -261,22 +260,22 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
     def _ready(self, batch: Any, length: int) -> list[int]:
         """Rows that draft now: they sampled, and their caches have caught up."""
         held = [
-            (row, index, self._progress[index])
-            for row, index in enumerate(batch.idx_mapping_np.tolist())
-            if index in self._progress
+            (row, index, progress, progress.step(num_prefilled, num_drafts))
+            for row, (index, num_prefilled, num_drafts) in enumerate(rows_of(batch))
+            if (progress := self._progress.get(index))
         ]
-        sampled = {row: progress.step(batch, row) for row, _, progress in held}
-        for row, index, progress in held:
+        for _, index, progress, has_sampled in held:
             if progress.waits:
                 try:
-                    self._begin_anew(index, progress, sampled[row])
+                    self._begin_anew(index, progress, has_sampled)
                 except Exception as error:
                     self._drop(index, progress, error)
-        self._read([index for _, index, progress in held if progress.is_reading])
+        if reading := [index for _, index, each, _ in held if each.is_reading]:
+            self._read(reading)
         self._to_feed = self._core.step_tokens  # of all requests
         rows = []
-        for row, index, progress in held:
-            if not sampled[row]:
+        for row, index, progress, has_sampled in held:
+            if not has_sampled:
                 continue
             is_ready = False
             if not progress.why_not:
@@ -318,7 +317,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         if had_drafted:
             progress.max_missing = 0
         if progress.is_read and length:
-            self._catch_up(index, progress)
+            if progress.max_missing > 0:
+                self._catch_up(index, progress)
             progress.has_drafted = progress.max_missing <= 0
         if had_drafted and not progress.has_drafted:
             end = self._states.total_len.gpu[index]
