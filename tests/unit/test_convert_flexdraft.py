@@ -162,6 +162,17 @@ def test_a_folder_of_something_else_is_refused(target, tmp_path, text):
         convert(tmp_path / "theirs", target, "small", tmp_path / "ours")
 
 
+@pytest.mark.parametrize("section", [None, {}, {"anchor_bias_rank": 6}, [1]])
+def test_a_folder_that_names_no_layers_is_refused(target, tmp_path, section):
+    """For which their code would take others than the last."""
+    release(tmp_path / "theirs", target)
+    file = tmp_path / "theirs" / "config.json"
+    document = json.loads(file.read_text()) | {"dflash_config": section}
+    file.write_text(json.dumps(document))
+    with pytest.raises(UnsupportedDrafterError, match="has no 'target_layer_ids'"):
+        convert(tmp_path / "theirs", target, "small", tmp_path / "ours")
+
+
 def test_a_shallow_target_is_refused(tmp_path):
     shallow = random_target(models.qwen3, num_hidden_layers=1)
     release(tmp_path / "theirs", random_target(models.qwen3))

@@ -1,6 +1,7 @@
 """FlexDraft's mask tokens, pages and checkpoints, against their definitions."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,27 @@ def logits_of(
     """Of greedy drafts from [B, k, hidden_size]: [B, k, V]."""
     picked = drafter.draft(hidden, parts, bonus, lambda x: (x.argmax(-1), x))
     return torch.stack([logits for _, logits in picked], 1)
+
+
+def rounds(
+    decoder: FlexDecoder, prompts: list[list[int]], max_new_tokens: int, mode: Any
+) -> Iterator[tuple[list[int], list[int], Tensor, Tensor]]:
+    """Of each: its prompt, its context and bonus token, drafts and confidences [k]."""
+    drafted = []
+    pick = decoder._pick
+
+    def watched(*args: Any) -> Any:
+        drafted.append(pick(*args))
+        return drafted[-1]
+
+    decoder._pick = watched
+    written = decoder.generate(prompts, max_new_tokens, mode=mode)
+    for row, prompt in enumerate(prompts):
+        emitted = 0
+        for drafts, accepted in zip(drafted, decoder.accepted[row], strict=False):
+            context = prompt + written[row][:emitted]
+            yield prompt, context, drafts.tokens[row], drafts.confidences[row]
+            emitted += accepted + 1
 
 
 VARIANTS = pytest.mark.parametrize(
@@ -190,28 +212,36 @@ def test_decoding_drafts_as_defined(mode, variant, budget, target):
         confidence_threshold=0.0,
     )
     prompts = [models.random_tokens(n, seed=n).tolist() for n in (31, 8, 25)]
-    drafted = []
-    pick = decoder._pick
+    for prompt, context, tokens, _ in rounds(decoder, prompts, 12, mode):
+        seen = None
+        if budget is not None and len(prompt) - 1 > budget:
+            read = torch.tensor(prompt[:-1])
+            seen = seen_of(target, read, len(context) - 1)
+        logits = twin_logits(
+            target, drafter, context[:-1], context[-1], NUM_DRAFTS, seen
+        )
+        assert tokens.tolist() == logits.argmax(-1).tolist()
 
-    def watched(*args: Any) -> Any:
-        drafted.append(pick(*args))
-        return drafted[-1]
 
-    decoder._pick = watched
-    written = decoder.generate(prompts, 12, mode=mode)
-    for row, prompt in enumerate(prompts):
-        context = list(prompt)
-        for step, accepted in enumerate(decoder.accepted[row]):
-            seen = None
-            if budget is not None and len(prompt) - 1 > budget:
-                read = torch.tensor(prompt[:-1])
-                seen = seen_of(target, read, len(context) - 1)
-            logits = twin_logits(
-                target, drafter, context[:-1], context[-1], NUM_DRAFTS, seen
-            )
-            assert drafted[step].tokens[row].tolist() == logits.argmax(-1).tolist()
-            emitted = len(context) - len(prompt) + accepted + 1
-            context = prompt + written[row][:emitted]
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+def test_masks_after_any_number_of_accepted_drafts_are_as_defined(threshold):
+    """Which only drafts that are often right show: those of three tokens are."""
+    small = {"vocab_size": 3, "bos_token_id": None, "eos_token_id": None}
+    target = random_target(models.qwen3, **small)
+    drafter = random_drafter(target)
+    decoder = FlexDecoder(
+        target, drafter, num_drafts=NUM_DRAFTS, confidence_threshold=threshold
+    )
+    prompts = [(models.random_tokens(n, seed=n) % 3).tolist() for n in range(2, 14)]
+    found = list(rounds(decoder, prompts, 40, "parallel"))
+    accepted = [count for row in decoder.accepted for count in row]
+    assert len(found) > 150 and set(accepted) == set(range(NUM_DRAFTS + 1))
+    for _, context, tokens, confidences in found:
+        logits = twin_logits(target, drafter, context[:-1], context[-1], NUM_DRAFTS)
+        assert tokens.tolist() == logits.argmax(-1).tolist()
+        torch.testing.assert_close(
+            confidences, logits.softmax(-1).amax(-1), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_page_counts_as_one_token_of_the_policy():

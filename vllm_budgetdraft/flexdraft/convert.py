@@ -63,10 +63,7 @@ def convert(released: Path, target: Any, name: str, output: Path) -> None:
     num_layers, depth = config["num_hidden_layers"], target.config.num_hidden_layers
     trained = config.get("num_target_layers", depth)
     last = list(range(depth - num_layers, depth))
-    section: dict[str, Any] = next(
-        (config[each] for each in SECTIONS if config.get(each)), {}
-    )
-    layers = section.get("target_layer_ids", last)
+    layers = _section(config)["target_layer_ids"]
     if trained != depth or num_layers > depth or layers != last:
         raise UnsupportedDrafterError(
             f"model={str(released)!r} goes through the layers {layers} of a target of "
@@ -110,13 +107,23 @@ def _read_config(released: Path) -> dict[str, Any]:
             f"{path} cannot be read ({error}); give the folder of a FlexDraft as its "
             "authors release them"
         ) from error
-    for key in ("num_hidden_layers", "block_size"):
-        if not isinstance(config, dict) or key not in config:
+    held = config if isinstance(config, dict) else {}
+    needed = {"num_hidden_layers": held, "block_size": held}
+    # Where it is missing, their code goes from the second layer on, or fails.
+    needed["target_layer_ids"] = _section(held)
+    for key, place in needed.items():
+        if key not in place:
             raise UnsupportedDrafterError(
                 f"{path} has no {key!r}; give the folder of a FlexDraft as its authors "
                 "release them"
             )
     return config
+
+
+def _section(config: dict[str, Any]) -> dict[str, Any]:
+    """What is about drafting; empty if there is nothing."""
+    found = [config[each] for each in SECTIONS if config.get(each)]
+    return found[0] if found and isinstance(found[0], dict) else {}
 
 
 def _read_weights(released: Path) -> dict[str, Any]:
