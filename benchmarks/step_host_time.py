@@ -20,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from vllm import SamplingParams
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_budgetdraft.config import BudgetDraftConfig
@@ -198,9 +199,7 @@ def build(drafter: str, batch_size: int, num_drafts: int) -> tuple[DraftProposer
 
 
 def sampling_params() -> Any:
-    return SimpleNamespace(
-        extra_args=None, temperature=0.0, seed=None, structured_outputs=None
-    )
+    return SamplingParams(temperature=0.0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.adapter import NO_CUTS
 from tests.support.drafting import build_proposer
 from tests.support.fake_graph import FakeGraph, forbid_host_reads
 from tests.support.models import VOCAB_SIZE, random_tokens
@@ -76,7 +77,7 @@ class Runner:
         self.states.all_token_ids.gpu[index, :num_tokens] = tokens
         self.states.total_len.gpu[index] = num_tokens
         params = dict.fromkeys(["extra_args", "seed", "structured_outputs"])
-        params["temperature"] = 1.0
+        params |= {"temperature": 1.0, **NO_CUTS}
         self.speculator.add_request(
             name,
             SimpleNamespace(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from budgetdraft_kernels import reference
 from tests.support import models
+from tests.support.adapter import NO_CUTS
 from tests.support.flex_twin import NUM_LAYERS, random_drafter, twin_logits
 from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.errors import UnsupportedVllmError
@@ -65,7 +66,11 @@ class State:
     def __init__(self, num_prompt_tokens: int, **extra_args: Any) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.sampling_params = SimpleNamespace(
-            extra_args=extra_args, temperature=0.0, seed=None, structured_outputs=None
+            extra_args=extra_args,
+            temperature=0.0,
+            **NO_CUTS,
+            seed=None,
+            structured_outputs=None,
         )
 
 

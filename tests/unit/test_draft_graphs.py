@@ -51,11 +51,14 @@ def history(proposer: DraftProposer, num_steps: int) -> list[torch.Tensor]:
         # Who drafts must do so in every step, see ``DraftProposer.draft``.
         for slot in requests.contexts.keys() - set(slots):
             requests.release(slot)
-        temperatures = None
+        temperatures = cuts = None
         if draws and rng.random() < 0.7:
             temperatures = [rng.choice([0.0, 0.7, 1.5]) for _ in slots]
+            if rng.random() < 0.5:
+                some = [(0.0, 1.0, 0.0), (3.0, 1.0, 0.0), (0.0, 0.5, 0.01)]
+                cuts = [rng.choice(some) for _ in slots]
         num_drafts = rng.randint(1, proposer.max_drafts)
-        drafts = requests.drafts(slots, num_drafts, temperatures)
+        drafts = requests.drafts(slots, num_drafts, temperatures, cuts)
         seen += [x for x in drafts if x is not None]
         for slot, tokens in zip(slots, drafts.tokens.tolist(), strict=True):
             requests.verify(slot, tokens)
@@ -109,7 +112,7 @@ def test_a_length_of_no_graph_takes_the_next_longer_one(drafter_folder):
         proposer = build(drafter_folder, **settings)
         assert draft_lengths(proposer.config) == [4]
         if graphs:
-            assert proposer.capture_graphs(FakeGraph) == 2 * 5  # kinds and sizes
+            assert proposer.capture_graphs(FakeGraph) == 3 * 5  # kinds and sizes
         requests = Requests(proposer)
         requests.start(1, 30)
         requests.start(3, 50, seed=1)

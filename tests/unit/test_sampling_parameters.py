@@ -1,35 +1,52 @@
 """What requests ask of sampling, and what their drafts must not do then."""
 
-from types import SimpleNamespace
-
 import pytest
+import torch
 
-from vllm_budgetdraft.vllm_integration.sampling import draft_temperature
+vllm = pytest.importorskip("vllm")
 
+from vllm_budgetdraft.vllm_integration.sampling import (  # noqa: E402
+    DraftSampling,
+    as_tensors,
+    draft_sampling,
+)
 
-def parameters(**changes: object) -> SimpleNamespace:
-    usual = {
-        "temperature": 0.7,
-        "seed": None,
-        "structured_outputs": None,
-    }
-    return SimpleNamespace(**usual | changes)
+GREEDY = DraftSampling()
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("asked", "expected"),
     [
-        ({}, 0.7),
-        ({"temperature": 0.0}, 0.0),
-        ({"temperature": 1e-6}, 0.0),
-        ({"seed": 0}, 0.0),
-        ({"structured_outputs": object()}, 0.0),
+        ({}, DraftSampling(0.7)),
+        ({"temperature": 0.0}, GREEDY),
+        ({"temperature": 0.0, "top_p": 0.5}, GREEDY),
+        ({"seed": 0, "top_k": 5}, GREEDY),
+        ({"top_k": -1}, DraftSampling(0.7)),
+        ({"top_k": 20, "top_p": 0.8}, DraftSampling(0.7, 20, 0.8)),
+        ({"min_p": 0.05}, DraftSampling(0.7, min_p=0.05)),
     ],
 )
-def test_drafts_are_drawn_unless_the_draw_decides_what_is_verified(changes, expected):
-    assert draft_temperature(parameters(**changes)) == expected
+def test_drafts_are_drawn_unless_the_draw_decides_what_is_verified(asked, expected):
+    asked = {"temperature": 0.7} | asked
+    assert draft_sampling(vllm.SamplingParams(**asked)) == expected
+
+
+def test_a_grammar_has_the_likeliest_drafted():
+    params = vllm.SamplingParams(temperature=0.7)
+    params.structured_outputs = object()
+    assert draft_sampling(params) == GREEDY
 
 
 def test_a_request_without_parameters_drafts_greedily():
     """As a pooling request would, of which there are none beside drafts."""
-    assert draft_temperature(None) == 0.0
+    assert draft_sampling(None) == GREEDY
+
+
+def test_a_batch_is_told_of_what_any_request_asks():
+    device = torch.device("cpu")
+    assert as_tensors([GREEDY, GREEDY], device) == (None, None)
+    temperatures, cuts = as_tensors([GREEDY, DraftSampling(0.7)], device)
+    assert temperatures.tolist() == pytest.approx([0.0, 0.7]) and cuts is None
+    temperatures, cuts = as_tensors([DraftSampling(1.0, 3), GREEDY], device)
+    assert temperatures.tolist() == [1.0, 0.0] and temperatures.is_contiguous()
+    assert cuts.tolist() == [[3.0, 1.0, 0.0], [0.0, 1.0, 0.0]]

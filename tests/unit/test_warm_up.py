@@ -75,6 +75,9 @@ def serve(proposer: DraftProposer) -> None:
         for num_drafts in range(1, NUM_DRAFTS + 1):
             for temperatures in [None, [0.0] * len(batch)] if draws else [None]:
                 requests.drafts(batch, num_drafts, temperatures)
+            if draws:
+                cuts = [(2.0, 0.5, 0.1)] * len(batch)
+                requests.drafts(batch, num_drafts, [1.0] * len(batch), cuts)
     requests.release(1)
     requests.start(1, 52, seed=9)
 

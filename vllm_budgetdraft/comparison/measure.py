@@ -85,7 +85,7 @@ def measure(
 
     The first prompt of each task and length is also profiled, after it is measured.
     Requests have no seed, with which this project's drafts would be greedy (see
-    ``sampling.draft_temperature``).
+    ``sampling.draft_sampling``).
     Within a group all engines are alive, and take turns on each prompt; each speed-up
     is of two runs of the same turn, so that every round has plain vLLM. A group is
     smaller than asked for where there is no room for its engines at that moment.

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,11 @@ from vllm_budgetdraft.proposer.draft_loop import (
     Draws,
 )
 
+#: How tokens come about.
+Kind = Literal["greedy", "drawn", "cut"]
+GREEDY: Kind = "greedy"
+DRAWN: Kind = "drawn"
+CUT: Kind = "cut"
 #: Runs a function, and returns what does its work again, on the same memory.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -50,20 +56,21 @@ class DraftGraphs:
         """
         Args:
             sizes, lengths: ascending.
-            draws: whether there are graphs of drawn drafts besides those of greedy
-                ones.
+            draws: whether there are graphs of drawn drafts, all of the softmax and cut
+                ones, besides those of greedy ones.
         """
         self._loop = loop
         self._sizes, self._lengths = sizes, lengths
-        self._kinds = (False, True) if draws else (False,)
-        self._replays: dict[tuple[int, int, bool], Callable[[], None]] = {}
-        self._results: dict[tuple[int, int, bool], Drafts] = {}
+        self._kinds: tuple[Kind, ...] = (GREEDY, DRAWN, CUT) if draws else (GREEDY,)
+        self._replays: dict[tuple[int, int, Kind], Callable[[], None]] = {}
+        self._results: dict[tuple[int, int, Kind], Drafts] = {}
         # Slot, end and last tokens of a row that drafts for nobody.
         self._idle_row = torch.tensor(
             [spare_slot, FIRST_WIDTH, *[0] * FIRST_WIDTH], device=device
         )
         self._rows = self._idle_row.repeat(sizes[-1], 1)
         self._temperatures = torch.zeros(sizes[-1], device=device)
+        self._cuts = torch.zeros((sizes[-1], 3), device=device)
         shape = (lengths[-1], sizes[-1])
         self._seeds = torch.zeros(shape, dtype=torch.int64, device=device)
 
@@ -76,20 +83,20 @@ class DraftGraphs:
         """
         for size in reversed(self._sizes):
             for length in reversed(self._lengths):
-                for draws in self._kinds:
-                    self._capture(capture, size, length, draws)
+                for kind in self._kinds:
+                    self._capture(capture, size, length, kind)
         return len(self._replays)
 
-    def _capture(self, capture: Capture, size: int, length: int, draws: bool) -> None:
+    def _capture(self, capture: Capture, size: int, length: int, kind: Kind) -> None:
+        cuts = self._cuts[:size] if kind == CUT else None
+        draws = Draws(self._temperatures[:size], self._seeds[:length, :size], cuts)
         inputs = DraftInputs(
             self._rows[:size, 0],
             self._rows[:size, 1],
             self._rows[:size, 2:],
-            Draws(self._temperatures[:size], self._seeds[:length, :size])
-            if draws
-            else None,
+            None if kind == GREEDY else draws,
         )
-        key = size, length, draws
+        key = size, length, kind
 
         def run() -> None:
             self._results[key] = self._loop.draft(inputs, length, validate=False)
@@ -106,10 +113,15 @@ class DraftGraphs:
         torch.cat(columns, 1, out=self._rows[:batch])
         if batch < size:
             self._rows[batch:size] = self._idle_row
+        kind: Kind = GREEDY
         if inputs.draws is not None:
-            self._temperatures[:batch] = inputs.draws.temperatures
-            self._seeds[:num_drafts, :batch] = inputs.draws.seeds
-        key = size, length, inputs.draws is not None
+            temperatures, seeds, cuts = inputs.draws
+            self._temperatures[:batch] = temperatures
+            self._seeds[:num_drafts, :batch] = seeds
+            kind = DRAWN if cuts is None else CUT
+            if cuts is not None:
+                self._cuts[:batch] = cuts
+        key = size, length, kind
         self._replays[key]()
         tokens, confidences, probabilities = self._results[key]
         return Drafts(

@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm_budgetdraft.attention.paged import PagedAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.proposer.truncation import truncated
 
 #: Tokens fed in the first step of a draft. After a full acceptance the cache lacks the
 #: last draft token and the bonus token; otherwise it lacks the bonus token alone, and
@@ -38,10 +39,12 @@ class Draws(NamedTuple):
     Attributes:
         temperatures: [B] float32, 0 where the likeliest token is to be picked.
         seeds: [k, B] int64.
+        cuts: [B, 3] float32, see ``truncated``; None where nothing is cut.
     """
 
     temperatures: Tensor
     seeds: Tensor
+    cuts: Tensor | None = None
 
 
 class DraftInputs(NamedTuple):
@@ -180,6 +183,8 @@ class DraftLoop:
                 )
             else:
                 assert probabilities is not None
+                if draws.cuts is not None:
+                    logits = truncated(logits, draws.temperatures, draws.cuts)
                 fed, confidence, drawn_from = self._operations.gumbel_pick(
                     logits, draws.temperatures, draws.seeds[step], validate=validate
                 )

@@ -314,6 +314,7 @@ class DraftProposer:
         ends: Tensor,
         num_drafts: int | None = None,
         temperatures: Tensor | None = None,
+        cuts: Tensor | None = None,
         *,
         validate: bool = False,
     ) -> Drafts:
@@ -329,6 +330,7 @@ class DraftProposer:
             temperatures: [B] float32, 0 where the likeliest token is to be drafted, and
                 has all the probability; None for all of them. Only where
                 ``draft_sample_method`` is "probabilistic".
+            cuts: [B, 3] float32, of what is drawn: see ``truncated``; None for none.
             validate: whether the operations check what they are given, which waits for
                 the device.
         """
@@ -341,7 +343,7 @@ class DraftProposer:
                 generator=self._generator,
                 device=self.device,
             )
-            draws = Draws(temperatures, seeds)
+            draws = Draws(temperatures, seeds, cuts)
         inputs = DraftInputs(slots, ends, tokens, draws)
         if self._graphs is not None:
             return self._graphs.draft(inputs, num_drafts)

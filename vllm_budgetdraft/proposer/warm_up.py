@@ -85,10 +85,11 @@ def _try_all(
         proposer.append(
             slots, zeros.expand(-1, width), ends - FIRST_WIDTH, validate=True
         )
-    temperatures: list[Tensor | None] = [None]
+    draws: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
     if proposer.config.draft_sample_method == "probabilistic":
-        temperatures.append(torch.ones(len(slots), device=proposer.device))
-    for each in temperatures:
+        ones = torch.ones(len(slots), device=proposer.device)
+        draws += [(ones, None), (ones, ones[:, None].expand(-1, 3))]
+    for each in draws:
         proposer.draft(
-            slots, zeros.expand(-1, FIRST_WIDTH), ends, None, each, validate=True
+            slots, zeros.expand(-1, FIRST_WIDTH), ends, None, *each, validate=True
         )

@@ -24,6 +24,7 @@ class Progress:
         has_drafted: whether it did where it last sampled. Then the cache has all but
             what the next draft feeds.
         max_missing: most tokens that it lacks besides those, otherwise.
+        is_cut: whether its drafts are drawn from a part of the softmax.
         num_waited: steps in which it sampled and had no drafts; None after the first.
     """
 
@@ -36,6 +37,7 @@ class Progress:
     has_drafted: bool = False
     num_to_read: int = 0
     max_missing: int = 0
+    is_cut: bool = False
     num_waited: int | None = 0
 
     def __post_init__(self) -> None:

@@ -16,10 +16,14 @@ from vllm_budgetdraft.proposer.draft_length import confident_lengths
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.warm_up import warm_up
-from vllm_budgetdraft.vllm_integration import sampling
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
+from vllm_budgetdraft.vllm_integration.sampling import (
+    DraftSampling,
+    as_tensors,
+    draft_sampling,
+)
 from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 
 #: In the place of a draft token whose logits were not finite, and of those that the
@@ -189,14 +193,14 @@ class RequestDrafter:
             self._slots.num_free and self._core.has_room(settings.kv_budget)
         ):
             self._release(idle.pop(0))
-        temperature = 0.0
+        sampling = DraftSampling()
         if config.draft_sample_method == "probabilistic":
-            temperature = sampling.draft_temperature(params)
+            sampling = draft_sampling(params)
         holding = self._slots.take(
             request.request_id,
             request.state,
             settings=settings,
-            temperature=temperature,
+            sampling=sampling,
         )
         try:
             holding.num_cached = _num_readable(request)
@@ -290,13 +294,15 @@ class RequestDrafter:
                 for request, held in ready
             ]
         )
-        temperatures = [holding.temperature for _, holding in ready]
+        samplings = [holding.sampling for _, holding in ready]
+        temperatures, cuts = as_tensors(samplings, self._core.device)
         tokens, confidences, probabilities = self._core.draft(
             rows[:, 0],
             rows[:, 2:],
             rows[:, 1],
             max(max_drafts(request, held.settings) for request, held in ready),
-            self._tensor(temperatures, torch.float32) if any(temperatures) else None,
+            temperatures,
+            cuts,
         )
         if probabilities is not None:
             ids = [request.request_id for request, _ in ready]

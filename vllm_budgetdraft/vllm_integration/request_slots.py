@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_budgetdraft.config import RequestSettings
+from vllm_budgetdraft.vllm_integration.sampling import DraftSampling
 
 
 @dataclass
@@ -15,7 +16,7 @@ class Holding:
         state: vLLM's object for the request; its identity tells a request from another
             one that reuses its id.
         settings: what it asked for.
-        temperature: that its drafts are drawn at; 0 to pick the likeliest.
+        sampling: how its drafts are drawn.
         is_read: whether its context is in its cache, which from then on grows by
             drafting.
         num_tokens: context length when it was last looked at.
@@ -28,7 +29,7 @@ class Holding:
     slot: int
     state: Any
     settings: RequestSettings = RequestSettings()
-    temperature: float = 0.0
+    sampling: DraftSampling = DraftSampling()
     is_read: bool = False
     num_tokens: int = 0
     num_cached: int = 0

@@ -14,15 +14,12 @@ from vllm_budgetdraft.config import parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.vllm_integration import sampling
 from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
+from vllm_budgetdraft.vllm_integration.sampling import NEVER, as_logits, draft_sampling
 from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
-
-#: Logit of a token that is not drafted; finite, for it is scaled by temperatures.
-NEVER = -1e30
 
 
 class BudgetDraftSpeculator(DraftModelSpeculator):
@@ -80,7 +77,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             self._core = load_core(self.vllm_config, target_model)
             self._observer = CoreObserver(self._core, self._statistics)
             self._num_cached = torch.zeros(num_slots, dtype=torch.int64, device=device)
-            self._temperatures = torch.zeros(num_slots, device=device)
+            self._sampling = torch.zeros((num_slots, 4), device=device)
             self._offsets = torch.arange(self._core.max_append, device=device)
 
     @property
@@ -129,7 +126,10 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         else:
             progress.kv_budget = settings.kv_budget
             if self._config.draft_sample_method == "probabilistic":
-                self._temperatures[index] = sampling.draft_temperature(params)
+                sampling = draft_sampling(params)
+                progress.is_cut = sampling.is_cut
+                for column, number in enumerate(sampling):
+                    self._sampling[index, column] = number  # no copy to wait for
             budget = settings.kv_budget
             num_tokens = progress.num_to_read
             self._core.start_reading(index, num_tokens, budget)
@@ -365,10 +365,13 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         ends = states.total_len.gpu[slots].to(torch.int64)
         last = ends[:, None] + self._offsets[:FIRST_WIDTH] - FIRST_WIDTH
         tokens = states.all_token_ids.gpu[slots[:, None], last].to(torch.int64)
-        temperatures = None
+        temperatures = cuts = None
         if self.draft_logits is not None:
-            temperatures = self._temperatures[slots]
-        return self._core.draft(slots, tokens, ends, length, temperatures)
+            sampling = self._sampling[slots]
+            temperatures = sampling[:, 0].contiguous()
+            if any(each.is_cut for each in self._progress.values()):
+                cuts = sampling[:, 1:]
+        return self._core.draft(slots, tokens, ends, length, temperatures, cuts)
 
     def _repeat(self, indices: Tensor, drafts: Tensor, last_tokens: Tensor) -> None:
         """Has every row [num_reqs] draft its last token, for certain."""
@@ -389,12 +392,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         tokens = torch.where(is_sound, drafted.tokens, last_tokens)
         if self.draft_logits is not None:
             assert drafted.probabilities is not None
-            # vLLM divides by the temperature of the request.
-            logits = drafted.probabilities.log().mul_(temperature[slots, None, None])
-            logits = logits.nan_to_num_(NEVER, NEVER, NEVER)
-            certain = logits.gather(2, tokens[..., None]).masked_fill_(
-                ~is_sound[..., None], 0.0
-            )
+            logits = as_logits(drafted.probabilities, temperature[slots])
+            certain = logits.gather(2, tokens[..., None])
+            certain.masked_fill_(~is_sound[..., None], 0.0)
             told = logits.scatter_(2, tokens[..., None], certain)
             self.draft_logits[slots, : tokens.shape[1]] = told
         return tokens

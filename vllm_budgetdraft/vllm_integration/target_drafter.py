@@ -18,7 +18,7 @@ from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.flexdraft.attention import MaskAttention
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft, TargetParts
 from vllm_budgetdraft.flexdraft.pages import PageSelector
-from vllm_budgetdraft.vllm_integration import sampling
+from vllm_budgetdraft.proposer.truncation import truncated
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import DraftTimer
 from vllm_budgetdraft.vllm_integration.request_drafter import (
@@ -27,6 +27,11 @@ from vllm_budgetdraft.vllm_integration.request_drafter import (
     confident,
     marked,
     max_drafts,
+)
+from vllm_budgetdraft.vllm_integration.sampling import (
+    DraftSampling,
+    as_tensors,
+    draft_sampling,
 )
 from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 from vllm_budgetdraft.vllm_integration.target_cache import pages_of
@@ -45,7 +50,7 @@ class Served:
 
     state: Any
     settings: RequestSettings
-    temperature: float
+    sampling: DraftSampling
     pages: Tensor | None = None
     prompt_pages: int = 0
 
@@ -162,10 +167,10 @@ class TargetDrafter:
             return served
         params, config = request.state.sampling_params, self._config
         settings = parse_request_settings(params and params.extra_args, config)
-        temperature = 0.0
+        sampling = DraftSampling()
         if config.draft_sample_method == "probabilistic":
-            temperature = sampling.draft_temperature(params)
-        served = Served(request.state, settings, temperature)
+            sampling = draft_sampling(params)
+        served = Served(request.state, settings, sampling)
         budget = settings.kv_budget or config.kv_budget
         num_tokens = request.state.num_prompt_tokens
         if not self._selector.keeps_all and num_tokens > budget:
@@ -204,16 +209,18 @@ class TargetDrafter:
         masks = self._drafter.masks(self._parts.embed(bonus), block).flatten(0, 1)
         hidden = self._drafter(masks, self._parts, attend)
         hidden = hidden.unflatten(0, (-1, block))[:, 1:]
-        temperatures = [served.temperature for _, served in ready]
-        drawn_at: Tensor | None = None
-        if any(temperatures):
-            drawn_at = self._tensor(temperatures, torch.float32)
+        samplings = [served.sampling for _, served in ready]
+        temperatures, cuts = as_tensors(samplings, self._device)
 
         def pick(logits: Tensor) -> tuple[Tensor, ...]:
-            if drawn_at is None:
+            if temperatures is None:
                 return self._operations.greedy_pick(logits, validate=False)
+            if cuts is not None:
+                logits = truncated(logits, temperatures, cuts)
             seeds = self._seeds(len(logits))
-            return self._operations.gumbel_pick(logits, drawn_at, seeds, validate=False)
+            return self._operations.gumbel_pick(
+                logits, temperatures, seeds, validate=False
+            )
 
         picked = self._drafter.draft(hidden, self._parts, bonus, pick)
         tokens, confidences, *probabilities = (
