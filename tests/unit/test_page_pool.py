@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from vllm_budgetdraft.cache.page_pool import PagePool
+from vllm_budgetdraft.cache.ranges import runs
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 
 
@@ -30,6 +31,30 @@ def test_pages_given_back_can_be_taken_again():
     pool.give_back(pool.take(6))
     assert pool.num_free == 6
     assert sorted(pool.take(6)) == list(range(6))
+
+
+def test_neighbours_stay_together_however_often_they_are_taken():
+    """A page table takes them as ranges, and copies no list to a GPU."""
+    pool = make_pool()
+    for _ in range(3):
+        taken = pool.take(2), pool.take(3)
+        assert [len(runs(pages)) for pages in taken] == [1, 1]
+        for pages in reversed(taken):
+            pool.give_back(pages)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([], []),
+        ([4], [range(4, 5)]),
+        ([1, 2, 3], [range(1, 4)]),
+        ([3, 2, 2, 3], [range(3, 4), range(2, 3), range(2, 4)]),
+    ],
+)
+def test_runs_are_what_they_were_made_of(numbers, expected):
+    assert runs(numbers) == expected
+    assert [number for run in expected for number in run] == numbers
 
 
 def test_an_exhausted_pool_says_what_was_asked_and_gives_none():

@@ -203,13 +203,13 @@ def test_on_a_gpu_nothing_waits_for_what_the_host_would_copy_there(drafter, poli
     """A copy begins when all is done that the device was given before."""
     proposer = build(drafter, **POLICIES[policy], **READING["relative"])
     contexts = [models.random_tokens(n, seed=n) for n in (170, 60, 60, 90)]
-    for slot, context in enumerate(contexts):
-        proposer.start_reading(slot, len(context))
 
     def tokens_of(pieces: list[tuple[int, range]]) -> Tensor:
         return torch.cat([contexts[s][piece.start : piece.stop] for s, piece in pieces])
 
     with forbid_host_writes():
+        for slot, context in enumerate(contexts):
+            proposer.start_reading(slot, len(context))
         proposer.reader.read(range(4), tokens_of, 120)
         proposer.reader.read(range(4), tokens_of, 1000)
     assert not any(map(proposer.reader.is_reading, range(4)))

@@ -141,9 +141,9 @@ class BudgetedCache:
 
         Plain attention multiplies the values that it masks by zero.
         """
-        pages = self._held[slot]
-        self.pool.keys[:, pages] = 0
-        self.pool.values[:, pages] = 0
+        pages = self.page_table.pages[slot, : len(self._held[slot])]
+        for states in (self.pool.keys, self.pool.values):
+            states.index_fill_(1, pages, 0)
 
     def release_all(self) -> None:
         for slot in list(self._held):

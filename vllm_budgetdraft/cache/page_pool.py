@@ -65,7 +65,7 @@ class PagePool:
         return [self._free.pop() for _ in range(num_pages)]
 
     def give_back(self, pages: list[int]) -> None:
-        self._free.extend(pages)
+        self._free.extend(reversed(pages))  # neighbours are taken together again
 
     def free_pages(self) -> list[int]:
         return list(self._free)

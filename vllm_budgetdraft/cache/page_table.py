@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vllm_budgetdraft.cache.ranges import packed_ranges, runs
+
 
 class PageTable:
     """Page numbers by slot.
@@ -26,7 +28,7 @@ class PageTable:
 
     def assign(self, slot: int, pages: list[int]) -> None:
         """Gives a slot its pages, as many as a row has or fewer."""
-        self.pages[slot, : len(pages)] = torch.tensor(pages, device=self.pages.device)
+        self.pages[slot, : len(pages)] = packed_ranges(runs(pages), self.pages.device)
 
     def cells(self, slots: Tensor, indices: Tensor, page_size: int) -> Tensor:
         """Cells (page * page_size + offset) of cache indices.

@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def runs(numbers: Iterable[int]) -> list[range]:
+    """Neighbours that ascend by one, together."""
+    found: list[range] = []
+    for number in numbers:
+        if found and number == found[-1].stop:
+            found[-1] = range(found[-1].start, number + 1)
+        else:
+            found.append(range(number, number + 1))
+    return found
+
+
 def packed_ranges(ranges: Iterable[range], device: torch.device) -> Tensor:
     """What ranges have, one after another, int64.
 
