@@ -4,8 +4,9 @@ r"""What a step costs the host beside drafting, with an engine that is none.
         --output benchmarks/results/step-host-time.json
 
 The adapters of both model runners are the real ones; their requests, tensors and steps
-are those that vLLM hands over. All prompts are read. Where the drafter would draft,
-fixed tokens come back, as those of a replayed graph do: what is left is the host's.
+are those that vLLM hands over, sampled at a temperature and with a top-k. All prompts
+are read. Where the drafter would draft, fixed tokens come back, as those of a replayed
+graph do: what is left is the host's.
 """
 
 import argparse
@@ -133,7 +134,7 @@ class RunnerV2:
         with mock.patch.object(runner_v2, "load_core", lambda *_: self._core):
             self._speculator.load_model(None)
         self._last = torch.zeros((batch_size, 1), dtype=torch.int64)
-        self._temperature = torch.zeros(batch_size)
+        self._temperature = torch.ones(batch_size)
         for name in self._states.req_id_to_index:
             request = SimpleNamespace(
                 sampling_params=sampling_params(),
@@ -199,7 +200,7 @@ def build(drafter: str, batch_size: int, num_drafts: int) -> tuple[DraftProposer
 
 
 def sampling_params() -> Any:
-    return SamplingParams(temperature=0.0)
+    return SamplingParams(temperature=1.0, top_k=20)
 
 
 if __name__ == "__main__":

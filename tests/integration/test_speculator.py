@@ -4,132 +4,24 @@
 """
 
 import inspect
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from tests.support.adapter import NO_CUTS
 from tests.support.drafting import build_proposer
 from tests.support.fake_graph import FakeGraph, forbid_host_reads
 from tests.support.models import VOCAB_SIZE, random_tokens
 from tests.support.policies import FAILS_ON_LONG_PROMPTS, POISONS_LONG_PROMPTS
+from tests.support.speculator import (
+    MAX_MODEL_LEN,
+    NUM_DRAFTS,
+    NUM_SLOTS,
+    Runner,
+)
 from vllm_budgetdraft.vllm_integration.core_loader import capture_graphs
 
 pytestmark = pytest.mark.vllm
-
-NUM_DRAFTS, NUM_SLOTS, MAX_MODEL_LEN = 4, 4, 1024
-
-
-class Runner:
-    """A runner's part: requests by index, on the device, and batches of them.
-
-    Attributes:
-        speculator: the real one, over a real proposer.
-        temperature: by index.
-    """
-
-    def __init__(
-        self, folder: Path, vocab_size: int = VOCAB_SIZE, **settings: Any
-    ) -> None:
-        from vllm_budgetdraft.vllm_integration import runner_v2
-
-        self.core = build_proposer(
-            folder,
-            num_slots=NUM_SLOTS,
-            max_model_len=MAX_MODEL_LEN,
-            num_speculative_tokens=NUM_DRAFTS,
-            vocab_size=vocab_size,
-            **{"kv_budget": 64, **settings},
-        )
-        self.states = SimpleNamespace(
-            all_token_ids=SimpleNamespace(
-                gpu=torch.zeros((NUM_SLOTS, MAX_MODEL_LEN), dtype=torch.int32)
-            ),
-            total_len=SimpleNamespace(gpu=torch.zeros(NUM_SLOTS, dtype=torch.int32)),
-            req_id_to_index={},
-            index_to_req_id={},
-        )
-        config = SimpleNamespace(
-            speculative_config=SimpleNamespace(settings=self.core.config),
-            scheduler_config=SimpleNamespace(max_num_seqs=NUM_SLOTS),
-            model_config=SimpleNamespace(
-                max_model_len=MAX_MODEL_LEN, get_vocab_size=lambda: vocab_size
-            ),
-            parallel_config=SimpleNamespace(tensor_parallel_size=1),
-        )
-        self.speculator = runner_v2.BudgetDraftSpeculator(
-            config, torch.device("cpu"), self.states
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner_v2, "load_core", lambda *_: self.core)
-            self.speculator.load_model(None)
-        self.temperature = torch.ones(NUM_SLOTS)
-
-    def add(self, index: int, num_tokens: int, **sampling: Any) -> None:
-        name = f"request {index}"
-        tokens = random_tokens(num_tokens, seed=index)
-        self.states.req_id_to_index[name] = index
-        self.states.index_to_req_id[index] = name
-        self.states.all_token_ids.gpu[index, :num_tokens] = tokens
-        self.states.total_len.gpu[index] = num_tokens
-        params = dict.fromkeys(["extra_args", "seed", "structured_outputs"])
-        params |= {"temperature": 1.0, **NO_CUTS}
-        self.speculator.add_request(
-            name,
-            SimpleNamespace(
-                sampling_params=SimpleNamespace(**params | sampling),
-                prefill_token_ids=tokens.tolist(),
-                num_computed_tokens=0,
-                prompt_embeds=None,
-            ),
-        )
-
-    def emit(self, index: int, tokens: list[int]) -> None:
-        """What the target sampled."""
-        length = int(self.states.total_len.gpu[index])
-        end = length + len(tokens)
-        self.states.all_token_ids.gpu[index, length:end] = torch.tensor(tokens)
-        self.states.total_len.gpu[index] = end
-
-    def end(self, index: int) -> None:
-        name = self.states.index_to_req_id.pop(index)
-        del self.states.req_id_to_index[name]
-
-    def propose(
-        self, indices: list[int], num_drafts: int = 0, length: int = NUM_DRAFTS
-    ) -> torch.Tensor:
-        """Drafts of requests that sampled.
-
-        Args:
-            num_drafts: that each had verified.
-            length: that each is to draft.
-        """
-        ends = self.states.total_len.gpu[indices]
-        batch = SimpleNamespace(
-            num_reqs=len(indices),
-            idx_mapping=torch.tensor(indices),
-            idx_mapping_np=np.array(indices),
-            num_scheduled_tokens=np.full(len(indices), MAX_MODEL_LEN),
-            num_draft_tokens_per_req=np.full(len(indices), num_drafts),
-            num_computed_prefill_tokens_np=np.zeros(len(indices), dtype=np.int64),
-        )
-        last_sampled = torch.zeros((NUM_SLOTS, 1), dtype=torch.int64)
-        last_sampled[indices, 0] = self.states.all_token_ids.gpu[
-            indices, ends - 1
-        ].long()
-        return self.speculator.propose(
-            batch,
-            *(None,) * 6,
-            last_sampled,
-            None,
-            self.temperature,
-            None,
-            num_speculative_tokens=length,
-        )
 
 
 def test_it_takes_what_vllm_hands_over():
@@ -202,6 +94,20 @@ def test_vllm_is_told_what_each_token_was_drawn_from(
     drawn = runner.core._loop._probabilities[:2]
     torch.testing.assert_close(told[[2, 0]], drawn)
     assert not (drawn > 0.99).any()  # else nothing was compared
+
+
+def test_drafts_are_of_the_likeliest_that_a_request_asks_for(drafter_folder):
+    from vllm_budgetdraft.vllm_integration.sampling import NEVER
+
+    runner = Runner(drafter_folder)
+    for index, top_k in enumerate((2, 0, 5)):
+        runner.add(index, 30 + index, top_k=top_k)
+        runner.emit(index, [5])
+    runner.propose([2, 1, 0])
+    counts = (runner.speculator.draft_logits[:3] > NEVER).sum(-1)
+    assert counts[0].tolist() == [2] * NUM_DRAFTS
+    assert counts[1].tolist() == [VOCAB_SIZE] * NUM_DRAFTS
+    assert counts[2].tolist() == [5] * NUM_DRAFTS
 
 
 def test_a_seed_has_the_likeliest_drafted_and_that_is_said(drafter_folder):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from budgetdraft_kernels import reference
 from tests.support import models
-from tests.support.adapter import NO_CUTS
 from tests.support.flex_twin import NUM_LAYERS, random_drafter, twin_logits
 from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.errors import UnsupportedVllmError
@@ -68,7 +67,7 @@ class State:
         self.sampling_params = SimpleNamespace(
             extra_args=extra_args,
             temperature=0.0,
-            **NO_CUTS,
+            top_k=0,
             seed=None,
             structured_outputs=None,
         )
@@ -232,6 +231,21 @@ def test_drawn_drafts_come_with_their_distributions(cache):
     assert len(set(seen)) > 1, "they are drawn anew"
     drafter.draft([greedy])
     assert drafter.probabilities is None
+
+
+def test_drafts_are_of_the_likeliest_that_a_request_asks_for(cache):
+    drafter = drafter_of(cache)
+    requests = [request(cache, row, 20 + row, State(19)) for row in range(3)]
+    for each, (temperature, top_k) in zip(
+        requests, [(1.0, 2), (0.0, 2), (1.0, 0)], strict=True
+    ):
+        each.state.sampling_params.temperature = temperature
+        each.state.sampling_params.top_k = top_k
+    drafter.draft(requests)
+    _, probabilities = drafter.probabilities
+    counts = (probabilities > 0).sum(-1)
+    for row, count in enumerate((2, 1, models.VOCAB_SIZE)):
+        assert counts[row].tolist() == [count] * NUM_DRAFTS
 
 
 def test_a_request_whose_cache_is_broken_drafts_no_more(cache):

@@ -9,9 +9,6 @@ import numpy as np
 from tests.support.drafting import build_proposer
 from tests.support.models import VOCAB_SIZE
 
-#: Of vLLM's SamplingParams, by default.
-NO_CUTS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-
 
 class Request:
     """vLLM's object for a request; its identity, and what it asks of us, matter."""
@@ -22,7 +19,7 @@ class Request:
         self.sampling_params = SimpleNamespace(
             extra_args=extra_args,
             temperature=0.0,
-            **NO_CUTS,
+            top_k=0,
             seed=None,
             structured_outputs=None,
         )

@@ -97,7 +97,7 @@ class Requests:
         slots: list[int],
         num_drafts: int | None = None,
         temperatures: list[float] | None = None,
-        cuts: list[tuple[float, float, float]] | None = None,
+        top_k: list[int] | None = None,
     ) -> Drafts:
         """A copy of what the proposer says."""
         contexts = [self.contexts[slot] for slot in slots]
@@ -107,7 +107,7 @@ class Requests:
             torch.tensor([len(context) for context in contexts]),
             num_drafts,
             None if temperatures is None else torch.tensor(temperatures),
-            None if cuts is None else torch.tensor(cuts),
+            None if top_k is None else torch.tensor(top_k),
         )
         if probabilities is not None:
             probabilities = probabilities.clone()

@@ -51,14 +51,13 @@ def history(proposer: DraftProposer, num_steps: int) -> list[torch.Tensor]:
         # Who drafts must do so in every step, see ``DraftProposer.draft``.
         for slot in requests.contexts.keys() - set(slots):
             requests.release(slot)
-        temperatures = cuts = None
+        temperatures = top_k = None
         if draws and rng.random() < 0.7:
             temperatures = [rng.choice([0.0, 0.7, 1.5]) for _ in slots]
             if rng.random() < 0.5:
-                some = [(0.0, 1.0, 0.0), (3.0, 1.0, 0.0), (0.0, 0.5, 0.01)]
-                cuts = [rng.choice(some) for _ in slots]
+                top_k = [rng.choice([0, 3, 20]) for _ in slots]
         num_drafts = rng.randint(1, proposer.max_drafts)
-        drafts = requests.drafts(slots, num_drafts, temperatures, cuts)
+        drafts = requests.drafts(slots, num_drafts, temperatures, top_k)
         seen += [x for x in drafts if x is not None]
         for slot, tokens in zip(slots, drafts.tokens.tolist(), strict=True):
             requests.verify(slot, tokens)

@@ -39,7 +39,7 @@ def test_neighbours_stay_together_however_often_they_are_taken():
     for _ in range(3):
         taken = pool.take(2), pool.take(3)
         assert [len(runs(pages)) for pages in taken] == [1, 1]
-        for pages in reversed(taken):
+        for pages in taken:
             pool.give_back(pages)
 
 

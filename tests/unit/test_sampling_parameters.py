@@ -22,8 +22,7 @@ GREEDY = DraftSampling()
         ({"temperature": 0.0, "top_p": 0.5}, GREEDY),
         ({"seed": 0, "top_k": 5}, GREEDY),
         ({"top_k": -1}, DraftSampling(0.7)),
-        ({"top_k": 20, "top_p": 0.8}, DraftSampling(0.7, 20, 0.8)),
-        ({"min_p": 0.05}, DraftSampling(0.7, min_p=0.05)),
+        ({"top_k": 20, "top_p": 0.8, "min_p": 0.05}, DraftSampling(0.7, 20)),
     ],
 )
 def test_drafts_are_drawn_unless_the_draw_decides_what_is_verified(asked, expected):
@@ -45,8 +44,8 @@ def test_a_request_without_parameters_drafts_greedily():
 def test_a_batch_is_told_of_what_any_request_asks():
     device = torch.device("cpu")
     assert as_tensors([GREEDY, GREEDY], device) == (None, None)
-    temperatures, cuts = as_tensors([GREEDY, DraftSampling(0.7)], device)
-    assert temperatures.tolist() == pytest.approx([0.0, 0.7]) and cuts is None
-    temperatures, cuts = as_tensors([DraftSampling(1.0, 3), GREEDY], device)
-    assert temperatures.tolist() == [1.0, 0.0] and temperatures.is_contiguous()
-    assert cuts.tolist() == [[3.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
+    temperatures, top_k = as_tensors([GREEDY, DraftSampling(0.7)], device)
+    assert temperatures.tolist() == pytest.approx([0.0, 0.7]) and top_k is None
+    temperatures, top_k = as_tensors([DraftSampling(1.0, 3), GREEDY], device)
+    assert temperatures.tolist() == [1.0, 0.0] and top_k.tolist() == [3, 0]
+    assert temperatures.dtype == torch.float32 and top_k.dtype == torch.int64

@@ -76,8 +76,8 @@ def serve(proposer: DraftProposer) -> None:
             for temperatures in [None, [0.0] * len(batch)] if draws else [None]:
                 requests.drafts(batch, num_drafts, temperatures)
             if draws:
-                cuts = [(2.0, 0.5, 0.1)] * len(batch)
-                requests.drafts(batch, num_drafts, [1.0] * len(batch), cuts)
+                ones, top_k = [1.0] * len(batch), [2] * len(batch)
+                requests.drafts(batch, num_drafts, ones, top_k)
     requests.release(1)
     requests.start(1, 52, seed=9)
 

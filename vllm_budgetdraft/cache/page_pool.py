@@ -65,7 +65,8 @@ class PagePool:
         return [self._free.pop() for _ in range(num_pages)]
 
     def give_back(self, pages: list[int]) -> None:
-        self._free.extend(reversed(pages))  # neighbours are taken together again
+        # Neighbours are taken together again, whoever gave them back in between.
+        self._free = sorted(self._free + pages, reverse=True)
 
     def free_pages(self) -> list[int]:
         return list(self._free)

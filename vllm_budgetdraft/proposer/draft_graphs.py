@@ -70,7 +70,7 @@ class DraftGraphs:
         )
         self._rows = self._idle_row.repeat(sizes[-1], 1)
         self._temperatures = torch.zeros(sizes[-1], device=device)
-        self._cuts = torch.zeros((sizes[-1], 3), device=device)
+        self._top_k = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
         shape = (lengths[-1], sizes[-1])
         self._seeds = torch.zeros(shape, dtype=torch.int64, device=device)
 
@@ -88,8 +88,8 @@ class DraftGraphs:
         return len(self._replays)
 
     def _capture(self, capture: Capture, size: int, length: int, kind: Kind) -> None:
-        cuts = self._cuts[:size] if kind == CUT else None
-        draws = Draws(self._temperatures[:size], self._seeds[:length, :size], cuts)
+        top_k = self._top_k[:size] if kind == CUT else None
+        draws = Draws(self._temperatures[:size], self._seeds[:length, :size], top_k)
         inputs = DraftInputs(
             self._rows[:size, 0],
             self._rows[:size, 1],
@@ -115,12 +115,12 @@ class DraftGraphs:
             self._rows[batch:size] = self._idle_row
         kind: Kind = GREEDY
         if inputs.draws is not None:
-            temperatures, seeds, cuts = inputs.draws
+            temperatures, seeds, top_k = inputs.draws
             self._temperatures[:batch] = temperatures
             self._seeds[:num_drafts, :batch] = seeds
-            kind = DRAWN if cuts is None else CUT
-            if cuts is not None:
-                self._cuts[:batch] = cuts
+            kind = DRAWN if top_k is None else CUT
+            if top_k is not None:
+                self._top_k[:batch] = top_k
         key = size, length, kind
         self._replays[key]()
         tokens, confidences, probabilities = self._results[key]

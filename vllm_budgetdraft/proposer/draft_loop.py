@@ -39,12 +39,12 @@ class Draws(NamedTuple):
     Attributes:
         temperatures: [B] float32, 0 where the likeliest token is to be picked.
         seeds: [k, B] int64.
-        cuts: [B, 3] float32, see ``truncated``; None where nothing is cut.
+        top_k: [B] int64, see ``truncated``; None where nothing is cut.
     """
 
     temperatures: Tensor
     seeds: Tensor
-    cuts: Tensor | None = None
+    top_k: Tensor | None = None
 
 
 class DraftInputs(NamedTuple):
@@ -183,8 +183,8 @@ class DraftLoop:
                 )
             else:
                 assert probabilities is not None
-                if draws.cuts is not None:
-                    logits = truncated(logits, draws.temperatures, draws.cuts)
+                if draws.top_k is not None:
+                    logits = truncated(logits, draws.top_k)
                 fed, confidence, drawn_from = self._operations.gumbel_pick(
                     logits, draws.temperatures, draws.seeds[step], validate=validate
                 )

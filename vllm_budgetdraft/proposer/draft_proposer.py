@@ -314,7 +314,7 @@ class DraftProposer:
         ends: Tensor,
         num_drafts: int | None = None,
         temperatures: Tensor | None = None,
-        cuts: Tensor | None = None,
+        top_k: Tensor | None = None,
         *,
         validate: bool = False,
     ) -> Drafts:
@@ -330,7 +330,8 @@ class DraftProposer:
             temperatures: [B] float32, 0 where the likeliest token is to be drafted, and
                 has all the probability; None for all of them. Only where
                 ``draft_sample_method`` is "probabilistic".
-            cuts: [B, 3] float32, of what is drawn: see ``truncated``; None for none.
+            top_k: [B] int64, of the likeliest that tokens are drawn from: see
+                ``truncated``; None where nothing is cut.
             validate: whether the operations check what they are given, which waits for
                 the device.
         """
@@ -343,7 +344,7 @@ class DraftProposer:
                 generator=self._generator,
                 device=self.device,
             )
-            draws = Draws(temperatures, seeds, cuts)
+            draws = Draws(temperatures, seeds, top_k)
         inputs = DraftInputs(slots, ends, tokens, draws)
         if self._graphs is not None:
             return self._graphs.draft(inputs, num_drafts)

@@ -36,7 +36,8 @@ def warm_up(proposer: DraftProposer) -> None:
     _read(proposer, tokens[:-FIRST_WIDTH], -(-pass_tokens // length))
     _try_all(proposer, torch.zeros_like(tokens[:1]), length, [1])
     proposer.release_all()
-    _choose_for_two(proposer, tokens[: proposer.kv_budget + 1])
+    if len(tokens) > proposer.kv_budget:  # else there is nothing to choose
+        _choose_for_two(proposer, tokens[: proposer.kv_budget + 1])
     if proposer.operations is not reference:
         widths = range(1, proposer.max_append + 1)
         for size in ladder(cache.num_slots):
@@ -66,6 +67,8 @@ def _choose_for_two(proposer: DraftProposer, context: Tensor) -> None:
     """
     try:
         _read(proposer, context, 2)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         name = proposer.config.eviction_policy
         raise ConfigurationError(
@@ -88,7 +91,7 @@ def _try_all(
     draws: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
     if proposer.config.draft_sample_method == "probabilistic":
         ones = torch.ones(len(slots), device=proposer.device)
-        draws += [(ones, None), (ones, ones[:, None].expand(-1, 3))]
+        draws += [(ones, None), (ones, torch.ones_like(slots))]
     for each in draws:
         proposer.draft(
             slots, zeros.expand(-1, FIRST_WIDTH), ends, None, *each, validate=True

@@ -24,7 +24,7 @@ class Progress:
         has_drafted: whether it did where it last sampled. Then the cache has all but
             what the next draft feeds.
         max_missing: most tokens that it lacks besides those, otherwise.
-        is_cut: whether its drafts are drawn from a part of the softmax.
+        is_cut: whether its drafts are drawn from a part of the vocabulary.
         num_waited: steps in which it sampled and had no drafts; None after the first.
     """
 

@@ -295,14 +295,14 @@ class RequestDrafter:
             ]
         )
         samplings = [holding.sampling for _, holding in ready]
-        temperatures, cuts = as_tensors(samplings, self._core.device)
+        temperatures, top_k = as_tensors(samplings, self._core.device)
         tokens, confidences, probabilities = self._core.draft(
             rows[:, 0],
             rows[:, 2:],
             rows[:, 1],
             max(max_drafts(request, held.settings) for request, held in ready),
             temperatures,
-            cuts,
+            top_k,
         )
         if probabilities is not None:
             ids = [request.request_id for request, _ in ready]

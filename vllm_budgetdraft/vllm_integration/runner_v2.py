@@ -77,7 +77,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             self._core = load_core(self.vllm_config, target_model)
             self._observer = CoreObserver(self._core, self._statistics)
             self._num_cached = torch.zeros(num_slots, dtype=torch.int64, device=device)
-            self._sampling = torch.zeros((num_slots, 4), device=device)
+            self._temperatures = torch.zeros(num_slots, device=device)
+            self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
             self._offsets = torch.arange(self._core.max_append, device=device)
 
     @property
@@ -127,9 +128,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             progress.kv_budget = settings.kv_budget
             if self._config.draft_sample_method == "probabilistic":
                 sampling = draft_sampling(params)
-                progress.is_cut = sampling.is_cut
-                for column, number in enumerate(sampling):
-                    self._sampling[index, column] = number  # no copy to wait for
+                self._temperatures[index], self._top_k[index] = sampling
+                progress.is_cut = sampling.top_k > 0
             budget = settings.kv_budget
             num_tokens = progress.num_to_read
             self._core.start_reading(index, num_tokens, budget)
@@ -214,7 +214,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         if not are_all_ready:
             where = async_tensor_h2d(rows, device=self.device, dtype=torch.int64)
             slots = indices[where]
-        drafted = self._draft(slots, length)
+        drafting = input_batch.idx_mapping_np[rows].tolist()
+        are_cut = any(self._progress[index].is_cut for index in drafting)
+        drafted = self._draft(slots, length, are_cut)
         tokens = self._hand_over(drafted, last_tokens[where], slots, temperature)
         drafts[where, :length] = tokens
         self._faults.drafted()
@@ -360,18 +362,15 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             progress.max_missing -= width
             self._to_feed -= width
 
-    def _draft(self, slots: Tensor, length: int) -> Drafts:
+    def _draft(self, slots: Tensor, length: int, are_cut: bool) -> Drafts:
         states = self._states
         ends = states.total_len.gpu[slots].to(torch.int64)
         last = ends[:, None] + self._offsets[:FIRST_WIDTH] - FIRST_WIDTH
         tokens = states.all_token_ids.gpu[slots[:, None], last].to(torch.int64)
-        temperatures = cuts = None
-        if self.draft_logits is not None:
-            sampling = self._sampling[slots]
-            temperatures = sampling[:, 0].contiguous()
-            if any(each.is_cut for each in self._progress.values()):
-                cuts = sampling[:, 1:]
-        return self._core.draft(slots, tokens, ends, length, temperatures, cuts)
+        draws = self.draft_logits is not None
+        temperatures = self._temperatures[slots] if draws else None
+        top_k = self._top_k[slots] if are_cut else None
+        return self._core.draft(slots, tokens, ends, length, temperatures, top_k)
 
     def _repeat(self, indices: Tensor, drafts: Tensor, last_tokens: Tensor) -> None:
         """Has every row [num_reqs] draft its last token, for certain."""

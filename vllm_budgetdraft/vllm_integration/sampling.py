@@ -16,23 +16,15 @@ class DraftSampling(NamedTuple):
 
     Attributes:
         temperature: 0 to pick the likeliest.
-        top_k: 0 for none.
-        top_p: 1 for none.
-        min_p: 0 for none.
+        top_k: how many of the likeliest; 0 for all.
     """
 
     temperature: float = 0.0
     top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    @property
-    def is_cut(self) -> bool:
-        return self[1:] != DraftSampling()[1:]
 
 
 def draft_sampling(params: Any) -> DraftSampling:
-    """What vLLM will compare a request's drafts with, as far as the drafter has it.
+    """How a request's drafts come about.
 
     The likeliest is picked where a draft is withheld, or a token chosen, by what was
     drawn:
@@ -47,23 +39,20 @@ def draft_sampling(params: Any) -> DraftSampling:
         return DraftSampling()
     if params.seed is not None or params.structured_outputs is not None:
         return DraftSampling()
-    return DraftSampling(
-        float(params.temperature),
-        max(params.top_k, 0),  # -1 is none, too
-        float(params.top_p),
-        float(params.min_p),
-    )
+    # Not top_p and min_p, see ``truncated``; of top_k -1 is none, too.
+    return DraftSampling(float(params.temperature), max(params.top_k, 0))
 
 
 def as_tensors(
     batch: list[DraftSampling], device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Temperatures [B] and cuts [B, 3], see ``truncated``; None where none has any."""
+    """Temperatures [B] float32 and top-k [B] int64; None where none has any."""
     if not any(each.temperature for each in batch):
         return None, None
-    columns = torch.tensor(batch, dtype=torch.float32).to(device)
-    are_cut = any(each.is_cut for each in batch)
-    return columns[:, 0].contiguous(), columns[:, 1:] if are_cut else None
+    temperatures = torch.tensor([each.temperature for each in batch]).to(device)
+    if not any(each.top_k for each in batch):
+        return temperatures, None
+    return temperatures, torch.tensor([each.top_k for each in batch]).to(device)
 
 
 def as_logits(probabilities: Tensor, temperatures: Tensor) -> Tensor:

@@ -210,13 +210,13 @@ class TargetDrafter:
         hidden = self._drafter(masks, self._parts, attend)
         hidden = hidden.unflatten(0, (-1, block))[:, 1:]
         samplings = [served.sampling for _, served in ready]
-        temperatures, cuts = as_tensors(samplings, self._device)
+        temperatures, top_k = as_tensors(samplings, self._device)
 
         def pick(logits: Tensor) -> tuple[Tensor, ...]:
             if temperatures is None:
                 return self._operations.greedy_pick(logits, validate=False)
-            if cuts is not None:
-                logits = truncated(logits, temperatures, cuts)
+            if top_k is not None:
+                logits = truncated(logits, top_k)
             seeds = self._seeds(len(logits))
             return self._operations.gumbel_pick(
                 logits, temperatures, seeds, validate=False
