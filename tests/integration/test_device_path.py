@@ -93,7 +93,7 @@ def two_and_then_others(engine: SteppedEngine, requests: list[Request]) -> None:
 def as_on_a_gpu(engine: SteppedEngine, greedy: list, drawn: list) -> None:
     finish_start_up(engine)
     core, appended = engine._drafter._core, []
-    num_graphs = 2 * len(ladder(NUM_SLOTS))  # greedy and drawn
+    num_graphs = 3 * len(ladder(NUM_SLOTS))  # greedy, drawn, and of a top-k
     assert core.num_graphs == num_graphs, core.num_graphs
     append = core.append
 
@@ -127,6 +127,7 @@ def test_an_engine_goes_where_gpus_go(runner, plain):
     for request in drawn:
         request.sampling["temperature"] = 1.0
     drawn[1].sampling["seed"] = 3
+    drawn[2].sampling["top_k"] = 5
     with engine_process(COMMON | speculation, prepare) as engine:
         played = engine.play(as_on_a_gpu, greedy, drawn)
     check(played, plain)
