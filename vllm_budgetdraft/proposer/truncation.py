@@ -13,8 +13,8 @@ def truncated(logits: Tensor, top_k: Tensor) -> Tensor:
 
     Drafts are lossless whatever they are drawn from. A target that samples its k
     likeliest tokens never takes the drafter's tail, in which drafts are lost. By top-p
-    and min-p nothing is cut: acceptance fell, for a drafter's nucleus lacks much of the
-    target's.
+    and min-p nothing is cut: the drafter's nucleus lacks much of the target's, which
+    would then never be drafted.
 
     Args:
         logits: [B, V].
