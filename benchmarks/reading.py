@@ -37,7 +37,7 @@ from vllm_budgetdraft.vllm_integration.statistics import KEY
 NEW_TOKENS = 24
 #: Steps between arrivals, where requests do not come at once.
 STAGGER = 3
-#: So few that it takes no time to move them, which is the device's part.
+#: So few that moving their keys, which is the device's part, takes little of the time.
 HOST_PROMPT_TOKENS, HOST_BUDGET = 24, 16
 
 

@@ -37,6 +37,7 @@ DRAFT = 1
 VOCAB_SIZE = 8
 #: Of the drafts, how many the target accepts in every step.
 ACCEPTED = 2
+SAMPLING = SamplingParams(temperature=1.0, top_k=20)
 
 
 def main() -> None:
@@ -78,10 +79,9 @@ class RunnerV1:
             self._proposer = runner_v1.BudgetDraftProposer(config)
             self._proposer.load_model(None)
         self._names = [f"request {i}" for i in range(batch_size)]
-        sampling = sampling_params()
         self._runner = SimpleNamespace(
             requests={
-                name: SimpleNamespace(sampling_params=sampling, prompt_embeds=None)
+                name: SimpleNamespace(sampling_params=SAMPLING, prompt_embeds=None)
                 for name in self._names
             },
             input_batch=SimpleNamespace(
@@ -137,7 +137,7 @@ class RunnerV2:
         self._temperature = torch.ones(batch_size)
         for name in self._states.req_id_to_index:
             request = SimpleNamespace(
-                sampling_params=sampling_params(),
+                sampling_params=SAMPLING,
                 prefill_token_ids=[0] * PROMPT_TOKENS,
                 num_computed_tokens=0,
                 prompt_embeds=None,
@@ -197,10 +197,6 @@ def build(drafter: str, batch_size: int, num_drafts: int) -> tuple[DraftProposer
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )
     return core, config
-
-
-def sampling_params() -> Any:
-    return SamplingParams(temperature=1.0, top_k=20)
 
 
 if __name__ == "__main__":

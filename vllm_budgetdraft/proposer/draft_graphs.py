@@ -14,7 +14,7 @@ from vllm_budgetdraft.proposer.draft_loop import (
     Draws,
 )
 
-#: How tokens come about.
+#: Picked, drawn from the whole vocabulary, or drawn from the top-k.
 Kind = Literal["greedy", "drawn", "cut"]
 GREEDY: Kind = "greedy"
 DRAWN: Kind = "drawn"
@@ -56,8 +56,8 @@ class DraftGraphs:
         """
         Args:
             sizes, lengths: ascending.
-            draws: whether there are graphs of drawn drafts, all of the softmax and cut
-                ones, besides those of greedy ones.
+            draws: whether there are graphs of drawn drafts besides those of greedy
+                ones: of the whole vocabulary, and of a top-k.
         """
         self._loop = loop
         self._sizes, self._lengths = sizes, lengths

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-#: Likeliest tokens that are looked at: a larger top-k is none, for to sort a vocabulary
-#: takes longer than the rest of a draft step.
+#: Likeliest tokens that are looked at, so that no vocabulary is sorted in a draft step.
+#: A larger top-k is none.
 LOOKED_AT = 256
 
 

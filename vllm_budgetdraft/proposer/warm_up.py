@@ -61,9 +61,15 @@ def _read(proposer: DraftProposer, context: Tensor, number: int) -> None:
 
 
 def _choose_for_two(proposer: DraftProposer, context: Tensor) -> None:
-    """Asks the policy about two prompts, the shortest of which it keeps a part.
+    """Has the policy choose of two prompts of one length, if a pass holds both.
 
-    Where a pass holds both: otherwise it is seldom asked about two.
+    Requests of which no pass holds two seldom come to it together.
+
+    Args:
+        context: [num_tokens], one more than it may keep.
+
+    Raises:
+        ConfigurationError: it fails, or chooses what it must not.
     """
     try:
         _read(proposer, context, 2)
