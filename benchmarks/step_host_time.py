@@ -6,7 +6,8 @@ r"""What a step costs the host beside drafting, with an engine that is none.
 The adapters of both model runners are the real ones; their requests, tensors and steps
 are those that vLLM hands over, sampled at a temperature and with a top-k. All prompts
 are read. Where the drafter would draft, fixed tokens come back, as those of a replayed
-graph do: what is left is the host's.
+graph do: what is left is the host's. In V1 that includes the choice of a draft length;
+"none" are steps for which it chooses no drafts.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +28,10 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft.proposer import adaptive_length
 from vllm_budgetdraft.proposer.draft_loop import Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration import runner_v1, runner_v2
 
 PROMPT_TOKENS, MAX_MODEL_LEN, KV_BUDGET, WARM_UP = 100, 2048, 64, 20
@@ -35,6 +39,8 @@ PROMPT_TOKENS, MAX_MODEL_LEN, KV_BUDGET, WARM_UP = 100, 2048, 64, 20
 DRAFT = 1
 #: A small one: what a GPU does with distributions is not the host's.
 VOCAB_SIZE = 8
+#: What a step is said to take besides drafts, and a draft for which it drafts none.
+STEP_SECONDS, NEVER_WORTH_IT = 1e3, 1e6
 #: Of the drafts, how many the target accepts in every step.
 ACCEPTED = 2
 SAMPLING = SamplingParams(temperature=1.0, top_k=20)
@@ -50,10 +56,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # tensors are small
     document: dict[str, Any] = {}
-    for name, runner in (("v1", RunnerV1), ("v2", RunnerV2)):
+    runners = {
+        "v1": RunnerV1,
+        "v1_none": partial(RunnerV1, draft_seconds=NEVER_WORTH_IT),
+        "v2": RunnerV2,
+    }
+    for name, runner in runners.items():
         for batch_size in args.batch_sizes:
             step = runner(args.drafter, batch_size, args.num_speculative_tokens).step
-            times = timed(step, args.steps)
+            with mock.patch.object(adaptive_length, "EXPLORATION", 0.0):
+                times = timed(step, args.steps)
             document[f"{name}_batch_{batch_size}_ms"] = statistics.median(times)
             document[f"{name}_batch_{batch_size}_all_ms"] = times
     document["provenance"] = provenance.collect(vars(args) | {"output": None})
@@ -72,12 +84,23 @@ def timed(step: Callable[[], float], count: int) -> list[float]:
 class RunnerV1:
     """What model runner V1 knows of a batch."""
 
-    def __init__(self, drafter: str, batch_size: int, num_drafts: int) -> None:
+    def __init__(
+        self,
+        drafter: str,
+        batch_size: int,
+        num_drafts: int,
+        draft_seconds: float = 0.0,
+    ) -> None:
         self._core, config = build(drafter, batch_size, num_drafts)
         self._num_drafts = num_drafts
+        self._are_drafted = 0 if draft_seconds else num_drafts
+        drafting = {1: {1: draft_seconds}, num_drafts: {1: draft_seconds}}
+        costs = StepCosts({1: STEP_SECONDS}, drafting, num_drafts)
         with mock.patch.object(runner_v1, "load_core", lambda *_: self._core):
             self._proposer = runner_v1.BudgetDraftProposer(config)
             self._proposer.load_model(None)
+        with mock.patch.object(runner_v1, "time_steps", lambda *_: costs):
+            self._proposer.time_steps(None)
         self._names = [f"request {i}" for i in range(batch_size)]
         self._runner = SimpleNamespace(
             requests={
@@ -103,13 +126,13 @@ class RunnerV1:
             self._start()
         self._lengths += ACCEPTED + 1
         sampled = [[DRAFT] * (ACCEPTED + 1) for _ in self._names]
-        verified = {name: [DRAFT] * self._num_drafts for name in self._names}
+        verified = {name: [DRAFT] * self._are_drafted for name in self._names}
         start = time.perf_counter()
         self._proposer.bind(self._runner, verified)
         drafts = self._proposer.propose(sampled, self._lengths, self._tokens)
         self._proposer.take_statistics()
         seconds = time.perf_counter() - start
-        assert {len(each) for each in drafts} == {self._num_drafts}, drafts
+        assert {len(each) for each in drafts} == {self._are_drafted}, drafts
         return seconds
 
 

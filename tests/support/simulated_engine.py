@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from random import Random
 
+import numpy as np
+
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
+from vllm_budgetdraft.proposer.step_costs import ByLength, StepCosts
 
 #: Step time as a share of its mean varies by so much.
 NOISE = 0.05
@@ -24,6 +27,18 @@ def expected_tokens(chances: list[float], length: int) -> float:
     return total
 
 
+class KnownCosts(StepCosts):
+    """Times at warm-up of an engine whose steps take whatever a function says."""
+
+    def __init__(self, seconds: Callable[[int, int], float], max_length: int) -> None:
+        super().__init__({}, {}, max_length)
+        object.__setattr__(self, "seconds", seconds)
+
+    def by_length(self, batch_size: int) -> ByLength:
+        lengths = range(self.max_length + 1)
+        return np.array([self.seconds(batch_size, length) for length in lengths])
+
+
 class SimulatedEngine:
     """Requests that decode together, and never end.
 
@@ -41,6 +56,8 @@ class SimulatedEngine:
         batch_size: int,
         *,
         append_seconds: float,
+        costs: Callable[[int, int], float] | None = None,
+        lengths: list[int] | None = None,
         outliers: float = 0.0,
         drift: float = 0.0,
         bursts: float = 0.0,
@@ -50,11 +67,14 @@ class SimulatedEngine:
         Args:
             seconds: mean time of a step, of batch size and draft length.
             append_seconds: to feed as many tokens as one call does to every request.
+            costs: what was timed at warm-up, as ``seconds``; these if None.
+            lengths: to choose from, all if None.
             outliers: share of the steps.
             drift: standard deviation of the slow part of the noise, a logarithm.
             bursts: share of the steps that begin one.
         """
-        self.adaptive = AdaptiveLength(len(chances))
+        known = KnownCosts(costs or seconds, len(chances))
+        self.adaptive = AdaptiveLength(known, lengths)
         self.chances, self.lengths, self.now = chances, list[int](), 0.0
         self._seconds, self._append_seconds = seconds, append_seconds
         self._outliers, self._random = outliers, Random(seed)
@@ -62,18 +82,18 @@ class SimulatedEngine:
         self._bursts, self._burst_left = bursts, 0
         self._num_started = 0
         # By request, tokens that came since its draft cache was fed.
-        self._missing: dict[int, int] = {}
-        self._outcomes: list[tuple[int, int]] = []
+        self._missing: dict[str, int] = {}
+        self._outcomes: dict[str, tuple[int, int]] = {}
         self.resize(batch_size)
 
     def resize(self, batch_size: int) -> None:
         """The newest requests end, or others come."""
         for request in list(self._missing)[batch_size:]:
             del self._missing[request]
-        del self._outcomes[batch_size:]
+            self._outcomes.pop(request, None)
         while len(self._missing) < batch_size:
             self._num_started += 1
-            self._missing[self._num_started] = 0
+            self._missing[str(self._num_started)] = 0
 
     def wait(self, seconds: float) -> None:
         """Every request ends, and after a while as many others come."""
@@ -103,18 +123,18 @@ class SimulatedEngine:
         return best, rates[best]
 
     def _step(self, max_length: int | None) -> tuple[int, float]:
-        adaptive, batch = self.adaptive, tuple(self._missing)
+        adaptive, batch = self.adaptive, list(self._missing)
         batch_size = len(batch)
         adaptive.acceptance.record(self._outcomes)
         most = len(self.chances) if max_length is None else max_length
-        length = adaptive.choose(self.now, batch, batch_size, most)
+        length = adaptive.choose(self.now, batch, True, most)
         self.lengths.append(length)
-        took, self._outcomes = self._seconds(batch_size, length), []
+        took, self._outcomes = self._seconds(batch_size, length), {}
         if length:
             missing = max(self._missing.values())
             adaptive.drafted(batch_size, is_undisturbed=missing == 0)
             took += -(-missing // (len(self.chances) + 1)) * self._append_seconds
-            self._outcomes = [(length, self._accepted(length)) for _ in batch]
+            self._outcomes = {each: (length, self._accepted(length)) for each in batch}
         for request, missing in self._missing.items():
             self._missing[request] = 0 if length else missing + 1
         change = self._random.gauss(0, self._drift * (1 - DRIFT_MEMORY**2) ** 0.5)

@@ -3,17 +3,20 @@
 from random import Random
 from statistics import mean
 
+import numpy as np
 import pytest
 
-from tests.support.simulated_engine import SimulatedEngine, expected_tokens
+from tests.support.simulated_engine import (
+    KnownCosts,
+    SimulatedEngine,
+)
 from vllm_budgetdraft.proposer.adaptive_length import (
-    FIRST_STEPS,
     NUM_SAMPLES,
-    TRIAL_STEPS,
     Acceptance,
     AdaptiveLength,
     StepTimes,
 )
+from vllm_budgetdraft.proposer.step_costs import StepCosts
 
 MAX_LENGTH = 8
 LADDER = {0, 1, 2, 3, 4, 6, 8}
@@ -26,6 +29,18 @@ SHAPES = {
     "bound_by_compute": lambda size, k: 10 + 0.4 * size * (k + 1) + 0.5 * k,
     "expensive": lambda size, k: 10 + 0.05 * size + (5 + 0.2 * size) * k,
 }
+#: What warm-up may have found of these: context and host are missing there, and the
+#: machine may be another by now.
+COSTS = {
+    "exact": lambda seconds: seconds,
+    "twice": lambda seconds: lambda size, k: 2 * seconds(size, k),
+    "no_host": lambda seconds: lambda size, k: seconds(size, k) - 5,
+    "drafts_are_free": lambda seconds: lambda size, k: seconds(size, 0),
+    "drafts_are_dear": lambda seconds: (
+        lambda size, k: 3 * seconds(size, k) - 2 * seconds(size, 0)
+    ),
+}
+FLAT = KnownCosts(lambda size, length: 1.0, MAX_LENGTH)
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -92,7 +107,7 @@ def test_acceptance_that_rises_or_falls_is_noticed(shape, batch_size):
             engine.chances = [chance] * MAX_LENGTH
             engine.run(num_steps)
             shares.append(engine.run(1000) / engine.best()[1])
-        assert mean(shares) > 0.94, chance
+        assert mean(shares) > 0.9, chance
 
 
 @pytest.mark.parametrize("shape", ["cheap", "expensive"])
@@ -142,52 +157,33 @@ def test_no_more_is_drafted_than_is_allowed_in_that_step():
     assert engine.lengths[-50:].count(8) > 40
 
 
-def test_a_batch_size_near_a_known_one_begins_as_that_one_does():
-    engine = engine_of("expensive", 0.9, 6)
-    engine.run(2000)
-    for batch_size in (7, 5, 12, 3):
-        engine.resize(batch_size)
-        engine.run(TRIAL_STEPS)  # of the trial that may have begun
-        assert engine.run(20) > 0.8 * engine.best()[1]
-        assert engine.lengths[-20:].count(0) < FIRST_STEPS
-
-
-def test_a_batch_size_far_from_all_others_begins_without_drafts():
-    engine = engine_of("expensive", 0.9, 6)
-    for batch_size in (6, 32, 1):
-        engine.resize(batch_size)
-        engine.run(TRIAL_STEPS + FIRST_STEPS)
-        assert engine.lengths[-FIRST_STEPS - TRIAL_STEPS :].count(0) >= FIRST_STEPS
-        engine.run(1000)
-
-
 @pytest.mark.parametrize(
     ("batches", "num_drafting", "is_undisturbed", "is_timed"),
     [
-        pytest.param(["ab", "ab"], 2, True, True, id="decodes"),
-        pytest.param(["ab", "ab"], 1, True, True, id="one_may_not_draft"),
-        pytest.param(["ab", "ab"], 2, False, False, id="reads_besides"),
-        pytest.param(["ab", "ab"], 0, True, False, id="nobody_drafts"),
-        pytest.param([None, "ab"], 2, True, False, id="prefilled_before"),
-        pytest.param(["ab", None], 2, True, False, id="prefilled_within"),
-        pytest.param(["ab", "ac"], 2, True, False, id="another_request"),
+        pytest.param([("ab", 1), ("ab", 1)], 2, True, True, id="decodes"),
+        pytest.param([("ab", 1), ("ab", 1)], 1, True, True, id="one_may_not_draft"),
+        pytest.param([("ab", 1), ("ab", 1)], 2, False, False, id="reads_besides"),
+        pytest.param([("ab", 1), ("ab", 1)], 0, True, False, id="nobody_drafts"),
+        pytest.param([("ab", 0), ("ab", 1)], 2, True, False, id="prefilled_before"),
+        pytest.param([("ab", 1), ("ab", 0)], 2, True, False, id="prefilled_within"),
+        pytest.param([("ab", 1), ("ac", 1)], 2, True, False, id="another_request"),
     ],
 )
 def test_only_steps_that_do_nothing_but_decode_are_timed(
     batches, num_drafting, is_undisturbed, is_timed
 ):
-    adaptive = AdaptiveLength(MAX_LENGTH)
-    adaptive.times.record(2, 0, 3.0)
-    now = 0.0
-    while adaptive.choose(now, batches[0], 2, MAX_LENGTH) == 0:
-        now += 3.0
-    adaptive.drafted(num_drafting, is_undisturbed)
-    adaptive.choose(now + 5.0, batches[1], 2, MAX_LENGTH)
-    assert (adaptive.times.estimate(2, MAX_LENGTH) is not None) == is_timed
+    adaptive = AdaptiveLength(FLAT, [0, 8])
+    before = adaptive.times.estimate(2)
+    for now, (requests, is_decoding) in enumerate(batches):
+        assert adaptive.choose(5.0 * now, list(requests), is_decoding, 8) == 8 or now
+        adaptive.drafted(num_drafting, is_undisturbed)
+    assert (adaptive.times.estimate(2) != before).any() == is_timed
 
 
-def times_of(samples: dict[int, dict[int, list[float]]]) -> StepTimes:
-    times = StepTimes()
+def times_of(
+    samples: dict[int, dict[int, list[float]]], costs: StepCosts | None = None
+) -> StepTimes:
+    times = StepTimes(costs or KnownCosts(lambda size, length: 1.0 + length, 4))
     for batch_size, by_length in samples.items():
         for length, seconds in by_length.items():
             for each in seconds:
@@ -198,15 +194,10 @@ def times_of(samples: dict[int, dict[int, list[float]]]) -> StepTimes:
 @pytest.mark.parametrize(
     ("samples", "batch_size", "expected"),
     [
-        pytest.param({}, 4, None, id="nothing"),
-        pytest.param({4: {0: [1.0]}}, 4, None, id="only_none"),
-        pytest.param({4: {2: [1.0], 4: [2.0]}}, 4, None, id="none_is_missing"),
-        pytest.param(
-            {4: {0: [1.0], 2: [3.0], 3: [3.5]}}, 4, [1, 2, 3, 3.5, 4], id="in_between"
-        ),
-        pytest.param(
-            {4: {0: [1.0], 2: [3.0], 3: [2.5]}}, 4, [1, 2, 3, 2.5, 2.5], id="falls"
-        ),
+        pytest.param({}, 4, [1, 2, 3, 4, 5], id="nothing"),
+        pytest.param({4: {0: [1.5]}}, 4, [1.5, 2.5, 3.5, 4.5, 5.5], id="one"),
+        pytest.param({4: {4: [4.0]}}, 4, [0.25, 1, 2, 3, 4], id="never_for_nothing"),
+        pytest.param({4: {1: [2], 3: [6]}}, 4, [1, 2, 4, 6, 7], id="in_between"),
         pytest.param(
             {4: {0: [1.0, 90.0, 1.5], 4: [5.5, 5.5, 0.0]}},
             4,
@@ -214,52 +205,30 @@ def times_of(samples: dict[int, dict[int, list[float]]]) -> StepTimes:
             id="medians",
         ),
         pytest.param(
-            {4: {0: [1.0], 4: [5.0]}, 9: {0: [1.0], 4: [9.0]}},
-            6,
-            [1, 2, 3, 4, 5],
-            id="as_the_nearest",
-        ),
-        pytest.param(
-            {4: {0: [1.0], 4: [5.0]}, 6: {0: [2.0]}},
-            6,
-            [2, 4, 6, 8, 10],
-            id="as_the_nearest_by_a_factor",
-        ),
-        pytest.param(
-            {4: {0: [1.0], 4: [5.0]}, 6: {2: [6.0]}},
-            6,
-            [2, 4, 6, 8, 10],
-            id="a_factor_of_another_length",
-        ),
-        pytest.param(
-            {4: {0: [1.0], 4: [5.0]}, 6: {8: [18.0]}},
-            6,
-            [2, 4, 6, 8, 10],
-            id="a_factor_of_a_longer_length",
+            {4: {0: [1.5]}, 9: {0: [9.0]}}, 6, [1.5, 2.5, 3.5, 4.5, 5.5], id="nearest"
         ),
     ],
 )
 def test_times_of_every_length_are_estimated_from_some(samples, batch_size, expected):
-    assert times_of(samples).estimate(batch_size, 4) == expected
+    assert times_of(samples).estimate(batch_size).tolist() == expected
 
 
 def test_old_times_are_forgotten():
     old, new = [9.0] * 50, [2.0] * (NUM_SAMPLES // 2 + 1)
-    times = times_of({1: {0: [1.0], 1: old + new}})
-    assert times.estimate(1, 1) == [1.0, 2.0]
+    assert times_of({1: {1: old + new}}).estimate(1)[1] == 2.0
 
 
 def test_old_times_of_a_length_give_way_to_two_new_ones():
     times = times_of({1: {0: [9.0] * NUM_SAMPLES, 1: [3.0] * (NUM_SAMPLES + 1)}})
     times.record(1, 0, 2.0)
     times.record(1, 0, 2.0)
-    assert times.estimate(1, 1) == [2.0, 3.0]
+    assert times.estimate(1)[:2].tolist() == [2.0, 3.0]
 
 
 def test_one_odd_time_of_a_length_that_was_left_changes_nothing():
     times = times_of({1: {0: [2.0] * NUM_SAMPLES, 1: [3.0] * (NUM_SAMPLES + 1)}})
     times.record(1, 0, 90.0)
-    assert times.estimate(1, 1) == [2.0, 3.0]
+    assert times.estimate(1)[:2].tolist() == [2.0, 3.0]
 
 
 def test_lengths_that_cost_little_to_try_are_tried_often():
@@ -271,30 +240,34 @@ def test_lengths_that_cost_little_to_try_are_tried_often():
     assert counts[0] > 3 * counts[-1] > 0
 
 
-@pytest.mark.parametrize("batch_size", [3, 5, 16, 17, 1])
-def test_a_batch_size_is_known_by_one_half_to_twice_as_large(batch_size):
-    times = times_of({8: {0: [1.0], 2: [2.0]}, 64: {0: [1.0]}})
-    assert times.knows_about(batch_size) == (4 <= batch_size <= 16)
-
-
 def test_tokens_of_a_step_follow_the_acceptance_of_each_draft():
     acceptance = Acceptance(5)
-    assert acceptance.expected_tokens(3) == [1, 2, 3, 4]  # until the first outcome
     chances, rng = [0.9, 0.6, 0.95, 0.7], Random(0)
     for _ in range(500):
-        outcomes = []
-        for _ in range(16):
+        outcomes = {}
+        for request in range(16):
             verified = rng.randint(1, 4)
             accepted = 0
             while accepted < verified and rng.random() < chances[accepted]:
                 accepted += 1
-            outcomes.append((verified, accepted))
+            outcomes[str(request)] = verified, accepted
         acceptance.record(outcomes)
-    expected = [expected_tokens(chances, length) for length in range(5)]
-    assert acceptance.expected_tokens(4) == pytest.approx(expected, rel=0.03)
-    # Of the fifth nothing is known: as if it had been accepted once.
-    *_, three, four, five = acceptance.expected_tokens(5)
-    assert five - four == pytest.approx(four - three)
+    found = acceptance.chances([*outcomes]).mean(0)
+    assert found[:4] == pytest.approx(np.cumprod(chances), rel=0.05)
+    # Of the fifth nothing is known.
+    assert found[4] == pytest.approx(found[3] * Acceptance.PRIOR)
+
+
+def test_a_request_is_expected_to_go_on_as_it_did_and_a_new_one_as_usual():
+    acceptance = Acceptance(2)
+    for _ in range(50):
+        acceptance.record({"good": (2, 2), "bad": (2, 0)})
+    good, bad, new = acceptance.chances(["good", "bad", "new"])[:, 0]
+    assert good > 0.9
+    assert bad < 0.1
+    assert 0.4 < new < 0.6
+    acceptance.forget_all_but(["good", "new"])
+    assert acceptance.chances(["bad"])[0, 0] == new
 
 
 def test_only_given_lengths_are_chosen_and_tried():
@@ -303,17 +276,17 @@ def test_only_given_lengths_are_chosen_and_tried():
         [0.9] * 8,
         batch_size=1,
         append_seconds=0.1,
+        lengths=[0, 2, 6],
     )
-    engine.adaptive = AdaptiveLength(8, [0, 2, 6])
     engine.run(2_000)
     assert set(engine.lengths) == {0, 2, 6}
     assert engine.lengths.count(6) > 1_800
 
 
 def test_a_step_that_goes_on_is_timed_from_there_on():
-    adaptive = AdaptiveLength(2)
+    adaptive = AdaptiveLength(FLAT)
     for now in range(0, 200, 10):
-        length = adaptive.choose(float(now), "batch", 1, 2)
-        adaptive.restart_step(now + 9.0, "batch")
+        length = adaptive.choose(float(now), ["a"], True, 8)
+        adaptive.restart_step(now + 9.0, ["a"], True)
         adaptive.drafted(int(length > 0), is_undisturbed=True)
-    assert adaptive.times.estimate(1, 2) == [1.0, 1.0, 1.0]
+    assert adaptive.times.estimate(1).tolist() == [1.0] * 9

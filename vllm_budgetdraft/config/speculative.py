@@ -56,10 +56,11 @@ class BudgetDraftConfig(ViewSettings):
         description="Fewer tokens for larger batches: [[1, 8, 8], [9, 32, 2], "
         "[33, 256, 0]] drafts 8 for 1 to 8 requests, 2 for 9 to 32 and none for more.",
     )
-    adaptive_draft_length: bool = Field(
-        False,
-        description="Whether to learn, from step times and acceptance, how many tokens "
-        "to draft, down to none where drafting does not pay.",
+    adaptive_draft_length: bool | Literal["auto"] = Field(
+        "auto",
+        description="Whether each step drafts as many tokens as pay best by its time "
+        "and their acceptance, down to none; auto does, but for flexdraft drafters and "
+        "with data parallelism.",
     )
     kv_budget: int = Field(
         512,

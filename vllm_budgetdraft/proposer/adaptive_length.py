@@ -1,20 +1,22 @@
 """The draft length that pays best, learnt from step times and acceptance."""
 
-from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, median_low
+from statistics import median_low
+
+import numpy as np
 
 from vllm_budgetdraft.proposer.draft_length import ladder
+from vllm_budgetdraft.proposer.step_costs import ByLength, StepCosts
 
 #: Share of the time that trying other lengths than the best may cost.
 EXPLORATION = 0.005
-#: Steps without drafts that a batch size far from all others begins with.
-FIRST_STEPS = 3
 #: Last steps of a length whose median is its time, and how many of them still count
 #: when it was not chosen for as many steps.
 NUM_SAMPLES, NUM_OLD_SAMPLES = 9, 2
+#: Least share of what was timed without requests that a step is thought to take.
+LEAST_SHARE = 0.25
 #: Drafting steps after which a trial ends though none of them could be timed.
 TRIAL_STEPS = 3
 
@@ -22,51 +24,74 @@ TRIAL_STEPS = 3
 class Acceptance:
     """How many tokens a step emits, by draft length."""
 
+    #: Chance that a draft is accepted before any was verified.
+    PRIOR = 0.8
     #: What one more step leaves of the weight of those before, and the weight of a
     #: position (in drafts) below which nothing is forgotten.
     MEMORY, MIN_WEIGHT = 0.98, 4.0
+    #: The same of a request's own steps, and how many accepted drafts its share of what
+    #: is usual weighs before its first.
+    REQUEST_MEMORY, REQUEST_PRIOR = 0.98, 16.0
 
     def __init__(self, max_length: int) -> None:
-        # As if one draft of every position had been seen, and accepted.
-        self._verified = [1.0] * max_length
-        self._accepted = [1.0] * max_length
+        # As if one draft of every position had been seen.
+        self._verified = np.ones(max_length)
+        self._accepted = np.full(max_length, self.PRIOR)
+        # By request: drafts accepted, and how many of those verified usually are.
+        self._requests: dict[str, tuple[float, float]] = {}
 
-    def record(self, outcomes: list[tuple[int, int]]) -> None:
+    def record(self, outcomes: Mapping[str, tuple[int, int]]) -> None:
         """
         Args:
             outcomes: of each request, how many drafts were verified, and how many of
                 them accepted.
         """
-        for position, weight in enumerate(self._verified):
-            if weight > self.MIN_WEIGHT:
-                self._verified[position] *= self.MEMORY
-                self._accepted[position] *= self.MEMORY
-        for verified, accepted in outcomes:
-            for position in range(min(accepted + 1, verified)):
-                self._verified[position] += 1
-                self._accepted[position] += position < accepted
+        usual = np.concatenate([[0.0], np.cumsum(self._accepted / self._verified)])
+        keep = np.where(self._verified > self.MIN_WEIGHT, self.MEMORY, 1.0)
+        self._verified *= keep
+        self._accepted *= keep
+        for request, (verified, accepted) in outcomes.items():
+            reached = min(accepted + 1, verified)
+            self._verified[:reached] += 1
+            self._accepted[:accepted] += 1
+            had, expected = self._requests.pop(request, (0.0, 0.0))
+            self._requests[request] = (
+                self.REQUEST_MEMORY * had + accepted,
+                self.REQUEST_MEMORY * expected + float(usual[reached]),
+            )
 
-    def expected_tokens(self, max_length: int) -> list[float]:
-        """E(0) to E(max_length): 1 + a_1 + a_1 a_2 + ... + a_1 ... a_k.
+    def forget_all_but(self, requests: Sequence[str]) -> None:
+        """Forgets requests that are over."""
+        if len(self._requests) > len(requests):
+            known = self._requests
+            self._requests = {each: known[each] for each in requests if each in known}
 
-        a_i is the chance that draft i is accepted if those before it are.
+    def chances(self, requests: Sequence[str]) -> ByLength:
+        """[len(requests), max_length], that a draft and all before it are accepted.
+
+        a_i, the chance that draft i is accepted if those before it are, is as usual
+        times what the request's own drafts were accepted as often as usual.
         """
-        expected = [1.0]
-        chance = 1.0
-        for verified, accepted in zip(
-            self._verified[:max_length], self._accepted[:max_length], strict=True
-        ):
-            chance *= accepted / verified
-            expected.append(expected[-1] + chance)
-        return expected
+        known = [self._requests.get(request, (0.0, 0.0)) for request in requests]
+        had, expected = np.array(known).reshape(-1, 2).T + self.REQUEST_PRIOR
+        chances = np.outer(had / expected, self._accepted / self._verified)
+        result: ByLength = np.minimum(chances, 1.0).cumprod(1)
+        return result
 
 
 class StepTimes:
-    """How long a step takes, by batch size and draft length."""
+    """How long a step takes, by batch size and draft length.
 
-    def __init__(self) -> None:
+    It is what ``StepCosts`` says and, on top, what steps were seen to take beyond that:
+    for lengths that were not seen yet as much as for those beside them.
+    """
+
+    def __init__(self, costs: StepCosts) -> None:
+        self._costs = costs
+        self._costs_of: dict[int, ByLength] = {}
+        self._estimates: dict[int, ByLength] = {}
         self._samples: dict[tuple[int, int], deque[float]] = {}
-        self._medians: dict[int, dict[int, float]] = {}
+        self._beyond: dict[int, dict[int, float]] = {}
         self._num_recorded = 0
         self._last: dict[tuple[int, int], int] = {}
 
@@ -80,36 +105,34 @@ class StepTimes:
                 samples.popleft()
         self._last[key] = self._num_recorded
         samples.append(seconds)
-        self._medians.setdefault(batch_size, {})[length] = median_low(samples)
+        cost = float(self._without_requests(batch_size)[length])
+        beyond = self._beyond.setdefault(batch_size, {})
+        beyond[length] = median_low(samples) - cost
+        self._estimates.clear()  # others may be estimated from it
 
-    def knows_about(self, batch_size: int) -> bool:
-        """Whether a batch size not far from this one was timed with and without."""
-        return any(
-            size <= 2 * batch_size <= 4 * size and _is_complete(known)
-            for size, known in self._medians.items()
+    def estimate(self, batch_size: int) -> ByLength:
+        """ByLength for every length from 0 on, [max_length + 1]."""
+        if batch_size not in self._estimates:
+            self._estimates[batch_size] = self._estimate(batch_size)
+        return self._estimates[batch_size]
+
+    def _without_requests(self, batch_size: int) -> ByLength:
+        if batch_size not in self._costs_of:
+            self._costs_of[batch_size] = self._costs.by_length(batch_size)
+        return self._costs_of[batch_size]
+
+    def _estimate(self, batch_size: int) -> ByLength:
+        costs = self._without_requests(batch_size)
+        if not self._beyond:
+            return costs
+        nearest = min(self._beyond, key=lambda size: abs(size - batch_size))
+        beyond = self._beyond[nearest]
+        lengths = sorted(beyond)
+        more = np.interp(
+            np.arange(len(costs)), lengths, [beyond[length] for length in lengths]
         )
-
-    def estimate(self, batch_size: int, max_length: int) -> list[float] | None:
-        """Seconds for length 0 to ``max_length``.
-
-        What is between two lengths that were timed is interpolated. A batch size that
-        was not timed both with and without drafts is like the nearest one that was,
-        times a factor if one of its lengths was timed.
-
-        Returns:
-            None if no batch size was timed with and without drafts.
-        """
-        known = self._medians.get(batch_size, {})
-        if _is_complete(known):
-            return _interpolate(known, max_length)
-        for size in sorted(self._medians, key=lambda size: abs(size - batch_size)):
-            nearest = self._medians[size]
-            if _is_complete(nearest):
-                like = _interpolate(nearest, max([max_length, *known]))
-                factors = [seconds / like[length] for length, seconds in known.items()]
-                factor = median(factors) if factors else 1.0
-                return [factor * seconds for seconds in like[: max_length + 1]]
-        return None
+        result: ByLength = np.maximum(costs + more, LEAST_SHARE * costs)
+        return result
 
 
 @dataclass
@@ -117,8 +140,8 @@ class _Step:
     """From the choice of a length to the next choice."""
 
     start: float
-    batch: Hashable
-    batch_size: int
+    requests: Sequence[str]
+    is_decoding: bool
     length: int
     num_drafting: int = 0
     is_undisturbed: bool = False
@@ -127,27 +150,27 @@ class _Step:
 class AdaptiveLength:
     """Chooses the length k with the most tokens per second, E(k) / T(k); or none.
 
-    E is what ``Acceptance`` expects, T what ``StepTimes`` measured at this batch size,
-    in steps that did nothing but decode. What it costs: a batch size far from all that
-    are known begins with ``FIRST_STEPS`` without drafts, and later lengths are tried as
-    often as a share of ``EXPLORATION`` of the time pays for, of which each has the
-    same part. A trial is charged what it took beyond what its tokens are worth at the
-    best length, whatever that was for: drafting in vain, or reading prompts that nobody
-    had read while there were no drafts.
+    E is what ``Acceptance`` expects of the requests of the batch, T what ``StepTimes``
+    estimates, which learns from steps that did nothing but decode. Other lengths than
+    the best are tried as often as a share of ``EXPLORATION`` of the time pays for, of
+    which each has the same part. A trial is charged what it took beyond what its tokens
+    are worth at the best length, whatever that was for: drafting in vain, or reading
+    prompts that nobody had read while there were no drafts.
     """
 
-    def __init__(self, max_length: int, lengths: Sequence[int] | None = None) -> None:
+    def __init__(self, costs: StepCosts, lengths: Sequence[int] | None = None) -> None:
         """
         Args:
-            lengths: to choose from, 0 among them; all up to ``max_length`` if None.
+            lengths: to choose from, 0 among them; all up to the longest if None.
         """
-        self.acceptance = Acceptance(max_length)
-        self.times = StepTimes()
-        self._max_length = max_length
-        self._lengths = range(max_length + 1) if lengths is None else lengths
-        self._num_first: dict[int, int] = {}
+        longest = costs.max_length
+        self.acceptance = Acceptance(longest)
+        self.times = StepTimes(costs)
+        self._lengths = np.array(range(longest + 1) if lengths is None else lengths)
+        self._tried = sorted({0, *ladder(longest)}.intersection(self._lengths.tolist()))
         self._step: _Step | None = None
         self._credit = 0.0
+        self._rate = 0.0
         self._trial: int | None = None
         self._num_trial_steps = 0
         # What trials have cost, by batch size and length.
@@ -159,30 +182,41 @@ class AdaptiveLength:
         return self._trial is not None
 
     def choose(
-        self, now: float, batch: Hashable, batch_size: int, max_length: int
+        self, now: float, requests: Sequence[str], is_decoding: bool, max_length: int
     ) -> int:
         """Ends the step that was chosen for last, and begins the next one.
 
         Args:
             now: seconds of any clock.
-            batch: what tells requests that decode together from others; None if one of
-                them is still being prefilled.
+            requests: that sample together, by id; at least one.
+            is_decoding: whether none of them is still being prefilled.
             max_length: longest draft allowed.
         """
+        self.acceptance.forget_all_but(requests)
+        expected = 1 + self._expected(requests)
         if self._step is not None:
-            self._end(self._step, now, batch)
-        length = min(self._choose(batch, batch_size, max_length), max_length)
-        self._step = _Step(now, batch, batch_size, length)
+            self._end(self._step, now, requests, is_decoding, expected)
+        rates = expected / self.times.estimate(len(requests))
+        allowed = self._lengths[self._lengths <= max_length]
+        best = int(allowed[rates[allowed].argmax()])
+        self._rate = float(rates[best])
+        if self._trial is None and self._credit > 0:
+            self._trial = self._next_trial(len(requests), best)
+            self._num_trial_steps = 0
+        length = best if self._trial is None else min(self._trial, max_length)
+        self._step = _Step(now, requests, is_decoding, length)
         return length
 
-    def restart_step(self, now: float, batch: Hashable) -> None:
+    def restart_step(
+        self, now: float, requests: Sequence[str], is_decoding: bool
+    ) -> None:
         """Says that the last choice goes on, and is to be timed from now on alone.
 
         Args:
-            now, batch: as given to ``choose``.
+            now, requests, is_decoding: as given to ``choose``.
         """
-        if self._step is not None:
-            self._step.start, self._step.batch = now, batch
+        if (step := self._step) is not None:
+            step.start, step.requests, step.is_decoding = now, requests, is_decoding
 
     def forget_step(self) -> None:
         """Says that nobody knows when the last step ended: its requests are over."""
@@ -199,69 +233,35 @@ class AdaptiveLength:
         self._step.num_drafting = num_requests
         self._step.is_undisturbed = is_undisturbed
 
-    def _choose(self, batch: Hashable, batch_size: int, max_length: int) -> int:
-        if self._trial is not None:
-            return self._trial
-        if batch is not None and not self.times.knows_about(batch_size):
-            num_first = self._num_first.get(batch_size, 0)
-            if num_first < FIRST_STEPS:
-                self._num_first[batch_size] = num_first + 1
-                return 0
-        best, rate = self._best(batch_size, max_length)
-        if rate and self._credit > 0:
-            self._trial, self._num_trial_steps = self._next_trial(batch_size, best), 0
-            return self._trial
-        return best
+    def _expected(self, requests: Sequence[str]) -> ByLength:
+        """[max_length + 1], drafts accepted of a request on average, by length."""
+        means = self.acceptance.chances(requests).mean(0)
+        return np.concatenate([[0.0], means.cumsum()])
 
-    def _best(self, batch_size: int, max_length: int) -> tuple[int, float]:
-        """The best length, and its tokens per second of each request; 0 if unknown."""
-        seconds = self.times.estimate(batch_size, max_length)
-        if seconds is None:
-            return max(k for k in self._lengths if k <= max_length), 0.0
-        expected = self.acceptance.expected_tokens(max_length)
-        rates = [e / s for e, s in zip(expected, seconds, strict=True)]
-        lengths = [length for length in self._lengths if length <= max_length]
-        best = max(lengths, key=rates.__getitem__)
-        return best, rates[best]
-
-    def _next_trial(self, batch_size: int, best: int) -> int:
+    def _next_trial(self, batch_size: int, best: int) -> int | None:
         """The one whose trials have cost the least."""
-        tried = {0, *ladder(self._max_length)}.intersection(self._lengths)
-        others = [length for length in sorted(tried) if length != best]
+        others = [length for length in self._tried if length != best]
         return min(others, key=lambda length: self._costs[batch_size, length])
 
-    def _end(self, step: _Step, now: float, batch: Hashable) -> None:
-        seconds = now - step.start
+    def _end(
+        self,
+        step: _Step,
+        now: float,
+        requests: Sequence[str],
+        is_decoding: bool,
+        expected: ByLength,
+    ) -> None:
+        seconds, batch_size = now - step.start, len(step.requests)
         self._credit += EXPLORATION * seconds
         is_typical = step.length == 0 or (step.num_drafting and step.is_undisturbed)
-        is_timed = is_typical and batch is not None and step.batch == batch
-        if is_timed:
-            self.times.record(step.batch_size, step.length, seconds)
+        is_alone = step.is_decoding and is_decoding and step.requests == requests
+        if is_timed := bool(is_typical and is_alone):
+            self.times.record(batch_size, step.length, seconds)
         if self._trial is not None:
-            _, rate = self._best(step.batch_size, self._max_length)
-            tokens = self.acceptance.expected_tokens(step.length)[-1]
-            cost = max(0.0, seconds - tokens / rate) if rate else 0.0
+            cost = max(0.0, seconds - float(expected[step.length]) / self._rate)
             self._credit -= cost
-            self._costs[step.batch_size, self._trial] += cost
+            self._costs[batch_size, self._trial] += cost
             # Where it did nothing yet it waits, for a prompt to be read.
             self._num_trial_steps += bool(step.num_drafting or not step.length)
             if is_timed or self._num_trial_steps == TRIAL_STEPS:
                 self._trial = None
-
-
-def _is_complete(known: dict[int, float]) -> bool:
-    return 0 in known and len(known) > 1
-
-
-def _interpolate(known: dict[int, float], max_length: int) -> list[float]:
-    """0 to ``max_length``, straight between neighbours and on beyond the last two."""
-    lengths = sorted(known)
-    result = []
-    for length in range(max_length + 1):
-        index = min(bisect_left(lengths, length, 1), len(lengths) - 1)
-        before, after = lengths[index - 1 : index + 1]
-        slope = (known[after] - known[before]) / (after - before)
-        if length > after:  # where noise must not promise the impossible
-            slope = max(slope, 0.0)
-        result.append(known[after] + slope * (length - after))
-    return result

@@ -28,10 +28,16 @@ def draft_lengths(config: BudgetDraftConfig) -> list[int]:
     """Lengths worth a graph, ascending: those that steps may often have."""
     longest = config.num_speculative_tokens
     if config.adaptive_draft_length:
-        return ladder(longest)
+        return doublings(longest)
     schedule = config.num_speculative_tokens_per_batch_size or ()
     lengths = {longest, *(min(length, longest) for *_, length in schedule)}
     return sorted(lengths - {0})
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, ... below ``most``, and that."""
+    powers = (1 << i for i in range(most.bit_length()))
+    return [*(power for power in powers if power < most), most]
 
 
 def ladder(longest: int) -> list[int]:

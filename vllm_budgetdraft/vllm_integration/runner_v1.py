@@ -15,8 +15,13 @@ from vllm_budgetdraft.proposer.draft_length import scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import logger
-from vllm_budgetdraft.vllm_integration.patches import runner_v1, statistics
+from vllm_budgetdraft.vllm_integration.patches import (
+    runner_v1,
+    statistics,
+    step_timing,
+)
 from vllm_budgetdraft.vllm_integration.request_drafter import Request, RequestDrafter
+from vllm_budgetdraft.vllm_integration.step_timing import time_steps
 from vllm_budgetdraft.vllm_integration.target_drafter import TargetDrafter
 
 
@@ -35,15 +40,15 @@ class BudgetDraftProposer:
         self._seed = vllm_config.model_config.seed
         self._is_parallel = vllm_config.parallel_config.tensor_parallel_size > 1
         self._drafter: RequestDrafter | TargetDrafter
+        self._core: DraftProposer | None = None
         self._runner: Any = None
         self._verified: dict[str, int] = {}
         self._last_batch: set[str] = set()
         self._probabilities: tuple[list[str], Tensor] | None = None
         self._adaptive: AdaptiveLength | None = None
-        if self._config.adaptive_draft_length:
-            self._adaptive = AdaptiveLength(self._config.num_speculative_tokens)
         runner_v1.apply(type(self))
         statistics.apply_to_worker()
+        step_timing.apply_to_worker()
 
     def load_model(self, target: nn.Module) -> None:
         """Allocates everything: only what lives after this does vLLM count as used."""
@@ -55,6 +60,7 @@ class BudgetDraftProposer:
             self._use(load_core(self._vllm_config, target))
 
     def _use(self, core: DraftProposer) -> None:
+        self._core = core
         self._drafter = RequestDrafter(core, self._num_slots)
 
     def _target_drafter(self, target: nn.Module) -> TargetDrafter:
@@ -111,6 +117,13 @@ class BudgetDraftProposer:
             return None
         self._drafter.observe()
         return self._drafter.statistics.take()
+
+    def time_steps(self, runner: Any) -> None:
+        """Begins to adapt the draft length, if it is to; every rank must call it."""
+        if self._config.adaptive_draft_length:
+            costs = time_steps(runner, self._core)
+            if costs and self._is_leader:
+                self._adaptive = AdaptiveLength(costs)
 
     def profile_run(self) -> None:
         if self._is_leader:
@@ -224,16 +237,16 @@ class BudgetDraftProposer:
         )
         if self._adaptive is None:
             return length
-        ids = self._runner.input_batch.req_ids
+        ids = list(self._runner.input_batch.req_ids)
         if self._last_batch.isdisjoint(ids):
             self._adaptive.forget_step()
         self._last_batch = set(ids)
         self._adaptive.acceptance.record(
-            [
-                (self._verified[request_id], len(sampled) - 1)
+            {
+                request_id: (self._verified[request_id], len(sampled) - 1)
                 for request_id, sampled in zip(ids, sampled_token_ids, strict=True)
                 if sampled and self._verified.get(request_id)
-            ]
+            }
         )
-        batch = tuple(ids) if all(sampled_token_ids) else None
-        return self._adaptive.choose(time.perf_counter(), batch, batch_size, length)
+        is_decoding = all(sampled_token_ids)
+        return self._adaptive.choose(time.perf_counter(), ids, is_decoding, length)

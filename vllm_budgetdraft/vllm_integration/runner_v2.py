@@ -14,12 +14,14 @@ from vllm_budgetdraft.config import parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
 from vllm_budgetdraft.vllm_integration.sampling import NEVER, as_logits, draft_sampling
-from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
+from vllm_budgetdraft.vllm_integration.statistics import STEP_COSTS, DraftStatistics
+from vllm_budgetdraft.vllm_integration.step_timing import time_steps
 
 
 class BudgetDraftSpeculator(DraftModelSpeculator):
@@ -55,6 +57,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         self._statistics = DraftStatistics()
         self._faults = FaultLog(self._statistics)
         self._timer = DraftTimer(device)
+        self._step_costs: StepCosts | None = None
         self.draft_attn_layer_names: set[str] = set()
         self.attn_groups: list[Any] = []
         self.draft_logits: Tensor | None = None
@@ -185,13 +188,24 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             self._share(drafts, indices)
         return drafts
 
+    def time_steps(self, runner: Any) -> None:
+        """For the scheduler, if it is to adapt lengths; every rank must call it."""
+        if self._config.adaptive_draft_length:
+            self._step_costs = time_steps(
+                runner, self._core if self._is_leader else None
+            )
+
     def take_statistics(self) -> dict[str, Any] | None:
         """What was drafted since the last call; None where another rank drafts."""
         if not self._is_leader:
             return None
         self._observer.observe()
         self._statistics.count("draft_seconds", self._timer.take())
-        return self._statistics.take()
+        taken = self._statistics.take()
+        if self._step_costs is not None:
+            taken[STEP_COSTS] = self._step_costs
+            self._step_costs = None
+        return taken
 
     def _propose(
         self,

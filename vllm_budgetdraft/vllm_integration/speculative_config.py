@@ -106,6 +106,11 @@ def make_config(
         settled = _check_flexdraft(ours, target_model_config, target_parallel_config)
     else:
         settled = _check_decoder(ours, target_model_config)
+    if settled.adaptive_draft_length == "auto" and (
+        settled.drafter_type == "flexdraft"
+        or target_parallel_config.data_parallel_size > 1
+    ):
+        settled = settled.model_copy(update={"adaptive_draft_length": False})
     front_end.apply(BudgetDraftSpeculativeConfig)
     return BudgetDraftSpeculativeConfig(
         method="custom_class",

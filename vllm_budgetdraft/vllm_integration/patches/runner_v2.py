@@ -3,8 +3,13 @@
 from typing import Any
 
 from vllm_budgetdraft.vllm_integration.compatibility import supports_runner_v2
-from vllm_budgetdraft.vllm_integration.patches import logprobs, statistics
+from vllm_budgetdraft.vllm_integration.patches import (
+    logprobs,
+    statistics,
+    step_timing,
+)
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
+from vllm_budgetdraft.vllm_integration.statistics import STEP_COSTS
 
 
 def apply() -> None:
@@ -68,6 +73,7 @@ def _make_ours(original: Function) -> Function:
             )
         wrap_method(GPUModelRunner, "add_requests", _announce)
         statistics.apply_to_worker()
+        step_timing.apply_to_worker()
         logprobs.apply_to_runner_v2()
         return BudgetDraftSpeculator(vllm_config, device, req_states)
 
@@ -129,6 +135,9 @@ def _learn_acceptance(original: Function) -> Function:
         self: Any, scheduler_output: Any, model_runner_output: Any
     ) -> Any:
         schedule = self.dynamic_sd_lookup
+        taken = getattr(model_runner_output, statistics.ATTRIBUTE, None) or {}
+        if hasattr(schedule, "use_costs") and STEP_COSTS in taken:
+            schedule.use_costs(taken[STEP_COSTS])
         if hasattr(schedule, "record") and model_runner_output.sampled_token_ids:
             rows = zip(
                 model_runner_output.req_ids,

@@ -87,7 +87,7 @@ def _send(original: Function) -> Function:
 
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        proposer = _proposer(self)
+        proposer = proposer_of(self)
         if proposer is None or output is None or output is EMPTY_MODEL_RUNNER_OUTPUT:
             return output
         taken = _taken(proposer)
@@ -110,7 +110,7 @@ def _release_when_idle(original: Function) -> Function:
     @torch.inference_mode()
     def execute_model(self: Any, scheduler_output: Any) -> Any:
         output = original(self, scheduler_output)
-        proposer = _proposer(self)
+        proposer = proposer_of(self)
         if proposer is not None and not scheduler_output.total_num_scheduled_tokens:
             output = copy(output)  # of the one that vLLM has for all such steps
             setattr(output, ATTRIBUTE, _taken(proposer, is_idle=True))
@@ -119,7 +119,7 @@ def _release_when_idle(original: Function) -> Function:
     return execute_model
 
 
-def _proposer(worker: Any) -> Any:
+def proposer_of(worker: Any) -> Any:
     """The worker's, or None if it is not ours."""
     runner = worker.model_runner
     proposer = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)

@@ -1,0 +1,93 @@
+"""Times of steps at start-up, for ``StepCosts``: no request pays for learning them."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_budgetdraft.proposer.draft_length import doublings
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.step_costs import StepCosts
+from vllm_budgetdraft.vllm_integration.faults import logger
+
+#: The largest pass of the target and the largest batch of drafts that are timed. Beyond
+#: them both are bound by arithmetic, and go on as they rose.
+MAX_TOKENS, MAX_BATCH = 512, 64
+NUM_SAMPLES = 4
+
+
+@torch.inference_mode()
+def time_steps(runner: Any, core: DraftProposer | None) -> StepCosts | None:
+    """Times the target of a vLLM model runner, and a drafter, when all is compiled.
+
+    Args:
+        runner: of either version. Every rank must call it.
+        core: None where this rank does not draft, or drafts cannot be timed.
+
+    Returns:
+        None if it fails, which is logged: draft lengths are then fixed.
+    """
+    config = runner.vllm_config
+    longest = config.speculative_config.num_speculative_tokens
+    max_num_seqs = config.scheduler_config.max_num_seqs
+    most = min(max_num_seqs * (longest + 1), runner.max_num_tokens, MAX_TOKENS)
+
+    def verify(num_tokens: int) -> float:
+        def run() -> Tensor:
+            hidden, _ = runner._dummy_run(num_tokens)
+            logits: Tensor = runner.model.compute_logits(hidden[:num_tokens])
+            return logits
+
+        return _seconds(run)
+
+    try:
+        target = {num_tokens: verify(num_tokens) for num_tokens in doublings(most)}
+        draft = {}
+        if core is not None:
+            sizes = doublings(min(max_num_seqs, MAX_BATCH))
+            draft = {
+                length: {size: _draft_seconds(core, size, length) for size in sizes}
+                for length in sorted({1, longest})
+            }
+    except Exception as error:
+        logger.warning(
+            "BudgetDraft drafts at a fixed length: timing steps at start-up failed "
+            "with %s: %s",
+            type(error).__name__,
+            error,
+        )
+        return None
+    costs = StepCosts(target, draft, longest)
+    without, *_, with_drafts = (1000 * costs.by_length(1)).tolist()
+    logger.info(
+        "BudgetDraft timed a step of one request: %.2f ms without drafts, %.2f ms "
+        "with %d",
+        without,
+        with_drafts,
+        longest,
+    )
+    return costs
+
+
+def _draft_seconds(core: DraftProposer, size: int, length: int) -> float:
+    """Of a batch that drafts for nobody, with caches as full as they get."""
+    slots = torch.full((size,), core.cache.spare_slot, device=core.device)
+    end = min(core.cache.capacity, core.max_model_len) - core.max_drafts - 1
+    ends = torch.full_like(slots, max(end, FIRST_WIDTH))
+    tokens = torch.zeros_like(slots)[:, None].expand(-1, FIRST_WIDTH)
+    return _seconds(lambda: core.draft(slots, tokens, ends, length).tokens)
+
+
+def _seconds(run: Callable[[], Tensor]) -> float:
+    """The least of some runs, after one that may load or compile what it needs."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        run().flatten()[0].item()  # waits for the device
+        return time.perf_counter() - start
+
+    timed()
+    return min(timed() for _ in range(NUM_SAMPLES))
