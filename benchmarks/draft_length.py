@@ -86,6 +86,7 @@ def engine_args(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, A
         "method": "budgetdraft",
         "model": args.drafter,
         "num_speculative_tokens": max(args.lengths),
+        "adaptive_draft_length": False,
     }
     adaptive = ours | {"adaptive_draft_length": True}
     configs = {

@@ -67,6 +67,7 @@ def variants(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
     """vLLM's ``speculative_config`` of each; None is plain vLLM."""
     ours = {
         "method": "budgetdraft",
+        "adaptive_draft_length": False,
         "model": args.drafter,
         "num_speculative_tokens": args.num_speculative_tokens,
         "kv_budget": args.kv_budget,

@@ -100,6 +100,7 @@ def in_engines(args: argparse.Namespace, sets: list[list[list[int]]]) -> dict[st
     }
     ours = {
         "method": "budgetdraft",
+        "adaptive_draft_length": False,
         "model": args.drafter,
         "num_speculative_tokens": args.num_speculative_tokens,
         "kv_budget": args.kv_budget,

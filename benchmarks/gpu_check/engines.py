@@ -77,7 +77,11 @@ def engine_args(
         }
     else:
         common["enforce_eager"] = True  # or a compiler would run for minutes
-    ours = {"method": "budgetdraft", "num_speculative_tokens": 4}
+    ours = {
+        "method": "budgetdraft",
+        "num_speculative_tokens": 4,
+        "adaptive_draft_length": False,
+    }
     of_itself = ours | {
         "model": target,
         "eviction_policy": "keep_all",

@@ -33,6 +33,7 @@ COMMON: dict[str, Any] = {
 }
 DRAFTING = {
     "method": "budgetdraft",
+    "adaptive_draft_length": False,
     "model": DRAFTER,
     "num_speculative_tokens": NUM_DRAFTS,
     "attention_backend": "triton",

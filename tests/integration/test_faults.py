@@ -284,6 +284,7 @@ def test_in_a_real_engine_faults_cost_no_token(
     monkeypatch.setenv("BUDGETDRAFT_CHECK_INVARIANTS", "1")
     settings = {
         "method": "budgetdraft",
+        "adaptive_draft_length": False,
         "model": DRAFTER,
         "num_speculative_tokens": 5,
         "kv_budget": 128,

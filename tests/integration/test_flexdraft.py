@@ -37,6 +37,7 @@ MAX_MODEL_LEN = 2048
 def draft(**settings: Any) -> dict[str, Any]:
     return {
         "method": "budgetdraft",
+        "adaptive_draft_length": False,
         "model": FLEXDRAFT,
         "num_speculative_tokens": NUM_DRAFTS,
         "kv_budget": 256,

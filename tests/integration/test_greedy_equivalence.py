@@ -50,6 +50,7 @@ def plain(jobs: dict[str, Job]) -> dict[str, Answer]:
 def draft(**settings: object) -> dict[str, object]:
     return {
         "method": "budgetdraft",
+        "adaptive_draft_length": False,
         "model": DRAFTER,
         "num_speculative_tokens": 5,
         "kv_budget": 256,

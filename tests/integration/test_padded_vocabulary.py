@@ -83,7 +83,11 @@ def test_it_is_said_once_at_start_and_by_check(target_rows, own, tmp_path, monke
         {
             "model": str(target),
             "max_num_seqs": 2,
-            "speculative_config": {"method": "budgetdraft", **settings},
+            "speculative_config": {
+                "method": "budgetdraft",
+                "adaptive_draft_length": False,
+                **settings,
+            },
         }
     )
     note = (

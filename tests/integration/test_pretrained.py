@@ -47,6 +47,7 @@ def pair() -> Pair:
 def engine_args(pair: Pair, *, drafts: bool = True) -> dict:
     ours = {
         "method": "budgetdraft",
+        "adaptive_draft_length": False,
         "model": str(pair.drafter),
         "num_speculative_tokens": 4,
         "kv_budget": 64,

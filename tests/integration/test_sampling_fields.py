@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 REFUSED = "refused"
 DRAFTING = {
     "method": "budgetdraft",
+    "adaptive_draft_length": False,
     "model": DRAFTER,
     "num_speculative_tokens": 4,
     "kv_budget": 64,

@@ -56,6 +56,7 @@ def plain(repeatable: dict[str, Job]) -> dict[str, Answer]:
 def test_seeds_give_what_they_give_without_speculation(threshold, repeatable, plain):
     settings = {
         "method": "budgetdraft",
+        "adaptive_draft_length": False,
         "model": DRAFTER,
         "num_speculative_tokens": 5,
         "kv_budget": 64,

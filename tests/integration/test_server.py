@@ -29,6 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     template.write_text(CHAT_TEMPLATE)
     settings = {
         "method": "budgetdraft",
+        "adaptive_draft_length": False,
         "model": DRAFTER,
         "num_speculative_tokens": 4,
         "kv_budget": 256,

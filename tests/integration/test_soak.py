@@ -179,6 +179,7 @@ def test_a_soaked_server_gives_plain_tokens_and_keeps_nothing(
 ):
     settings = {
         "method": "budgetdraft",
+        "adaptive_draft_length": False,
         "model": DRAFTER,
         "num_speculative_tokens": 5,
         "kv_budget": 128,

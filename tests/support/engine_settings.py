@@ -30,5 +30,6 @@ BUDGETED = {
 
 
 def draft(**settings: object) -> dict[str, object]:
-    settings = {"num_speculative_tokens": NUM_DRAFTS, **settings}
+    fixed = {"num_speculative_tokens": NUM_DRAFTS, "adaptive_draft_length": False}
+    settings = fixed | settings
     return {"speculative_config": {"method": "budgetdraft", **settings}}

@@ -40,6 +40,7 @@ def engine_args(target: Path, drafter: Path, **settings: Any) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "speculative_config": {
             "method": "budgetdraft",
+            "adaptive_draft_length": False,
             "model": str(drafter),
             "num_speculative_tokens": NUM_DRAFTS,
             "kv_budget": 16,

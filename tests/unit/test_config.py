@@ -93,7 +93,7 @@ def settings(**changes):
         ),
         pytest.param(
             {"adaptive_draft_length": "perhaps"},
-            ["adaptive_draft_length='perhaps'", "true or false"],
+            ["adaptive_draft_length='perhaps'", "'auto', true or false"],
             id="not_a_boolean",
         ),
         pytest.param(
@@ -364,8 +364,8 @@ def test_a_key_that_is_no_text_is_named():
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
-        ("adaptive_draft_length", 1, "true or false"),
-        ("adaptive_draft_length", "true", "true or false"),
+        ("adaptive_draft_length", 1, "'auto', true or false"),
+        ("adaptive_draft_length", "true", "'auto', true or false"),
         ("draft_confidence_threshold", "0.25", "a number, as 0.5 is"),
         ("draft_confidence_threshold", False, "a number, as 0.5 is"),
         ("pool_memory_gib", "1", "a number, as 0.5 is"),

@@ -128,6 +128,7 @@ def _budgetdraft(
             engine_args={
                 "speculative_config": {
                     "method": "budgetdraft",
+                    "adaptive_draft_length": False,
                     "model": drafter,
                     "num_speculative_tokens": length,
                     "kv_budget": budget,

@@ -98,6 +98,13 @@ class BudgetDraftConfig(ViewSettings):
         "where PyTorch can (x86), for they are read once for every token.",
     )
 
+    @field_validator("adaptive_draft_length", mode="before")
+    @classmethod
+    def _adapts_or_not(cls, value: Any) -> Any:
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError("choose 'auto', true or false")
+        return value
+
     @field_validator("num_speculative_tokens_per_batch_size", mode="before")
     @classmethod
     def _ranges_are_of_whole_numbers(cls, schedule: Any) -> Any:

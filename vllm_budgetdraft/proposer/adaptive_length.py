@@ -171,10 +171,11 @@ class AdaptiveLength:
         self._step: _Step | None = None
         self._credit = 0.0
         self._rate = 0.0
+        self._costs = costs
         self._trial: int | None = None
         self._num_trial_steps = 0
         # What trials have cost, by batch size and length.
-        self._costs: defaultdict[tuple[int, int], float] = defaultdict(float)
+        self._trial_costs: defaultdict[tuple[int, int], float] = defaultdict(float)
 
     @property
     def is_trying(self) -> bool:
@@ -193,7 +194,8 @@ class AdaptiveLength:
             max_length: longest draft allowed.
         """
         self.acceptance.forget_all_but(requests)
-        expected = 1 + self._expected(requests)
+        self._chances = self.acceptance.chances(requests)
+        expected = np.concatenate([[1.0], 1 + self._chances.mean(0).cumsum()])
         if self._step is not None:
             self._end(self._step, now, requests, is_decoding, expected)
         rates = expected / self.times.estimate(len(requests))
@@ -206,6 +208,21 @@ class AdaptiveLength:
         length = best if self._trial is None else min(self._trial, max_length)
         self._step = _Step(now, requests, is_decoding, length)
         return length
+
+    def limits(self) -> list[int]:
+        """Most drafts of each request of the step that was chosen for last.
+
+        A draft is worth verifying if its chance of being accepted is not below what the
+        time for it yields otherwise. Trials limit nobody, nor do graphs let them.
+        """
+        assert self._step is not None
+        num_requests, length = len(self._step.requests), self._step.length
+        if self._costs.are_uniform or self.is_trying or not length:
+            return [length] * num_requests
+        seconds = self._costs.token_seconds(num_requests, length)
+        is_worth = self._chances[:, :length] >= seconds * num_requests * self._rate
+        result: list[int] = is_worth.sum(1).tolist()
+        return result
 
     def restart_step(
         self, now: float, requests: Sequence[str], is_decoding: bool
@@ -233,15 +250,10 @@ class AdaptiveLength:
         self._step.num_drafting = num_requests
         self._step.is_undisturbed = is_undisturbed
 
-    def _expected(self, requests: Sequence[str]) -> ByLength:
-        """[max_length + 1], drafts accepted of a request on average, by length."""
-        means = self.acceptance.chances(requests).mean(0)
-        return np.concatenate([[0.0], means.cumsum()])
-
     def _next_trial(self, batch_size: int, best: int) -> int | None:
         """The one whose trials have cost the least."""
         others = [length for length in self._tried if length != best]
-        return min(others, key=lambda length: self._costs[batch_size, length])
+        return min(others, key=lambda length: self._trial_costs[batch_size, length])
 
     def _end(
         self,
@@ -260,7 +272,7 @@ class AdaptiveLength:
         if self._trial is not None:
             cost = max(0.0, seconds - float(expected[step.length]) / self._rate)
             self._credit -= cost
-            self._costs[batch_size, self._trial] += cost
+            self._trial_costs[batch_size, self._trial] += cost
             # Where it did nothing yet it waits, for a prompt to be read.
             self._num_trial_steps += bool(step.num_drafting or not step.length)
             if is_timed or self._num_trial_steps == TRIAL_STEPS:

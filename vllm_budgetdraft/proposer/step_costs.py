@@ -19,11 +19,14 @@ class StepCosts:
         draft: of drafts of one length, by batch size, for two lengths or more. Empty
             where drafting was not timed, and is taken to cost nothing.
         max_length: tokens of the longest draft.
+        are_uniform: whether the target's graphs are of batches in which every request
+            verifies as many drafts.
     """
 
     target: Mapping[int, float]
     draft: Mapping[int, Mapping[int, float]]
     max_length: int
+    are_uniform: bool = False
 
     def by_length(self, batch_size: int) -> ByLength:
         """[max_length + 1], for lengths from 0 on."""
@@ -34,6 +37,12 @@ class StepCosts:
             known = [_interpolate(each, size)[0] for each in self.draft.values()]
             seconds[1:] += np.interp(lengths[1:], [*self.draft], known)
         return seconds
+
+    def token_seconds(self, batch_size: int, length: int) -> float:
+        """Of verifying one draft more, on average of those of a batch."""
+        num_tokens = batch_size * np.array([1.0, length + 1.0])
+        first, last = _interpolate(self.target, num_tokens)
+        return float(last - first) / (batch_size * length)
 
 
 def _interpolate(known: Mapping[int, float], at: ByLength) -> ByLength:

@@ -202,25 +202,33 @@ class BudgetDraftProposer:
         batch = self._runner.input_batch
         ids = batch.req_ids
         tables = [each.get_numpy_array() for each in batch.block_table.block_tables]
+        limits = [length] * len(ids)
+        if self._adaptive is not None:
+            limits = self._adaptive.limits()
         requests = []
         for row, sampled in enumerate(sampled_token_ids):
             state = live[ids[row]]
-            # A prompt of embeddings has no ids; its row holds those of another request.
-            if (has_ids := state.prompt_embeds is None) and room[row] > 0:
-                request = Request(
-                    row,
-                    ids[row],
-                    state,
-                    context=token_ids[row, : num_tokens[row]],
-                    num_computed=int(batch.num_computed_tokens_cpu[row]),
-                    sampled=bool(sampled),
-                    max_drafts=min(length, int(room[row])),
-                    block_tables=tuple(table[row] for table in tables),
-                )
-                requests.append(request)
-            elif sampled:
-                reason = "max_model_len" if has_ids else "embeddings"
-                counted.count("drafts_skipped", label=reason)
+            why_not = ""
+            if state.prompt_embeds is not None:
+                why_not = "embeddings"  # its row holds the ids of another request
+            elif room[row] <= 0:
+                why_not = "max_model_len"
+            elif limits[row] == 0:
+                why_not = "draft_length"
+            if why_not:
+                counted.count("drafts_skipped", bool(sampled), why_not)
+                continue
+            request = Request(
+                row,
+                ids[row],
+                state,
+                context=token_ids[row, : num_tokens[row]],
+                num_computed=int(batch.num_computed_tokens_cpu[row]),
+                sampled=bool(sampled),
+                max_drafts=min(limits[row], int(room[row])),
+                block_tables=tuple(table[row] for table in tables),
+            )
+            requests.append(request)
         is_trial = self._adaptive is not None and self._adaptive.is_trying
         drafts = self._drafter.draft(requests, is_trial)
         if self._adaptive is not None:

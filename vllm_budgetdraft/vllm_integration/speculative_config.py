@@ -148,7 +148,7 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
         "budgetdraft's draft_confidence_threshold": config.draft_confidence_threshold,
         # Ranks would verify different numbers of drafts, and wait for each other.
         "budgetdraft's adaptive_draft_length with data parallelism": (
-            config.adaptive_draft_length
+            config.adaptive_draft_length is True
             and vllm_config.parallel_config.data_parallel_size > 1
         ),
     }

@@ -30,7 +30,7 @@ LABELLED_COUNTERS = {
         "reason",
         "Times that a request sampled and had no drafts made after it. Reasons: "
         "reading (its prompt is not read yet), no_pages (the draft cache is full), off "
-        "(it asked for none), draft_length (this step has none), max_model_len (it "
+        "(it asked for none), draft_length (none pay now), max_model_len (it "
         "ends there), not_confident (draft_confidence_threshold), embeddings (its "
         "prompt has no tokens), failed (see draft_faults).",
     ),

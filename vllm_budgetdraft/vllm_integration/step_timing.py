@@ -60,7 +60,8 @@ def time_steps(runner: Any, core: DraftProposer | None) -> StepCosts | None:
             error,
         )
         return None
-    costs = StepCosts(target, draft, longest)
+    graphs = config.compilation_config.cudagraph_mode
+    costs = StepCosts(target, draft, longest, graphs.has_full_cudagraphs())
     without, *_, with_drafts = (1000 * costs.by_length(1)).tolist()
     logger.info(
         "BudgetDraft timed a step of one request: %.2f ms without drafts, %.2f ms "
