@@ -128,10 +128,11 @@ class StepTimes:
         nearest = min(self._beyond, key=lambda size: abs(size - batch_size))
         beyond = self._beyond[nearest]
         lengths = sorted(beyond)
-        more = np.interp(
-            np.arange(len(costs)), lengths, [beyond[length] for length in lengths]
-        )
+        known = np.array([beyond[length] for length in lengths])
+        more = np.interp(np.arange(len(costs)), lengths, known)
         result: ByLength = np.maximum(costs + more, LEAST_SHARE * costs)
+        if nearest == batch_size:
+            result[lengths] = costs[lengths] + known
         return result
 
 
