@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: Logit of a token that is not drafted; finite, for it is scaled by temperatures.
-NEVER = -1e30
 #: Temperatures below are greedy to vLLM.
 MIN_TEMPERATURE = 1e-5
 
@@ -53,9 +51,3 @@ def as_tensors(
     if not any(each.top_k for each in batch):
         return temperatures, None
     return temperatures, torch.tensor([each.top_k for each in batch]).to(device)
-
-
-def as_logits(probabilities: Tensor, temperatures: Tensor) -> Tensor:
-    """What vLLM, dividing by a request's temperature [B], has of [B, k, V] again."""
-    logits = probabilities.log().mul_(temperatures[:, None, None])
-    return logits.nan_to_num_(NEVER, NEVER, NEVER)
