@@ -31,6 +31,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
     An index of the runner is a slot of the proposer. Tokens, lengths and drafts stay on
     the device: nothing waits for it (but see ``_begin_anew``), and scheduling may run
     ahead.
+
+    Attributes:
+        drafted: ids of the requests that drafted in the last step.
     """
 
     # A vLLM module, attention layers, and whatever hangs on them: there are none.
@@ -54,6 +57,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         self._max_model_len = vllm_config.model_config.max_model_len
         self._core: DraftProposer
         self._progress: dict[int, Progress] = {}
+        self.drafted: set[str] = set()
         self._statistics = DraftStatistics()
         self._faults = FaultLog(self._statistics)
         self._timer = DraftTimer(device)
@@ -201,6 +205,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
 
     def _propose(self, input_batch: Any, last_tokens: Tensor, length: int) -> None:
         """Drafts of the rows that can, and last tokens of the others."""
+        self.drafted = set()
         self.release_ended()
         rows = self._ready(input_batch, length)
         indices = slots = input_batch.idx_mapping
@@ -213,16 +218,18 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         if not are_all_ready:
             where = async_tensor_h2d(rows, device=self.device, dtype=torch.int64)
             slots = indices[where]
-        drafting = input_batch.idx_mapping_np[rows].tolist()
+        indices_np = input_batch.idx_mapping_np[rows]
+        drafting = [self._progress[index] for index in indices_np.tolist()]
         temperatures = top_k = None
         if self.draft_logits is not None:
             temperatures = self._temperatures[slots]
-        if any(self._progress[index].is_cut for index in drafting):
+        if any(progress.is_cut for progress in drafting):
             top_k = self._top_k[slots]
         drafted = self._core.draft(
             slots, *self._context_ends(slots), length, temperatures, top_k
         )
         self._output.fill(where, slots, drafted, last_tokens[where], temperatures)
+        self.drafted = {progress.request_id for progress in drafting}
         self._faults.drafted()
 
     def release_ended(self) -> None:

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_budgetdraft.config import SettledConfig, parse_request_settings
+from vllm_budgetdraft.errors import ConfigurationError
+
 #: Temperatures below are greedy to vLLM.
 MIN_TEMPERATURE = 1e-5
 
@@ -51,3 +54,20 @@ def as_tensors(
     if not any(each.top_k for each in batch):
         return temperatures, None
     return temperatures, torch.tensor([each.top_k for each in batch]).to(device)
+
+
+def most_drafts(request: Any, config: SettledConfig) -> int:
+    """How many drafts of a request are to be verified at once.
+
+    Args:
+        request: of vLLM's scheduler.
+    """
+    if request.prompt_embeds is not None:
+        return 0
+    params = request.sampling_params
+    try:
+        asked = parse_request_settings(params and params.extra_args, config)
+    except ConfigurationError:  # for which the worker drafts nothing, and says so
+        return 0
+    limit = asked.num_speculative_tokens
+    return config.num_speculative_tokens if limit is None else limit
