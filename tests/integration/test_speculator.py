@@ -118,6 +118,22 @@ def test_drafts_are_of_the_likeliest_that_a_request_asks_for(drafter_folder):
     assert counts[2].tolist() == [5] * NUM_DRAFTS
 
 
+def test_of_greedy_requests_nothing_is_stored_for_nobody_reads_it(drafter_folder):
+    """Unless they draft beside others, of whom some may not draft."""
+    runner, none = Runner(drafter_folder), {"num_speculative_tokens": 0}
+    runner.speculator.draft_logits.fill_(7.0)
+    runner.add(0, 50, temperature=0.0)
+    for temperature in (0.0, 1.0):
+        assert (runner.speculator.draft_logits == 7.0).all()
+        runner.add(1, 50, temperature=temperature, extra_args=none)
+        for index in (0, 1):
+            runner.emit(index, [5])
+        runner.propose([0, 1])
+        assert runner.speculator.drafted == {"request 0"}
+    told = runner.speculator.draft_logits[:2].softmax(-1)
+    assert (told.amax(-1) == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_seed_has_the_likeliest_drafted_and_that_is_said(drafter_folder, dtype):
     runner = Runner(drafter_folder, dtype=dtype)

@@ -39,11 +39,17 @@ class DraftOutput:
         """[num_rows, k] int64, the first."""
         return self._tokens[:num_rows]
 
-    def repeat(self, slots: Tensor, last_tokens: Tensor) -> None:
-        """Has the first rows [B] draft their last tokens [B, 1], for certain."""
+    def repeat(
+        self, slots: Tensor, last_tokens: Tensor, is_told: bool = True
+    ) -> None:
+        """Has the first rows [B] draft their last tokens [B, 1], for certain.
+
+        Args:
+            is_told: whether vLLM will look at logits of theirs.
+        """
         tokens = self.rows(len(slots))
         tokens[:] = last_tokens
-        if self._drawn_logits is not None:
+        if is_told and self._drawn_logits is not None:
             self._drawn_logits.store_certain(slots, tokens)
 
     def fill(
@@ -59,7 +65,7 @@ class DraftOutput:
         Args:
             last_tokens: [B, 1].
             temperatures: [B], what was drafted at; 0 where the likeliest was picked,
-                whatever the target samples at.
+                whatever the target samples at. None if vLLM will look at no logits.
         """
         is_sound = drafted.confidences.isfinite()
         tokens = torch.where(is_sound, drafted.tokens, last_tokens)

@@ -21,7 +21,7 @@ from vllm_budgetdraft.vllm_integration.draft_output import DraftOutput
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
-from vllm_budgetdraft.vllm_integration.sampling import draft_sampling
+from vllm_budgetdraft.vllm_integration.sampling import draft_sampling, is_greedy
 from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 
 
@@ -119,8 +119,11 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             return
         index = self._states.req_id_to_index[request_id]
         self._release(index)
-        progress = Progress(request_id, len(request.prefill_token_ids))
-        self._progress[index] = progress
+        self._progress[index] = progress = Progress(
+            request_id,
+            len(request.prefill_token_ids),
+            is_greedy(request.sampling_params),
+        )
         try:
             self._start(index, progress, request)
         except Exception as error:
@@ -209,19 +212,20 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         self.release_ended()
         rows = self._ready(input_batch, length)
         indices = slots = input_batch.idx_mapping
+        batch = [self._progress.get(i) for i in input_batch.idx_mapping_np.tolist()]
+        is_told = not all(progress and progress.is_greedy for progress in batch)
         where: Tensor | slice = slice(input_batch.num_reqs)
         are_all_ready = len(rows) == input_batch.num_reqs
         if not are_all_ready:
-            self._output.repeat(indices, last_tokens)
+            self._output.repeat(indices, last_tokens, is_told)
         if not rows:
             return
         if not are_all_ready:
             where = async_tensor_h2d(rows, device=self.device, dtype=torch.int64)
             slots = indices[where]
-        indices_np = input_batch.idx_mapping_np[rows]
-        drafting = [self._progress[index] for index in indices_np.tolist()]
+        drafting = [progress for row in rows if (progress := batch[row])]
         temperatures = top_k = None
-        if self.draft_logits is not None:
+        if is_told and self.draft_logits is not None:
             temperatures = self._temperatures[slots]
         if any(progress.is_cut for progress in drafting):
             top_k = self._top_k[slots]

@@ -24,6 +24,11 @@ class DraftSampling(NamedTuple):
     top_k: int = 0
 
 
+def is_greedy(params: Any) -> bool:
+    """Whether the target's likeliest tokens are taken."""
+    return params is None or params.temperature < MIN_TEMPERATURE
+
+
 def draft_sampling(params: Any) -> DraftSampling:
     """How a request's drafts come about.
 
@@ -36,7 +41,7 @@ def draft_sampling(params: Any) -> DraftSampling:
       ``rejection_sampler._follow_the_seed``), so that the likeliest draft is the
       best one.
     """
-    if params is None or params.temperature < MIN_TEMPERATURE:
+    if is_greedy(params):
         return DraftSampling()
     if params.seed is not None or params.structured_outputs is not None:
         return DraftSampling()
