@@ -55,8 +55,9 @@ def gumbel_pick(
     Returns:
         [B] int64 tokens; the largest probability of logits / temperature (of the
         logits where that is 0), [B] float32; and the distribution that each token was
-        drawn from, [B, V] float32, or None. The second is no function of the draw: whoever
-        decides by it whether to propose a token leaves its distribution as it is.
+        drawn from, [B, V] float32, or None. The second is no function of the draw:
+        whoever decides by it whether to propose a token leaves its distribution as it
+        is.
         Where the largest logit is not finite: any token of the vocabulary, and NaN.
 
     Raises:

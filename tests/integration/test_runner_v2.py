@@ -183,7 +183,7 @@ def slow_reader(**settings: object) -> dict[str, object]:
 def test_who_reads_slowly_catches_up_with_tokens_that_nobody_counted(prepare, plain):
     """Nor does anybody know how many of the tokens verified meanwhile were accepted.
 
-    There are some only where the engine schedules ahead of who reads.
+    Where the engine does not schedule ahead, none are verified meanwhile.
     """
     with engine_process(slow_reader(), prepare) as engine:
         played = engine.play(all_at_once, [of_book(400, 60), of_book(300, 60, 500)])

@@ -125,8 +125,9 @@ class DraftLoop:
     @property
     def num_bytes(self) -> int:
         """Of counts of attention and drafts' distributions."""
-        drawn = self._drawn_logits
-        buffers = (self._page_mass, self._probabilities, drawn and drawn.logits)
+        buffers = [self._page_mass, self._probabilities]
+        if self._drawn_logits is not None:
+            buffers.append(self._drawn_logits.logits)
         return sum(x.nbytes for x in buffers if x is not None)
 
     def append(

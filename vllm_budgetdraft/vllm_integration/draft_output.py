@@ -14,6 +14,9 @@ class DraftOutput:
     vLLM reads logits of the requests that it samples at a temperature, and divides by
     it. It takes drafts of every row; one that did not draft repeats its last token,
     "drawn" with the probability 1, which is as lossless as any draft.
+
+    Attributes:
+        logits: see ``DrawnLogits``; None where no draft is drawn.
     """
 
     def __init__(
@@ -23,25 +26,16 @@ class DraftOutput:
         drawn_logits: DrawnLogits | None,
         device: torch.device,
     ) -> None:
-        """
-        Args:
-            drawn_logits: None where no draft is drawn.
-        """
         shape = (num_slots, num_drafts)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self._drawn_logits = drawn_logits
-
-    @property
-    def logits(self) -> Tensor | None:
-        return self._drawn_logits and self._drawn_logits.logits
+        self.logits = None if drawn_logits is None else drawn_logits.logits
 
     def rows(self, num_rows: int) -> Tensor:
         """[num_rows, k] int64, the first."""
         return self._tokens[:num_rows]
 
-    def repeat(
-        self, slots: Tensor, last_tokens: Tensor, is_told: bool = True
-    ) -> None:
+    def repeat(self, slots: Tensor, last_tokens: Tensor, is_told: bool = True) -> None:
         """Has the first rows [B] draft their last tokens [B, 1], for certain.
 
         Args:
@@ -82,5 +76,5 @@ class DraftOutput:
         """
         group, tokens = get_tp_group(), self.rows(len(slots))
         tokens[:] = group.broadcast(tokens.clone(), src=0)
-        if (logits := self.logits) is not None:
-            logits[slots] = group.broadcast(logits[slots], src=0)
+        if self.logits is not None:
+            self.logits[slots] = group.broadcast(self.logits[slots], src=0)

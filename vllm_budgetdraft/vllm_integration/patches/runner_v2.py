@@ -95,7 +95,7 @@ def _announce(original: Function) -> Function:
 
 
 def _leave_out(original: Function) -> Function:
-    """Symptom: of requests that did not draft, last tokens are verified as their drafts.
+    """Symptom: of a request that did not draft, its last token is verified, repeated.
 
     Reason: the runner says that every row has drafts, and asks no speculator. Where the
     engine schedules ahead, nobody asks the runner either. Remove when a speculator can
@@ -145,7 +145,8 @@ def _limit_drafts(original: Function) -> Function:
                 if limit is None:
                     limit = most_drafts(request, config.settings)
                     setattr(request, ATTRIBUTE, limit)
-                request.spec_token_ids = request.spec_token_ids[:limit]
+                if len(request.spec_token_ids) > limit:
+                    request.spec_token_ids = request.spec_token_ids[:limit]
         return original(self, *args, **kwargs)
 
     return schedule
