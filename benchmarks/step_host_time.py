@@ -31,6 +31,7 @@ from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.proposer import adaptive_length
 from vllm_budgetdraft.proposer.draft_loop import Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration import runner_v1, runner_v2
 
@@ -154,7 +155,7 @@ class RunnerV2:
         self._speculator = runner_v2.BudgetDraftSpeculator(
             config, self._core.device, self._states
         )
-        with mock.patch.object(runner_v2, "load_core", lambda *_: self._core):
+        with mock.patch.object(runner_v2, "load_core", lambda *_, **__: self._core):
             self._speculator.load_model(None)
         self._last = torch.zeros((batch_size, 1), dtype=torch.int64)
         self._temperature = torch.ones(batch_size)
@@ -206,6 +207,9 @@ def build(drafter: str, batch_size: int, num_drafts: int) -> tuple[DraftProposer
         torch.full((batch_size, num_drafts), DRAFT),
         torch.ones((batch_size, num_drafts)),
         torch.full((batch_size, num_drafts, VOCAB_SIZE), 1 / VOCAB_SIZE),
+    )
+    core.drawn_logits = DrawnLogits(
+        batch_size, num_drafts, VOCAB_SIZE, torch.float32, core.device
     )
     core.draft = lambda *_, **__: drafts  # type: ignore[method-assign]
     config = SimpleNamespace(

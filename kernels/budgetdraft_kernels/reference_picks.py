@@ -30,8 +30,13 @@ def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tenso
 
 
 def gumbel_pick(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, *, validate: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    *,
+    distributions: bool = True,
+    validate: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """A token drawn from the softmax, with what rejection sampling needs to undo it.
 
     Gumbel-max: the largest of logit / temperature + noise is a draw from the softmax.
@@ -43,14 +48,16 @@ def gumbel_pick(
         temperatures: [B] float32. At 0 the likeliest token is picked, and has all the
             probability.
         seeds: [B] int64, a new one for every draw.
+        distributions: whether what tokens are drawn from is returned.
         validate: whether to check the arguments; reads temperatures back, which waits
             for the device.
 
     Returns:
         [B] int64 tokens; the largest probability of logits / temperature (of the
         logits where that is 0), [B] float32; and the distribution that each token was
-        drawn from, [B, V] float32. The second is no function of the draw: whoever
-        decides by it whether to propose a token leaves its distribution as it is.
+        drawn from, [B, V] float32, or None. The second is no function of the draw:
+        whoever decides by it whether to propose a token leaves its distribution as it
+        is.
         Where the largest logit is not finite: any token of the vocabulary, and NaN.
 
     Raises:
@@ -66,6 +73,9 @@ def gumbel_pick(
     uniform = philox_uniform(seeds, logits.shape[1])
     noise = -(-uniform.log()).log()
     tokens = torch.where(greedy, x, x + noise).argmax(-1, keepdim=True)
-    one_hot = torch.zeros_like(x).scatter(1, tokens, 1.0)
     softmax = x.softmax(-1)
-    return tokens[:, 0], softmax.amax(-1), torch.where(greedy, one_hot, softmax)
+    drawn_from = None
+    if distributions:
+        one_hot = torch.zeros_like(x).scatter(1, tokens, 1.0)
+        drawn_from = torch.where(greedy, one_hot, softmax)
+    return tokens[:, 0], softmax.amax(-1), drawn_from

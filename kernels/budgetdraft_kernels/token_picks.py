@@ -138,12 +138,19 @@ def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tenso
 
 
 def gumbel_pick(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, *, validate: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    *,
+    distributions: bool = True,
+    validate: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See ``reference.gumbel_pick``."""
     if validate:
         check_logits(logits, temperatures, seeds)
     tokens, confidences, largest = _pick(logits, temperatures, seeds)
+    if not distributions:
+        return tokens, confidences, None
     probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     batch, vocab_size = logits.shape
     tile = launch_settings.settings_of(logits.device).vocabulary_tile

@@ -5,6 +5,9 @@ the engine schedules a step before it knows what the last one accepted.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -62,6 +65,13 @@ test_prefixes = lifecycle.test_cached_prefixes_are_read_by_the_drafter_all_the_s
 test_chunks = lifecycle.test_chunks_of_a_prompt_and_drafts_share_steps
 test_max_tokens = lifecycle.test_max_tokens_inside_an_accepted_draft_is_the_end
 test_grammars = lifecycle.test_structured_outputs_are_plain_vllms
+test_no_drafts = (
+    lifecycle.test_a_request_that_asks_for_no_drafts_gets_none_beside_one_that_drafts
+)
+test_less = lifecycle.test_a_request_may_ask_for_fewer_drafts_and_a_smaller_budget
+test_too_much = (
+    lifecycle.test_a_request_that_asks_for_more_is_refused_and_the_next_is_served
+)
 
 
 @pytest.mark.slow
@@ -107,6 +117,46 @@ def test_what_it_does_is_counted_though_nothing_waits_for_the_device(budgeted, p
     check(budgeted.play(checking_what_is_counted, requests), plain)
 
 
+def most_verified(
+    engine: SteppedEngine, requests: list, most: list[int], is_patched: bool
+) -> None:
+    """Fails unless each request has so many drafts verified at once, and never more."""
+    scheduler, runner, found = engine._scheduler, engine._runner, [0] * len(requests)
+    schedule, take = type(scheduler).schedule, type(runner).take_draft_token_ids
+    if not is_patched:
+        schedule = schedule.__wrapped__
+        runner.take_draft_token_ids = partial(take.__wrapped__, runner)
+
+    def watched(*args: Any) -> Any:
+        output = schedule(scheduler, *args)
+        for name, tokens in output.scheduled_spec_decode_tokens.items():
+            index = int(name.removeprefix("request "))
+            found[index] = max(found[index], len(tokens))
+        return output
+
+    scheduler.schedule = watched
+    all_at_once(engine, requests)
+    engine.finish()
+    del scheduler.schedule
+    assert found == most, found
+
+
+@pytest.mark.parametrize("prepare", [schedule_ahead, interpret_kernels])
+def test_a_request_has_no_more_drafts_verified_than_it_may_have(prepare, plain):
+    """Without the patches all have as many."""
+    requests = [of_book(60 + i, 30, 200 * i) for i in range(4)]
+    requests[1].sampling["extra_args"] = {"num_speculative_tokens": 2}
+    requests[2].sampling["extra_args"] = {"num_speculative_tokens": 0}
+    requests[3] = replace(requests[3], as_embeddings=True)
+    settings = COMMON | {"enable_prompt_embeds": True} | draft(**BUDGETED)
+    with engine_process(settings, prepare) as engine:
+        most = [NUM_DRAFTS, 2, 0, 0]
+        played = engine.play(most_verified, requests, most, True)
+        engine.play(most_verified, requests, [NUM_DRAFTS] * 4, False)
+    played.courses.pop()  # of embeddings, which the plain engine does not take
+    check(played, plain)
+
+
 BIASES = {
     "logit_bias": {"logit_bias": {14: 3.0, 300: -100.0}},
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5},
@@ -131,10 +181,13 @@ def slow_reader(**settings: object) -> dict[str, object]:
 
 @pytest.mark.parametrize("prepare", ENGINES)
 def test_who_reads_slowly_catches_up_with_tokens_that_nobody_counted(prepare, plain):
-    """Nor does anybody know how many of the tokens verified meanwhile were accepted."""
+    """Nor does anybody know how many of the tokens verified meanwhile were accepted.
+
+    Where the engine does not schedule ahead, none are verified meanwhile.
+    """
     with engine_process(slow_reader(), prepare) as engine:
         played = engine.play(all_at_once, [of_book(400, 60), of_book(300, 60, 500)])
-    check(played, plain)
+    check(played, plain, refused=1.0 if prepare is schedule_ahead else 0.0)
     for course in played.courses:
         assert course.gains[:5] == [1] * 5
         assert course.gains[-4:-1] == [NUM_DRAFTS + 1] * 3

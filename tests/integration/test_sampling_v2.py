@@ -27,7 +27,9 @@ NUM_SAMPLES = 2_000
 
 @pytest.fixture(scope="module")
 def engine(target, drafter) -> Iterator[SamplingEngine]:  # noqa: F811
-    with sampling_engine(engine_args(target, drafter), schedule_ahead) as engine:
+    """Whose drafter's logits are rounded, and told so."""
+    args = engine_args(target, drafter, draft_dtype="bfloat16")
+    with sampling_engine(args, schedule_ahead) as engine:
         yield engine
 
 

@@ -1,8 +1,12 @@
-"""Requests with seeds get the very tokens that they get without speculation."""
+"""Requests with seeds get the very tokens that they get without speculation.
+
+In model runner V2, whose own seeds are others, they get the same ones again.
+"""
 
 import pytest
 
 from tests.support.engines import DRAFTER, Answer, Job, book_tokens, run_jobs
+from tests.support.runner_v2 import schedule_ahead
 
 pytestmark = pytest.mark.vllm
 
@@ -83,3 +87,26 @@ def test_seeds_give_what_they_give_without_speculation(threshold, repeatable, pl
         assert [tokens] == plain[name].token_ids, f"{name}, in the batch"
         assert bool(answers[name].num_draft_tokens) == (name != "no drafts"), name
     assert answers["batch"].num_accepted_tokens > 50
+
+
+def test_in_runner_v2_seeds_give_the_same_again(plain):
+    """Beside greedy requests, whose tokens are plain vLLM's."""
+    common = {"max_tokens": 24, "ignore_eos": True}
+    asked = [{"temperature": 0.7, "seed": seed} for seed in (1, 1, 2)]
+    asked += [{"temperature": 0.0}]
+    prompts = [book_tokens(60)] * 3 + [book_tokens(60, start=70 * len(SEEDED))]
+    batch = Job(prompts, [{**common, **each} for each in asked])
+    settings = {
+        "method": "budgetdraft",
+        "model": DRAFTER,
+        "num_speculative_tokens": 5,
+        "kv_budget": 64,
+    }
+    args = {"max_model_len": 512, "speculative_config": settings}
+    answers = run_jobs(args, {"once": batch, "again": batch}, schedule_ahead)
+    one, same, other, greedy = answers["once"].token_ids
+    assert answers["again"].token_ids == answers["once"].token_ids
+    assert one == same
+    assert one != other
+    assert [greedy] == plain["greedy"].token_ids
+    assert answers["once"].num_accepted_tokens > 0

@@ -70,10 +70,19 @@ def test_drafts_are_those_of_the_proposer(drafter_folder):
     [(0.5, VOCAB_SIZE), (1.0, VOCAB_SIZE + 9), (2.0, VOCAB_SIZE - 9)],
 )
 def test_vllm_is_told_what_each_token_was_drawn_from(
-    drafter_folder, temperature, vocab_size
+    drafter_folder, temperature, vocab_size, monkeypatch
 ):
     """Also of a target whose vocabulary is padded otherwise."""
-    runner = Runner(drafter_folder, vocab_size)
+    runner, drawn = Runner(drafter_folder, vocab_size), []
+    pick = runner.core.operations.gumbel_pick
+
+    def noted(*args: Any, distributions: bool, **kwargs: Any) -> tuple:
+        assert not distributions, "nobody looks at them"
+        picked = pick(*args, **kwargs)
+        drawn.append(picked[2])
+        return *picked[:2], None
+
+    monkeypatch.setattr(runner.core.operations, "gumbel_pick", noted)
     runner.temperature[:] = temperature
     last = vocab_size - 1
     for index in (0, 1, 2):
@@ -91,39 +100,57 @@ def test_vllm_is_told_what_each_token_was_drawn_from(
             torch.testing.assert_close(chosen, torch.ones_like(chosen))
         else:
             assert not told[index, :, VOCAB_SIZE:].any()
-    drawn = runner.core._loop._probabilities[:2]
-    torch.testing.assert_close(told[[2, 0]], drawn)
-    assert not (drawn > 0.99).any()  # else nothing was compared
+    probabilities = torch.stack(drawn, 1)
+    known = probabilities.shape[2]
+    torch.testing.assert_close(told[[2, 0], :, :known], probabilities)
+    assert not (probabilities > 0.99).any()  # else nothing was compared
 
 
 def test_drafts_are_of_the_likeliest_that_a_request_asks_for(drafter_folder):
-    from vllm_budgetdraft.vllm_integration.sampling import NEVER
-
     runner = Runner(drafter_folder)
     for index, top_k in enumerate((2, 0, 5)):
         runner.add(index, 30 + index, top_k=top_k)
         runner.emit(index, [5])
     runner.propose([2, 1, 0])
-    counts = (runner.speculator.draft_logits[:3] > NEVER).sum(-1)
+    counts = (runner.speculator.draft_logits[:3] > -torch.inf).sum(-1)
     assert counts[0].tolist() == [2] * NUM_DRAFTS
     assert counts[1].tolist() == [VOCAB_SIZE] * NUM_DRAFTS
     assert counts[2].tolist() == [5] * NUM_DRAFTS
 
 
-def test_a_seed_has_the_likeliest_drafted_and_that_is_said(drafter_folder):
-    runner = Runner(drafter_folder)
+def test_of_greedy_requests_nothing_is_stored_for_nobody_reads_it(drafter_folder):
+    """Unless they draft beside others, of whom some may not draft."""
+    runner, none = Runner(drafter_folder), {"num_speculative_tokens": 0}
+    runner.speculator.draft_logits.fill_(7.0)
+    runner.add(0, 50, temperature=0.0)
+    for temperature in (0.0, 1.0):
+        assert (runner.speculator.draft_logits == 7.0).all()
+        runner.add(1, 50, temperature=temperature, extra_args=none)
+        for index in (0, 1):
+            runner.emit(index, [5])
+        runner.propose([0, 1])
+        assert runner.speculator.drafted == {"request 0"}
+    told = runner.speculator.draft_logits[:2].softmax(-1)
+    assert (told.amax(-1) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_seed_has_the_likeliest_drafted_and_that_is_said(drafter_folder, dtype):
+    runner = Runner(drafter_folder, dtype=dtype)
     runner.add(0, 50, seed=1)
     runner.emit(0, [5])
     drafts = [runner.propose([0], NUM_DRAFTS).clone() for _ in range(2)]
     assert drafts[0].tolist() == drafts[1].tolist()
-    told = runner.speculator.draft_logits[0].softmax(-1)
+    told = (runner.speculator.draft_logits[0].float() / 0.01).softmax(-1)
     chosen = told.gather(1, drafts[1][0][:, None])
     torch.testing.assert_close(chosen, torch.ones_like(chosen))
 
 
-def test_logits_that_are_not_finite_leave_the_last_token(drafter_folder):
+@pytest.mark.parametrize("seed", [None, 1])
+def test_logits_that_are_not_finite_leave_the_last_token(drafter_folder, seed):
+    """For certain, and the likeliest of them, of which there is none, not as well."""
     runner = Runner(drafter_folder, eviction_policy=POISONS_LONG_PROMPTS)
-    runner.add(0, 800)
+    runner.add(0, 800, seed=seed)
     runner.add(1, 40)
     for index in (0, 1):
         runner.emit(index, [5])

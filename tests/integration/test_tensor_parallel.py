@@ -45,13 +45,13 @@ def keep_probabilities(worker: Any) -> None:
     if worker.rank and hasattr(runner, "drafter"):
         runner.drafter.take_probabilities = lambda: None
     elif worker.rank:
-        share = runner.speculator._share
+        share = runner.speculator._output.share
 
         def share_and_forget(*args: Any) -> None:
             share(*args)
             runner.speculator.draft_logits.zero_()
 
-        runner.speculator._share = share_and_forget
+        runner.speculator._output.share = share_and_forget
 
 
 def adapt_length(worker: Any, adapts: bool) -> None:

@@ -23,6 +23,7 @@ def build_proposer(
     dtype: torch.dtype = torch.float32,
     vocab_size: int | None = None,
     seed: int = 0,
+    tells_logits: bool = False,
     **settings: Any,
 ) -> DraftProposer:
     """A proposer in ``dtype`` throughout, unless ``draft_dtype`` says otherwise."""
@@ -36,6 +37,7 @@ def build_proposer(
         device="cpu",
         vocab_size=vocab_size,
         seed=seed,
+        tells_logits=tells_logits,
     )
 
 

@@ -23,7 +23,11 @@ class Runner:
     """
 
     def __init__(
-        self, folder: Path, vocab_size: int = VOCAB_SIZE, **settings: Any
+        self,
+        folder: Path,
+        vocab_size: int = VOCAB_SIZE,
+        dtype: torch.dtype = torch.float32,
+        **settings: Any,
     ) -> None:
         from vllm_budgetdraft.vllm_integration import runner_v2
 
@@ -33,6 +37,8 @@ class Runner:
             max_model_len=MAX_MODEL_LEN,
             num_speculative_tokens=NUM_DRAFTS,
             vocab_size=vocab_size,
+            dtype=dtype,
+            tells_logits=True,
             **{"kv_budget": 64, **settings},
         )
         self.states = SimpleNamespace(
@@ -55,7 +61,7 @@ class Runner:
             config, torch.device("cpu"), self.states
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner_v2, "load_core", lambda *_: self.core)
+            patch.setattr(runner_v2, "load_core", lambda *_, **__: self.core)
             self.speculator.load_model(None)
         self.temperature = torch.ones(NUM_SLOTS)
 

@@ -1,7 +1,11 @@
 """What requests ask of sampling, and what their drafts must not do then."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+
+from vllm_budgetdraft.config import SettledConfig
 
 vllm = pytest.importorskip("vllm")
 
@@ -9,6 +13,7 @@ from vllm_budgetdraft.vllm_integration.sampling import (  # noqa: E402
     DraftSampling,
     as_tensors,
     draft_sampling,
+    most_drafts,
 )
 
 GREEDY = DraftSampling()
@@ -49,3 +54,26 @@ def test_a_batch_is_told_of_what_any_request_asks():
     temperatures, top_k = as_tensors([DraftSampling(1.0, 3), GREEDY], device)
     assert temperatures.tolist() == [1.0, 0.0] and top_k.tolist() == [3, 0]
     assert temperatures.dtype == torch.float32 and top_k.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "has_embeddings", "most"),
+    [
+        (None, False, 5),
+        ({"kv_budget": 40}, False, 5),
+        ({"num_speculative_tokens": 2, "of another": "x"}, False, 2),
+        ({"num_speculative_tokens": 0}, False, 0),
+        ({"num_speculative_tokens": 2}, True, 0),
+        ({"num_speculative_tokens": "many"}, False, 0),
+        ({"num_speculative_tokens": 6}, False, 0),
+    ],
+)
+def test_the_scheduler_knows_how_many_drafts_a_request_may_have(
+    extra_args, has_embeddings, most
+):
+    config = SettledConfig(model="drafter", num_speculative_tokens=5)
+    request = SimpleNamespace(
+        prompt_embeds=torch.ones(1) if has_embeddings else None,
+        sampling_params=vllm.SamplingParams(extra_args=extra_args),
+    )
+    assert most_drafts(request, config) == most

@@ -112,6 +112,7 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
             f"{config.position_mode}, within the {found.max_position_embeddings} "
             "tokens that the drafter was made for"
         )
+    is_v2 = getattr(vllm_config, "use_v2_model_runner", False)  # old vLLM has none
     facts["memory"] = describe(
         config,
         max_model_len=model.max_model_len,
@@ -120,8 +121,8 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
         device_type=default_device().type,
         vocab_size=model.get_vocab_size(),
         batch_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        is_v2=is_v2,
     )
-    is_v2 = getattr(vllm_config, "use_v2_model_runner", False)  # old vLLM has none
     facts["model runner"] = "V2" if is_v2 else "V1"
     return facts
 

@@ -36,7 +36,8 @@ def run(args: Namespace) -> None:
     """
     found = collect()
     if args.drafter:
-        found["memory"] = _memory(args)
+        is_v2 = found["model runner"].startswith("V2")
+        found["memory"] = _memory(args, is_v2)
     print(json.dumps(found, indent=2) if args.json else as_lines(found))
 
 
@@ -167,7 +168,7 @@ def _model_runner(version: str | None) -> str:
     )
 
 
-def _memory(args: Namespace) -> str:
+def _memory(args: Namespace, is_v2: bool) -> str:
     import torch
 
     from vllm_budgetdraft.attention.backend import default_device
@@ -182,4 +183,5 @@ def _memory(args: Namespace) -> str:
         # What most targets are served in.
         target_dtype=torch.bfloat16,
         device_type=default_device().type,
+        is_v2=is_v2,
     )

@@ -23,12 +23,14 @@ def describe(
     device_type: str,
     vocab_size: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    is_v2: bool = False,
 ) -> str:
     """The line that the engine logs, but for what counts of attention take.
 
     Args:
         vocab_size: the target's; the drafter's own if None.
         batch_tokens: most tokens that a step of the target computes.
+        is_v2: whether in vLLM's model runner V2, which is told logits.
 
     Raises:
         ConfigurationError, UnsupportedDrafterError: see ``read_drafter_config``,
@@ -46,9 +48,10 @@ def describe(
         max_model_len=max_model_len,
         dtype=dtype,
         batch_tokens=batch_tokens,
+        tells_logits=is_v2,
     )
     is_packed = packs_matrices(config, device_type)
     return plan.describe(
         weights=weight_bytes(drafter, dtype, is_packed),
-        scratch=plan.prompt_scratch + plan.probabilities,
+        scratch=plan.prompt_scratch + plan.distributions,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm_budgetdraft.attention.paged import PagedAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.truncation import truncated
 
 #: Tokens fed in the first step of a draft. After a full acceptance the cache lacks the
@@ -25,7 +26,7 @@ class Drafts(NamedTuple):
         confidences: [B, k] float32, the largest probability at each position; not
             finite where the drafter's logits were not.
         probabilities: [B, k, V] float32, what each token was drawn from; None where all
-            were picked greedily.
+            were picked greedily, or what they were drawn from is in ``DrawnLogits``.
     """
 
     tokens: Tensor
@@ -81,6 +82,7 @@ class DraftLoop:
         max_drafts: int,
         max_width: int,
         draws: bool,
+        drawn_logits: DrawnLogits | None,
         counts_attention: bool,
     ) -> None:
         """
@@ -89,6 +91,8 @@ class DraftLoop:
             max_width: most tokens of a request that ``append`` takes, at least
                 ``FIRST_WIDTH``.
             draws: whether drafts may be drawn, and not picked.
+            drawn_logits: where to store what they are drawn from; if None, it is among
+                the results, as probabilities.
             counts_attention: whether the cache evicts by it.
         """
         self._drafter = drafter
@@ -106,7 +110,8 @@ class DraftLoop:
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self._confidences = torch.zeros(shape, device=device)
         self._probabilities: Tensor | None = None
-        if draws:
+        self._drawn_logits = drawn_logits
+        if draws and drawn_logits is None:
             self._probabilities = torch.zeros(
                 (*shape, drafter.config.vocab_size), device=device
             )
@@ -120,7 +125,9 @@ class DraftLoop:
     @property
     def num_bytes(self) -> int:
         """Of counts of attention and drafts' distributions."""
-        buffers = (self._page_mass, self._probabilities)
+        buffers = [self._page_mass, self._probabilities]
+        if self._drawn_logits is not None:
+            buffers.append(self._drawn_logits.logits)
         return sum(x.nbytes for x in buffers if x is not None)
 
     def append(
@@ -167,9 +174,10 @@ class DraftLoop:
         attention = self._attention(slots, validate)
         drafts = self._tokens[:batch, :num_drafts]
         confidences = self._confidences[:batch, :num_drafts]
-        draws, probabilities = inputs.draws, self._probabilities
-        if probabilities is not None:
-            probabilities = probabilities[:batch, :num_drafts]
+        draws, drawn_logits = inputs.draws, self._drawn_logits
+        probabilities = None
+        if draws is not None and self._probabilities is not None:
+            probabilities = self._probabilities[:batch, :num_drafts]
         fed, width = inputs.tokens.flatten(), FIRST_WIDTH
         for step, (rotary, step_cells, step_lengths) in enumerate(steps):
             starts = self._query_starts[width][: batch + 1]
@@ -182,18 +190,24 @@ class DraftLoop:
                     logits, validate=validate
                 )
             else:
-                assert probabilities is not None
                 if draws.top_k is not None:
                     logits = truncated(logits, draws.top_k)
+                if drawn_logits is not None:
+                    logits = drawn_logits.store(slots, step, logits)
                 fed, confidence, drawn_from = self._operations.gumbel_pick(
-                    logits, draws.temperatures, draws.seeds[step], validate=validate
+                    logits,
+                    draws.temperatures,
+                    draws.seeds[step],
+                    distributions=probabilities is not None,
+                    validate=validate,
                 )
-                # What is never drafted remains at 0.
-                probabilities[:, step, : drawn_from.shape[1]] = drawn_from
+                if probabilities is not None:
+                    # What is never drafted remains at 0.
+                    probabilities[:, step, : drawn_from.shape[1]] = drawn_from
             drafts[:, step], confidences[:, step] = fed, confidence
             width = 1
         self._count(slots, attention)
-        return Drafts(drafts, confidences, probabilities if draws else None)
+        return Drafts(drafts, confidences, probabilities)
 
     def _places(
         self, slots: Tensor, positions: Tensor

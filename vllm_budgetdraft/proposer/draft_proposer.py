@@ -25,6 +25,7 @@ from vllm_budgetdraft.proposer.draft_loop import (
     Drafts,
     Draws,
 )
+from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.memory import BATCH_TOKENS, MemoryPlan, packs_matrices
 from vllm_budgetdraft.proposer.prompt_reader import PromptReader, TokensOf
 
@@ -43,6 +44,7 @@ class DraftProposer:
         max_drafts: k.
         max_append: most tokens of a request that one ``append`` takes.
         num_graphs: graphs that drafts replay; 0 where they run eagerly.
+        drawn_logits: what drafts are drawn from, if it is told as logits.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class DraftProposer:
         seed: int,
         plan: MemoryPlan,
         step_tokens: int,
+        tells_logits: bool,
     ) -> None:
         self.drafter = drafter
         self.operations = operations
@@ -83,6 +86,15 @@ class DraftProposer:
         if draws:
             # Its own, for verification must not know the noise of what it verifies.
             self._generator = torch.Generator(self.device).manual_seed(seed)
+        self.drawn_logits: DrawnLogits | None = None
+        if draws and tells_logits:
+            self.drawn_logits = DrawnLogits(
+                cache.num_slots,
+                self.max_drafts,
+                drafter.config.vocab_size,
+                cache.pool.keys.dtype,
+                self.device,
+            )
         self._loop = DraftLoop(
             drafter,
             cache,
@@ -91,6 +103,7 @@ class DraftProposer:
             max_drafts=self.max_drafts,
             max_width=self.max_append,
             draws=draws,
+            drawn_logits=self.drawn_logits,
             counts_attention=policy.accumulates_attention,
         )
         self._graphs: DraftGraphs | None = None
@@ -109,6 +122,7 @@ class DraftProposer:
         seed: int = 0,
         batch_tokens: int = BATCH_TOKENS,
         target_cost: float = 1.0,
+        tells_logits: bool = False,
     ) -> "DraftProposer":
         """Loads the drafter and allocates everything that drafting will ever need.
 
@@ -119,6 +133,8 @@ class DraftProposer:
             seed: of sampled drafts.
             batch_tokens: most tokens that a step of the target computes.
             target_cost: of a token, in those that the drafter reads in that time.
+            tells_logits: whether what drafts are drawn from is told as logits by slot,
+                see ``drawn_logits``, and not as probabilities by row.
 
         Raises:
             UnsupportedDrafterError, ConfigurationError: see ``load_drafter``,
@@ -137,6 +153,7 @@ class DraftProposer:
             max_model_len=max_model_len,
             dtype=dtype,
             batch_tokens=batch_tokens,
+            tells_logits=tells_logits,
         )
         capacity = settled.cache_capacity(max_model_len)
         scratch_tokens = plan.prompt_scratch // plan.bytes_per_token
@@ -192,6 +209,7 @@ class DraftProposer:
             seed,
             plan,
             settled.max_step_tokens or step_tokens,
+            tells_logits,
         )
 
     @property

@@ -10,6 +10,7 @@ from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig
 from vllm_budgetdraft.drafter.configuration import check_native_range, head_dim
 from vllm_budgetdraft.drafter.packing import can_pack
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.proposer.drawn_logits import logits_dtype
 
 MIB, GIB = 2**20, 2**30
 #: Of a step, where no engine says.
@@ -30,7 +31,7 @@ class MemoryPlan:
         cache: the whole pool, and its spare page.
         prompt_scratch: keys and values of prompts being read: the longest, and as many
             tokens as one pass reads.
-        probabilities: distributions that drafts are drawn from.
+        distributions: what drafts are drawn from.
     """
 
     bytes_per_token: int
@@ -41,7 +42,7 @@ class MemoryPlan:
     pass_tokens: int
     cache: int
     prompt_scratch: int
-    probabilities: int
+    distributions: int
 
     @classmethod
     def of(
@@ -53,11 +54,13 @@ class MemoryPlan:
         max_model_len: int,
         dtype: torch.dtype,
         batch_tokens: int = BATCH_TOKENS,
+        tells_logits: bool = False,
     ) -> "MemoryPlan":
         """
         Args:
             num_slots: requests that draft at once, given the memory.
             batch_tokens: most tokens that a step of the target computes.
+            tells_logits: see ``DraftProposer.build``.
 
         Raises:
             ConfigurationError: pool_memory_gib does not hold one request; or see
@@ -86,7 +89,10 @@ class MemoryPlan:
         pass_tokens = config.pass_tokens(batch_tokens)
         scratch = min(held + pass_tokens, num_slots * held)
         is_drawn = config.draft_sample_method == "probabilistic"
-        drafts = num_slots * config.num_speculative_tokens
+        number = drafter.vocab_size * config.num_speculative_tokens
+        distributions = 4 * num_slots * number
+        if tells_logits:  # one more, of the spare slot
+            distributions = logits_dtype(dtype).itemsize * (num_slots + 1) * number
         return cls(
             bytes_per_token=per_token,
             capacity=capacity,
@@ -96,7 +102,7 @@ class MemoryPlan:
             pass_tokens=pass_tokens,
             cache=(num_pages + 1) * page,
             prompt_scratch=scratch * per_token,
-            probabilities=is_drawn * drafts * drafter.vocab_size * 4,
+            distributions=is_drawn * distributions,
         )
 
     def describe(self, *, weights: int, scratch: int) -> str:
@@ -104,7 +110,7 @@ class MemoryPlan:
 
         Args:
             weights: bytes of the drafter.
-            scratch: bytes of all buffers, ``probabilities`` among them.
+            scratch: bytes of all buffers, ``distributions`` among them.
         """
         return (
             f"drafter weights {weights / MIB:.1f} MiB, draft cache "
@@ -113,7 +119,7 @@ class MemoryPlan:
             "KiB each; the drafter's full cache would take "
             f"{self.full_cache_per_request / 1024:.1f} KiB each), scratch "
             f"{scratch / MIB:.1f} MiB, of which distributions of drafts "
-            f"{self.probabilities / MIB:.1f} MiB (draft_sample_method)"
+            f"{self.distributions / MIB:.1f} MiB (draft_sample_method)"
         )
 
 

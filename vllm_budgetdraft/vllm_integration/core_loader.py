@@ -13,11 +13,16 @@ from vllm_budgetdraft.proposer.warm_up import warm_up
 from vllm_budgetdraft.vllm_integration.faults import logger
 
 
-def load_core(vllm_config: VllmConfig, target: nn.Module) -> DraftProposer:
+def load_core(
+    vllm_config: VllmConfig, target: nn.Module, *, tells_logits: bool = False
+) -> DraftProposer:
     """Loads the drafter beside the target, and allocates, compiles and captures all.
 
     To be called where vLLM loads models: only what lives after that does it count as
     used, and whatever is compiled after start-up would make a request wait.
+
+    Args:
+        tells_logits: see ``DraftProposer.build``.
     """
     config = vllm_config.speculative_config.settings
     max_model_len = vllm_config.model_config.max_model_len
@@ -34,6 +39,7 @@ def load_core(vllm_config: VllmConfig, target: nn.Module) -> DraftProposer:
         seed=vllm_config.model_config.seed,
         batch_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         target_cost=_target_cost(vllm_config),
+        tells_logits=tells_logits,
     )
     warm_up(core)
     if is_gpu(device) and not vllm_config.model_config.enforce_eager:

@@ -17,6 +17,7 @@ class Progress:
 
     Attributes:
         num_prefill: tokens that it came with.
+        is_greedy: whether vLLM looks at no logits of its drafts.
         num_to_read: first tokens of its context that are read, not fed with drafts.
         why_not: a reason of ``drafts_skipped`` for one that holds no slot.
         waits: whether it does so until there are pages.
@@ -30,6 +31,7 @@ class Progress:
 
     request_id: str
     num_prefill: int
+    is_greedy: bool
     kv_budget: int | None = None
     why_not: str = ""
     waits: bool = False

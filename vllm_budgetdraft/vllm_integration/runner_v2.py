@@ -12,14 +12,17 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_budgetdraft.config import parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
-from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
+from vllm_budgetdraft.proposer.memory import resolve_dtype
 from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration.core_loader import load_core
+from vllm_budgetdraft.vllm_integration.draft_output import DraftOutput
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
-from vllm_budgetdraft.vllm_integration.sampling import NEVER, as_logits, draft_sampling
+from vllm_budgetdraft.vllm_integration.sampling import draft_sampling, is_greedy
 from vllm_budgetdraft.vllm_integration.statistics import STEP_COSTS, DraftStatistics
 from vllm_budgetdraft.vllm_integration.step_timing import time_steps
 
@@ -29,8 +32,10 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
 
     An index of the runner is a slot of the proposer. Tokens, lengths and drafts stay on
     the device: nothing waits for it (but see ``_begin_anew``), and scheduling may run
-    ahead. vLLM verifies drafts of every row; one that did not draft repeats its last
-    token, "drawn" with the probability 1, which is as lossless as any draft.
+    ahead.
+
+    Attributes:
+        drafted: ids of the requests that drafted in the last step.
     """
 
     # A vLLM module, attention layers, and whatever hangs on them: there are none.
@@ -54,6 +59,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         self._max_model_len = vllm_config.model_config.max_model_len
         self._core: DraftProposer
         self._progress: dict[int, Progress] = {}
+        self.drafted: set[str] = set()
         self._statistics = DraftStatistics()
         self._faults = FaultLog(self._statistics)
         self._timer = DraftTimer(device)
@@ -71,18 +77,23 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         """Allocates everything: only what lives after this does vLLM count as used."""
         device, config = self.device, self._config
         num_slots = self.vllm_config.scheduler_config.max_num_seqs
-        shape = (num_slots, config.num_speculative_tokens)
-        self._drafts = torch.zeros(shape, dtype=torch.int64, device=device)
-        if config.draft_sample_method == "probabilistic":
-            vocab_size = self.vllm_config.model_config.get_vocab_size()
-            self.draft_logits = torch.zeros((*shape, vocab_size), device=device)
+        num_drafts, drawn_logits = config.num_speculative_tokens, None
         if self._is_leader:
-            self._core = load_core(self.vllm_config, target_model)
+            self._core = load_core(self.vllm_config, target_model, tells_logits=True)
+            drawn_logits = self._core.drawn_logits
             self._observer = CoreObserver(self._core, self._statistics)
             self._num_cached = torch.zeros(num_slots, dtype=torch.int64, device=device)
             self._temperatures = torch.zeros(num_slots, device=device)
             self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
             self._offsets = torch.arange(self._core.max_append, device=device)
+        elif config.draft_sample_method == "probabilistic":
+            target = self.vllm_config.model_config
+            dtype = resolve_dtype(config, device.type, target.dtype)
+            drawn_logits = DrawnLogits(
+                num_slots, num_drafts, target.get_vocab_size(), dtype, device
+            )
+        self._output = DraftOutput(num_slots, num_drafts, drawn_logits, device)
+        self.draft_logits = self._output.logits
 
     @property
     def _is_leader(self) -> bool:
@@ -111,8 +122,11 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             return
         index = self._states.req_id_to_index[request_id]
         self._release(index)
-        progress = Progress(request_id, len(request.prefill_token_ids))
-        self._progress[index] = progress
+        self._progress[index] = progress = Progress(
+            request_id,
+            len(request.prefill_token_ids),
+            is_greedy(request.sampling_params),
+        )
         try:
             self._start(index, progress, request)
         except Exception as error:
@@ -163,10 +177,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
 
         Args:
             last_sampled: [max_num_reqs, 1], by index.
-            temperature: [max_num_reqs], by index.
             num_speculative_tokens: that will be verified; k if None.
         """
-        drafts = self._drafts[: input_batch.num_reqs]
+        drafts = self._output.rows(input_batch.num_reqs)
         if dummy_run:
             return drafts
         indices = input_batch.idx_mapping
@@ -179,13 +192,13 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             last_tokens = last_sampled[indices]
             with self._timer.measure():
                 try:
-                    self._propose(input_batch, drafts, last_tokens, length, temperature)
+                    self._propose(input_batch, last_tokens, length)
                 except Exception as error:
                     # Of no request in particular, so that no cache is known to be good.
                     self._reset(error)
-                    self._repeat(indices, drafts, last_tokens)
+                    self._output.repeat(indices, last_tokens)
         if self._is_parallel:
-            self._share(drafts, indices)
+            self._output.share(indices)
         return drafts
 
     def time_steps(self, runner: Any) -> None:
@@ -207,45 +220,35 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             self._step_costs = None
         return taken
 
-    def _propose(
-        self,
-        input_batch: Any,
-        drafts: Tensor,
-        last_tokens: Tensor,
-        length: int,
-        temperature: Tensor,
-    ) -> None:
+    def _propose(self, input_batch: Any, last_tokens: Tensor, length: int) -> None:
         """Drafts of the rows that can, and last tokens of the others."""
+        self.drafted = set()
         self.release_ended()
         rows = self._ready(input_batch, length)
         indices = slots = input_batch.idx_mapping
-        where: Tensor | slice = slice(None)
+        batch = [self._progress.get(i) for i in input_batch.idx_mapping_np.tolist()]
+        is_told = not all(progress and progress.is_greedy for progress in batch)
+        where: Tensor | slice = slice(input_batch.num_reqs)
         are_all_ready = len(rows) == input_batch.num_reqs
         if not are_all_ready:
-            self._repeat(indices, drafts, last_tokens)
+            self._output.repeat(indices, last_tokens, is_told)
         if not rows:
             return
         if not are_all_ready:
             where = async_tensor_h2d(rows, device=self.device, dtype=torch.int64)
             slots = indices[where]
-        drafting = input_batch.idx_mapping_np[rows].tolist()
-        are_cut = any(self._progress[index].is_cut for index in drafting)
-        drafted = self._draft(slots, length, are_cut)
-        tokens = self._hand_over(drafted, last_tokens[where], slots, temperature)
-        drafts[where, :length] = tokens
+        drafting = [progress for row in rows if (progress := batch[row])]
+        temperatures = top_k = None
+        if is_told and self.draft_logits is not None:
+            temperatures = self._temperatures[slots]
+        if any(progress.is_cut for progress in drafting):
+            top_k = self._top_k[slots]
+        drafted = self._core.draft(
+            slots, *self._context_ends(slots), length, temperatures, top_k
+        )
+        self._output.fill(where, slots, drafted, last_tokens[where], temperatures)
+        self.drafted = {progress.request_id for progress in drafting}
         self._faults.drafted()
-
-    def _share(self, drafts: Tensor, indices: Tensor) -> None:
-        """The leader's drafts, on every rank.
-
-        Each rank verifies them by itself: with other probabilities, ranks would accept
-        other tokens and no longer compute the same model.
-        """
-        group = get_tp_group()
-        drafts[:] = group.broadcast(drafts.clone(), src=0)
-        if self.draft_logits is not None:
-            shared = self.draft_logits[indices]
-            self.draft_logits[indices] = group.broadcast(shared, src=0)
 
     def release_ended(self) -> None:
         """Releases the slots of requests that are over."""
@@ -376,38 +379,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
             progress.max_missing -= width
             self._to_feed -= width
 
-    def _draft(self, slots: Tensor, length: int, are_cut: bool) -> Drafts:
+    def _context_ends(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The last tokens [B, FIRST_WIDTH] of contexts, and their lengths [B]."""
         states = self._states
         ends = states.total_len.gpu[slots].to(torch.int64)
         last = ends[:, None] + self._offsets[:FIRST_WIDTH] - FIRST_WIDTH
-        tokens = states.all_token_ids.gpu[slots[:, None], last].to(torch.int64)
-        draws = self.draft_logits is not None
-        temperatures = self._temperatures[slots] if draws else None
-        top_k = self._top_k[slots] if are_cut else None
-        return self._core.draft(slots, tokens, ends, length, temperatures, top_k)
-
-    def _repeat(self, indices: Tensor, drafts: Tensor, last_tokens: Tensor) -> None:
-        """Has every row [num_reqs] draft its last token, for certain."""
-        drafts[:] = last_tokens
-        if self.draft_logits is not None:
-            self.draft_logits[indices] = NEVER
-            columns = torch.arange(drafts.shape[1], device=self.device)
-            self.draft_logits[indices[:, None], columns, drafts] = 0.0
-
-    def _hand_over(
-        self, drafted: Drafts, last_tokens: Tensor, slots: Tensor, temperature: Tensor
-    ) -> Tensor:
-        """Tokens for vLLM, [B, k], which is told what they were drawn from.
-
-        Where the drafter's logits are not finite, the last token comes instead.
-        """
-        is_sound = drafted.confidences.isfinite()
-        tokens = torch.where(is_sound, drafted.tokens, last_tokens)
-        if self.draft_logits is not None:
-            assert drafted.probabilities is not None
-            logits = as_logits(drafted.probabilities, temperature[slots])
-            certain = logits.gather(2, tokens[..., None])
-            certain.masked_fill_(~is_sound[..., None], 0.0)
-            told = logits.scatter_(2, tokens[..., None], certain)
-            self.draft_logits[slots, : tokens.shape[1]] = told
-        return tokens
+        return states.all_token_ids.gpu[slots[:, None], last].to(torch.int64), ends

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: Logit of a token that is not drafted; finite, for it is scaled by temperatures.
-NEVER = -1e30
+from vllm_budgetdraft.config import SettledConfig, parse_request_settings
+from vllm_budgetdraft.errors import ConfigurationError
+
 #: Temperatures below are greedy to vLLM.
 MIN_TEMPERATURE = 1e-5
 
@@ -23,6 +24,11 @@ class DraftSampling(NamedTuple):
     top_k: int = 0
 
 
+def is_greedy(params: Any) -> bool:
+    """Whether the target's likeliest tokens are taken."""
+    return params is None or params.temperature < MIN_TEMPERATURE
+
+
 def draft_sampling(params: Any) -> DraftSampling:
     """How a request's drafts come about.
 
@@ -35,7 +41,7 @@ def draft_sampling(params: Any) -> DraftSampling:
       ``rejection_sampler._follow_the_seed``), so that the likeliest draft is the
       best one.
     """
-    if params is None or params.temperature < MIN_TEMPERATURE:
+    if is_greedy(params):
         return DraftSampling()
     if params.seed is not None or params.structured_outputs is not None:
         return DraftSampling()
@@ -55,7 +61,18 @@ def as_tensors(
     return temperatures, torch.tensor([each.top_k for each in batch]).to(device)
 
 
-def as_logits(probabilities: Tensor, temperatures: Tensor) -> Tensor:
-    """What vLLM, dividing by a request's temperature [B], has of [B, k, V] again."""
-    logits = probabilities.log().mul_(temperatures[:, None, None])
-    return logits.nan_to_num_(NEVER, NEVER, NEVER)
+def most_drafts(request: Any, config: SettledConfig) -> int:
+    """How many drafts of a request are to be verified at once.
+
+    Args:
+        request: of vLLM's scheduler.
+    """
+    if request.prompt_embeds is not None:
+        return 0
+    params = request.sampling_params
+    try:
+        asked = parse_request_settings(params and params.extra_args, config)
+    except ConfigurationError:  # for which the worker drafts nothing, and says so
+        return 0
+    limit = asked.num_speculative_tokens
+    return config.num_speculative_tokens if limit is None else limit

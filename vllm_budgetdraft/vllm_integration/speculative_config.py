@@ -141,7 +141,12 @@ def compare_vocabularies(drafter: str, target: Any) -> str | None:
 
 
 def only_on_v1(vllm_config: VllmConfig) -> list[str]:
-    """What is asked for that needs vLLM's model runner V1, as vLLM names features."""
+    """What is asked for that needs vLLM's model runner V1, as vLLM names features.
+
+    FlexDraft lists the target's pages by lengths that V2 leaves on the device. With a
+    threshold, drafts tell how many of them are worth verifying, which V2's scheduler,
+    where it schedules ahead, has said before there are any.
+    """
     config: SettledConfig = vllm_config.speculative_config.settings
     needs = {
         "budgetdraft's flexdraft drafters": config.drafter_type == "flexdraft",

@@ -11,6 +11,9 @@ from vllm_budgetdraft.vllm_integration.patches import (
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 from vllm_budgetdraft.vllm_integration.statistics import STEP_COSTS
 
+#: Of a scheduler's Request, most drafts that it may have.
+ATTRIBUTE = "budgetdraft_most_drafts"
+
 
 def apply() -> None:
     """Patches what decides for a runner, in every process, before the runner loads."""
@@ -43,7 +46,7 @@ def _support_ours(original: Function) -> Function:
             return unsupported
         from vllm_budgetdraft.vllm_integration.speculative_config import only_on_v1
 
-        _adapt_lengths()
+        _patch_scheduler()
         method = "speculative method 'custom_class'"
         others = [feature for feature in unsupported if feature != method]
         return others + only_on_v1(self)
@@ -72,6 +75,7 @@ def _make_ours(original: Function) -> Function:
                 config.num_speculative_tokens
             )
         wrap_method(GPUModelRunner, "add_requests", _announce)
+        wrap_method(GPUModelRunner, "take_draft_token_ids", _leave_out)
         statistics.apply_to_worker()
         step_timing.apply_to_worker()
         logprobs.apply_to_runner_v2()
@@ -96,12 +100,62 @@ def _announce(original: Function) -> Function:
     return add_requests
 
 
-def _adapt_lengths() -> None:
-    """Patches the scheduler; to be called where its class is about to be loaded."""
+def _leave_out(original: Function) -> Function:
+    """Symptom: of a request that did not draft, its last token is verified, repeated.
+
+    Reason: the runner says that every row has drafts, and asks no speculator. Where the
+    engine schedules ahead, nobody asks the runner either. Remove when a speculator can
+    say whose drafts there are.
+    """
+
+    def take_draft_token_ids(self: Any) -> Any:
+        taken = original(self)
+        if (
+            taken is not None
+            and _is_ours(self.vllm_config)
+            and not self.vllm_config.scheduler_config.async_scheduling
+        ):
+            for request_id, tokens in zip(
+                taken.req_ids, taken.draft_token_ids, strict=True
+            ):
+                if request_id not in self.speculator.drafted:
+                    tokens.clear()
+        return taken
+
+    return take_draft_token_ids
+
+
+def _patch_scheduler() -> None:
+    """To be called where the scheduler's class is about to be loaded."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    wrap_method(Scheduler, "schedule", _limit_drafts)
     wrap_method(Scheduler, "__init__", _choose_lengths)
     wrap_method(Scheduler, "update_from_output", _learn_acceptance)
+
+
+def _limit_drafts(original: Function) -> Function:
+    """Symptom: a request that asked for fewer drafts, or for none, or whose prompt of
+    embeddings allows none, has as many verified as all others.
+
+    Reason: V2's speculator drafts one number for a batch, and the scheduler plans so
+    many for each request. Remove when a request can have a number of its own.
+    """
+    from vllm_budgetdraft.vllm_integration.sampling import most_drafts
+
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(self.vllm_config):
+            config = self.vllm_config.speculative_config
+            for request in self.running:
+                limit = getattr(request, ATTRIBUTE, None)
+                if limit is None:
+                    limit = most_drafts(request, config.settings)
+                    setattr(request, ATTRIBUTE, limit)
+                if len(request.spec_token_ids) > limit:
+                    request.spec_token_ids = request.spec_token_ids[:limit]
+        return original(self, *args, **kwargs)
+
+    return schedule
 
 
 def _choose_lengths(original: Function) -> Function:

@@ -1,0 +1,70 @@
+"""What drafts are drawn from, as logits by slot, for a verifier that reads those."""
+
+import torch
+from torch import Tensor
+
+#: Logit of what is not drafted, and of what is drafted for certain: finite, for it is
+#: divided by a temperature, and so large that the softmax of the others is 0.
+NEVER, CERTAIN = -torch.inf, 1e30
+
+
+def logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of logits that a drafter of a type computed: the smallest that holds them all.
+
+    float16 has no room for ``CERTAIN``.
+    """
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+class DrawnLogits:
+    """
+    Attributes:
+        logits: [num_slots + 1, k, V]. Over its temperature, the softmax of a token's is
+            what it was drawn from. The last slot is the cache's spare one.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_drafts: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            dtype: the drafter's.
+        """
+        shape = (num_slots + 1, num_drafts, vocab_size)
+        self.logits = torch.zeros(shape, dtype=logits_dtype(dtype), device=device)
+        self._steps = torch.arange(num_drafts, device=device)
+
+    def store(self, slots: Tensor, step: int, logits: Tensor) -> Tensor:
+        """Stores logits [B, V or fewer], and returns them as they are stored.
+
+        A token must be drawn from these: less the largest, they are rounded anew, so
+        that a low temperature leaves them their differences. A row whose largest is not
+        finite has ``NEVER`` alone.
+        """
+        logits = logits.to(self.logits.dtype)
+        logits = logits - logits.amax(-1, keepdim=True)
+        logits.nan_to_num_(NEVER, NEVER, NEVER)
+        vocab_size = logits.shape[1]
+        self.logits[slots, step, :vocab_size] = logits
+        if vocab_size < self.logits.shape[2]:
+            self.logits[slots, step, vocab_size:] = NEVER
+        return logits
+
+    def make_certain(self, slots: Tensor, tokens: Tensor, where: Tensor) -> None:
+        """Stores of some tokens [B, k] that nothing else might have been drafted.
+
+        Args:
+            where: [B, k] or [B, 1] bool.
+        """
+        cells = slots[:, None], self._steps[: tokens.shape[1]], tokens
+        self.logits[cells] = self.logits[cells].masked_fill(where, CERTAIN)
+
+    def store_certain(self, slots: Tensor, tokens: Tensor) -> None:
+        """Stores tokens [B, k] that nobody drew."""
+        self.logits[slots] = NEVER
+        self.logits[slots[:, None], self._steps[: tokens.shape[1]], tokens] = CERTAIN
