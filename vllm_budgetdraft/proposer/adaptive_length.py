@@ -62,9 +62,8 @@ class Acceptance:
 
     def forget_all_but(self, requests: Sequence[str]) -> None:
         """Forgets requests that are over."""
-        if len(self._requests) > len(requests):
-            known = self._requests
-            self._requests = {each: known[each] for each in requests if each in known}
+        known = self._requests
+        self._requests = {each: known[each] for each in requests if each in known}
 
     def chances(self, requests: Sequence[str]) -> ByLength:
         """[len(requests), max_length], that a draft and all before it are accepted.
