@@ -57,5 +57,9 @@ def counted_launches() -> Iterator[Counter[str]]:
     def launch_as_one(executor: Any, *args: Any, **kwargs: Any) -> None:
         as_one(executor.fn.__name__, lambda: launch(executor, *args, **kwargs))
 
-    with Functions(), Operations(), patch.object(GridExecutor, "__call__", launch_as_one):
+    with (
+        Functions(),
+        Operations(),
+        patch.object(GridExecutor, "__call__", launch_as_one),
+    ):
         yield launches
