@@ -22,7 +22,7 @@ class LaunchSettings:
         compaction_rows: kept positions per program.
         chunk_scores_tokens: tokens per program, or one chunk if that is longer.
         vocabulary_tile: logits per program.
-        linear_rows: rows that ``linear`` multiplies by itself, at most.
+        linear_rows: most rows that ``linear`` does not leave to PyTorch, a power of 2.
         linear_outputs: outputs of ``linear`` per program.
     """
 

@@ -131,7 +131,7 @@ def linear(
             INPUTS=num_inputs,
             OUTPUTS=num_outputs,
             GATED=gated,
-            ROW_BLOCK=max(triton.next_power_of_2(num_rows), MIN_ROWS),
+            ROW_BLOCK=MIN_ROWS if num_rows <= MIN_ROWS else settings.linear_rows,
             OUTPUT_BLOCK=block,
             TILE=tile,
             STAGES=STAGES,
