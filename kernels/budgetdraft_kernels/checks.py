@@ -258,19 +258,28 @@ def check_linear(
 
 
 def check_logits(
-    logits: Tensor, temperatures: Tensor | None = None, seeds: Tensor | None = None
+    logits: Tensor,
+    temperatures: Tensor | None = None,
+    seeds: Tensor | None = None,
+    out: tuple[Tensor, ...] | None = None,
 ) -> None:
     """Arguments of ``greedy_pick`` and ``gumbel_pick``."""
+    tokens, confidences, probabilities = (*(out or ()), None, None, None)[:3]
     tensors = {
         "logits": (logits, ("B", "V")),
         "temperatures": (temperatures, ("B",)),
         "seeds": (seeds, ("B",)),
+        "tokens": (tokens, ("B",)),
+        "confidences": (confidences, ("B",)),
+        "probabilities": (probabilities, ("B", "V")),
     }
     _check_tensors(tensors)
     _check_types(FLOATS, logits=logits)
     _check_types((torch.float32,), temperatures=temperatures)
-    _check_types((torch.int64,), seeds=seeds)
-    _check_last_contiguous(logits=logits)
+    _check_types((torch.float32,), confidences=confidences, probabilities=probabilities)
+    _check_types((torch.int64,), seeds=seeds, tokens=tokens)
+    _check_last_contiguous(logits=logits, probabilities=probabilities)
+    _check_same_strides(tokens=tokens, confidences=confidences)
     _check_contiguous(temperatures=temperatures, seeds=seeds)
     if not logits.shape[1]:
         raise ValueError("logits has no vocabulary, V=0")

@@ -3,18 +3,28 @@
 Letters in shapes: B requests, V vocabulary.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from budgetdraft_kernels.checks import check_logits
 from budgetdraft_kernels.philox import philox_uniform
 
+Results = TypeVar("Results", bound=tuple[Tensor, ...])
 
-def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tensor]:
+
+def greedy_pick(
+    logits: Tensor,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    validate: bool = True,
+) -> tuple[Tensor, Tensor]:
     """The likeliest token, and how sure the model is of it.
 
     Args:
         logits: [B, V].
+        out: receives the results, and is returned.
         validate: whether to check the arguments.
 
     Returns:
@@ -25,12 +35,18 @@ def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tenso
         ValueError, TypeError: logits of another shape, layout or type.
     """
     if validate:
-        check_logits(logits)
-    return logits.max(-1).indices, logits.float().softmax(-1).amax(-1)
+        check_logits(logits, out=out)
+    picked = logits.max(-1).indices, logits.float().softmax(-1).amax(-1)
+    return _written(picked, out)
 
 
 def gumbel_pick(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, *, validate: bool = True
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A token drawn from the softmax, with what rejection sampling needs to undo it.
 
@@ -43,6 +59,7 @@ def gumbel_pick(
         temperatures: [B] float32. At 0 the likeliest token is picked, and has all the
             probability.
         seeds: [B] int64, a new one for every draw.
+        out: receives the results, and is returned.
         validate: whether to check the arguments; reads temperatures back, which waits
             for the device.
 
@@ -58,7 +75,7 @@ def gumbel_pick(
         TypeError: a tensor of another type.
     """
     if validate:
-        check_logits(logits, temperatures, seeds)
+        check_logits(logits, temperatures, seeds, out)
     greedy = temperatures[:, None] == 0
     # Less the largest first: what a low temperature makes large holds no noise.
     x = logits.float() - logits.float().amax(-1, keepdim=True)
@@ -68,4 +85,13 @@ def gumbel_pick(
     tokens = torch.where(greedy, x, x + noise).argmax(-1, keepdim=True)
     one_hot = torch.zeros_like(x).scatter(1, tokens, 1.0)
     softmax = x.softmax(-1)
-    return tokens[:, 0], softmax.amax(-1), torch.where(greedy, one_hot, softmax)
+    drawn_from = torch.where(greedy, one_hot, softmax)
+    return _written((tokens[:, 0], softmax.amax(-1), drawn_from), out)
+
+
+def _written(results: Results, out: Results | None) -> Results:
+    if out is None:
+        return results
+    for place, result in zip(out, results, strict=True):
+        place.copy_(result)
+    return out
