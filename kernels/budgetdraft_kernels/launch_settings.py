@@ -23,7 +23,7 @@ class LaunchSettings:
         chunk_scores_tokens: tokens per program, or one chunk if that is longer.
         vocabulary_tile: logits per program.
         linear_rows: most rows that ``linear`` does not leave to PyTorch, a power of 2.
-        linear_outputs: outputs of ``linear`` per program.
+        linear_outputs: outputs of ``linear`` per program; neither has been measured.
     """
 
     attention_tile_bytes: int = 16384
