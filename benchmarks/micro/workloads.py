@@ -169,6 +169,26 @@ def cache_write(shape: ModelShape, num_tokens: int, device: torch.device) -> Wor
     return Workload(sets, moved_bytes)
 
 
+def linear(shape: ModelShape, num_tokens: int, device: torch.device) -> Workload:
+    """Of ``linear``: a layer's gate and up with the norm before them."""
+    torch.manual_seed(SEED)
+    hidden = shape.num_heads * shape.head_dim
+    inner = 4 * hidden
+    numbers = 2 * inner * hidden + hidden + num_tokens * (hidden + inner)
+    moved_bytes = numbers * draft_dtype(device).itemsize
+    sets = [
+        {
+            "x": normal(num_tokens, hidden, device=device),
+            "weight": normal(2 * inner, hidden, device=device) * hidden**-0.5,
+            "norm": normal(hidden, device=device),
+            "eps": 1e-5,
+            "gated": True,
+        }
+        for _ in range(_num_sets(moved_bytes, device))
+    ]
+    return Workload(sets, moved_bytes)
+
+
 def chunk_scores(
     shape: ModelShape,
     num_tokens: int,

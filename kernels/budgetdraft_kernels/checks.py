@@ -1,12 +1,11 @@
-"""What the operations refuse, with the value and the limit in the message.
-
-Checks of indices read them back, which waits for the device.
-"""
+"""What the operations refuse, with the value and the limit in the message."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from budgetdraft_kernels.index_checks import check_cells, check_page_table, check_range
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
@@ -91,7 +90,7 @@ def check_attention(
     )
     _check_same_strides(key_pages=key_pages, value_pages=value_pages)
     _check_same_strides(cos=cos, sin=sin)
-    _check_page_table(
+    check_page_table(
         page_table,
         lengths,
         query_starts,
@@ -109,10 +108,12 @@ def check_cache_write(
     key_pages: Tensor,
     value_pages: Tensor,
     cells: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
 ) -> None:
     """Arguments of ``paged_cache_write``."""
+    query_norm, key_norm, _ = norms or (None, None, 0.0)
     tensors = {
         "qkv": (qkv, ("T", "heads", "D")),
         "cos": (cos, ("T", "D")),
@@ -120,6 +121,8 @@ def check_cache_write(
         "key_pages": (key_pages, ("num_pages", "P", "G", "D")),
         "value_pages": (value_pages, ("num_pages", "P", "G", "D")),
         "cells": (cells, ("T",)),
+        "query_norm": (query_norm, ("D",)),
+        "key_norm": (key_norm, ("D",)),
         "key_scale": (key_scale, ("G",)),
         "value_scale": (value_scale, ("G",)),
     }
@@ -132,6 +135,7 @@ def check_cache_write(
         )
     _check_types(FLOATS, qkv=qkv, cos=cos, sin=sin)
     _check_types((qkv.dtype, FP8), key_pages=key_pages, value_pages=value_pages)
+    _check_types((qkv.dtype,), query_norm=query_norm, key_norm=key_norm)
     _check_types((torch.float32,), key_scale=key_scale, value_scale=value_scale)
     _check_types((torch.int64,), cells=cells)
     _check_last_contiguous(qkv=qkv, cos=cos)
@@ -140,10 +144,12 @@ def check_cache_write(
         key_pages=key_pages,
         value_pages=value_pages,
         cells=cells,
+        query_norm=query_norm,
+        key_norm=key_norm,
         key_scale=key_scale,
         value_scale=value_scale,
     )
-    _check_cells(cells, key_pages)
+    check_cells(cells, key_pages)
 
 
 def check_compaction(
@@ -182,8 +188,8 @@ def check_compaction(
         key_scale=key_scale,
         value_scale=value_scale,
     )
-    _check_range("kept", kept, keys.shape[1], f"a prompt of {keys.shape[1]} tokens")
-    _check_cells(cells, key_pages[0])
+    check_range("kept", kept, keys.shape[1], f"a prompt of {keys.shape[1]} tokens")
+    check_cells(cells, key_pages[0])
 
 
 def check_chunk_scores(
@@ -225,20 +231,55 @@ def check_accumulated_attention(queries: Tensor, keys: Tensor) -> None:
     _check_last_contiguous(queries=queries, keys=keys)
 
 
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    gated: bool,
+    residual: Tensor | None,
+) -> None:
+    """Arguments of ``linear``."""
+    rows, outputs = len(weight), len(weight) // 2 if gated else len(weight)
+    if gated and rows % 2:
+        raise ValueError(f"weight has {rows} rows; gate and up need as many each")
+    tensors: dict[str, tuple[Tensor | None, Shape]] = {
+        "x": (x, ("T", "K")),
+        "weight": (weight, ("rows", "K")),
+        "bias": (bias, (rows,)),
+        "norm": (norm, ("K",)),
+        "residual": (residual, ("T", outputs)),
+    }
+    _check_tensors(tensors)
+    _check_types(FLOATS, x=x)
+    others = {"weight": weight, "bias": bias, "norm": norm, "residual": residual}
+    _check_types((x.dtype,), **others)
+    _check_contiguous(x=x, **others)
+
+
 def check_logits(
-    logits: Tensor, temperatures: Tensor | None = None, seeds: Tensor | None = None
+    logits: Tensor,
+    temperatures: Tensor | None = None,
+    seeds: Tensor | None = None,
+    out: tuple[Tensor | None, ...] | None = None,
 ) -> None:
     """Arguments of ``greedy_pick`` and ``gumbel_pick``."""
+    tokens, confidences, probabilities = (*(out or ()), None, None, None)[:3]
     tensors = {
         "logits": (logits, ("B", "V")),
         "temperatures": (temperatures, ("B",)),
         "seeds": (seeds, ("B",)),
+        "tokens": (tokens, ("B",)),
+        "confidences": (confidences, ("B",)),
+        "probabilities": (probabilities, ("B", "V")),
     }
     _check_tensors(tensors)
     _check_types(FLOATS, logits=logits)
     _check_types((torch.float32,), temperatures=temperatures)
-    _check_types((torch.int64,), seeds=seeds)
-    _check_last_contiguous(logits=logits)
+    _check_types((torch.float32,), confidences=confidences, probabilities=probabilities)
+    _check_types((torch.int64,), seeds=seeds, tokens=tokens)
+    _check_last_contiguous(logits=logits, probabilities=probabilities)
+    _check_same_strides(tokens=tokens, confidences=confidences)
     _check_contiguous(temperatures=temperatures, seeds=seeds)
     if not logits.shape[1]:
         raise ValueError("logits has no vocabulary, V=0")
@@ -322,63 +363,3 @@ def _check_groups(queries: Tensor, num_kv_heads: int) -> None:
 def _check_rotary(x: Tensor, cos: Tensor) -> None:
     if x.shape[-1] % 2:
         raise ValueError(f"D={x.shape[-1]} is odd; rotary embedding turns pairs")
-
-
-def _check_cells(cells: Tensor, pages: Tensor) -> None:
-    num_pages, page_size = pages.shape[:2]
-    _check_range(
-        "cells", cells, num_pages * page_size, f"{num_pages} pages of {page_size} cells"
-    )
-
-
-def _check_page_table(
-    page_table: Tensor,
-    lengths: Tensor,
-    query_starts: Tensor,
-    num_tokens: int,
-    pages: Tensor,
-    max_query_tokens: int,
-    causal: bool,
-) -> None:
-    num_pages, page_size = pages.shape[:2]
-    held = page_table.shape[-1]
-    counts = query_starts.diff()
-    _check_range(
-        "lengths", lengths, held * page_size + 1, f"{held} pages of {page_size} tokens"
-    )
-    _check_range(
-        "query tokens of request ",
-        counts,
-        max_query_tokens + 1,
-        f"max_query_tokens={max_query_tokens}",
-    )
-    if (ends := (int(query_starts[0]), int(query_starts[-1]))) != (0, num_tokens):
-        raise ValueError(
-            f"query_starts go from {ends[0]} to {ends[1]}, not from 0 to the "
-            f"{num_tokens} query tokens"
-        )
-    excess = (counts > lengths) & (lengths > 0)
-    if causal and bool(excess.any()):
-        request = int(excess.nonzero()[0])
-        raise ValueError(
-            f"request {request} has {int(counts[request])} query tokens and "
-            f"length {int(lengths[request])}; the length counts its query tokens too"
-        )
-    read = torch.arange(held, device=lengths.device) < -(-lengths[:, None] // page_size)
-    read = read[:, None] if page_table.ndim == 3 else read
-    _check_range(
-        "page_table",
-        page_table.masked_fill(~read, 0),
-        num_pages,
-        f"a pool of {num_pages} pages",
-    )
-
-
-def _check_range(name: str, index: Tensor, limit: int, of_what: str) -> None:
-    outside = (index < 0) | (index >= limit)
-    if bool(outside.any()):
-        place = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}{place} is {int(index[tuple(place)])}, not from 0 to {limit - 1}: "
-            f"{of_what}"
-        )

@@ -22,6 +22,8 @@ class LaunchSettings:
         compaction_rows: kept positions per program.
         chunk_scores_tokens: tokens per program, or one chunk if that is longer.
         vocabulary_tile: logits per program.
+        linear_rows: most rows that ``linear`` does not leave to PyTorch, a power of 2.
+        linear_outputs: outputs of ``linear`` per program; neither has been measured.
     """
 
     attention_tile_bytes: int = 16384
@@ -31,6 +33,8 @@ class LaunchSettings:
     compaction_rows: int = 32
     chunk_scores_tokens: int = 64
     vocabulary_tile: int = 4096
+    linear_rows: int = 64
+    linear_outputs: int = 16
 
 
 #: By compute capability, of what has been measured.

@@ -1,4 +1,4 @@
-"""Rotary embedding and the write to the pages, in one pass over fused projections."""
+"""Norms, rotary embedding and the write to the pages, in one pass over projections."""
 
 import torch
 import triton
@@ -7,7 +7,18 @@ from torch import Tensor
 
 from budgetdraft_kernels import launch_settings
 from budgetdraft_kernels.checks import check_cache_write
+from budgetdraft_kernels.reference_projections import Norms
 from budgetdraft_kernels.storage import to_storage
+
+
+@triton.jit
+def normed(x, scale, query_norm, key_norm, half, HALF: tl.constexpr, is_query, is_key):
+    """Halves of heads [heads, half]; those of queries and keys have norms."""
+    q = tl.load(query_norm + half, mask=half < HALF, other=0.0).to(tl.float32)
+    k = tl.load(key_norm + half, mask=half < HALF, other=0.0).to(tl.float32)
+    norm = tl.where(is_query[:, None], q[None, :], k[None, :])
+    y = (x.to(tl.float32) * scale[:, None] * norm).to(x.dtype)
+    return tl.where((is_query | is_key)[:, None], y, x)
 
 
 @triton.jit(do_not_specialize=["num_cells"], do_not_specialize_on_alignment=["cells"])
@@ -19,6 +30,9 @@ def cache_write_kernel(
     cos,
     sin,
     cells,
+    query_norm,  # [D], or None
+    key_norm,
+    eps,
     key_scale,
     value_scale,
     num_cells,
@@ -49,6 +63,13 @@ def cache_write_kernel(
     mask = (is_query | is_key | is_value)[:, None] & in_half
     low = tl.load(lanes, mask=mask, other=0.0)
     high = tl.load(lanes + HALF, mask=mask, other=0.0)
+    if query_norm is not None:
+        squares = tl.sum(low.to(tl.float32) * low.to(tl.float32), 1)
+        squares += tl.sum(high.to(tl.float32) * high.to(tl.float32), 1)
+        scale = tl.rsqrt(squares / HEAD_DIM + eps)
+        low = normed(low, scale, query_norm, key_norm, half, HALF, is_query, is_key)
+        high_norms = query_norm + HALF, key_norm + HALF
+        high = normed(high, scale, *high_norms, half, HALF, is_query, is_key)
     # Both halves have the same angles; the second one's sine is not negated.
     angle = token * rotary_stride + half
     c = tl.load(cos + angle, mask=half < HALF, other=0.0).to(tl.float32)[None, :]
@@ -88,6 +109,7 @@ def paged_cache_write(
     cells: Tensor,
     *,
     rotate_keys: bool = True,
+    norms: Norms = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     validate: bool = True,
@@ -95,7 +117,7 @@ def paged_cache_write(
     """See ``reference.paged_cache_write``."""
     if validate:
         check_cache_write(
-            qkv, cos, sin, key_pages, value_pages, cells, key_scale, value_scale
+            qkv, cos, sin, key_pages, value_pages, cells, norms, key_scale, value_scale
         )
     num_tokens, all_heads, head_dim = qkv.shape
     num_pages, page_size, num_kv_heads, _ = key_pages.shape
@@ -114,6 +136,7 @@ def paged_cache_write(
             cos,
             sin,
             cells,
+            *(norms or (None, None, 0.0)),
             key_scale,
             value_scale,
             num_pages * page_size,

@@ -19,6 +19,8 @@ from budgetdraft_kernels.checks import (
 )
 from budgetdraft_kernels.reference_picks import greedy_pick as greedy_pick
 from budgetdraft_kernels.reference_picks import gumbel_pick as gumbel_pick
+from budgetdraft_kernels.reference_projections import Norms, normed_heads
+from budgetdraft_kernels.reference_projections import linear as linear
 
 #: Largest finite number of float8_e4m3fn.
 FP8_MAX = 448.0
@@ -69,11 +71,12 @@ def paged_cache_write(
     cells: Tensor,
     *,
     rotate_keys: bool = True,
+    norms: Norms = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     validate: bool = True,
 ) -> Tensor:
-    """Rotates queries and keys, and stores keys and values in one layer's pages.
+    """Norms and rotates queries and keys, stores keys and values in one layer's pages.
 
     Args:
         qkv: [T, H + 2 * G, D], the query, key and value heads of each token.
@@ -81,6 +84,7 @@ def paged_cache_write(
         key_pages, value_pages: [num_pages, P, G, D], written in place.
         cells: [T] int64, page * P + offset in the page; distinct.
         rotate_keys: False leaves keys as they are, for ``key_rotary`` at reading.
+        norms: see ``normed_heads``.
         key_scale, value_scale: [G] float32, what one unit of float8 pages stands for.
         validate: whether to check the arguments; reads indices back, which waits for
             the device.
@@ -94,9 +98,10 @@ def paged_cache_write(
     """
     if validate:
         check_cache_write(
-            qkv, cos, sin, key_pages, value_pages, cells, key_scale, value_scale
+            qkv, cos, sin, key_pages, value_pages, cells, norms, key_scale, value_scale
         )
     num_kv_heads = key_pages.shape[2]
+    qkv = normed_heads(qkv, num_kv_heads, norms)
     queries, keys, values = split_rotated(qkv, cos, sin, num_kv_heads)
     if not rotate_keys:
         keys = qkv[:, -2 * num_kv_heads : -num_kv_heads]

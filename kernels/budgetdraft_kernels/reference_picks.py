@@ -3,18 +3,28 @@
 Letters in shapes: B requests, V vocabulary.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from budgetdraft_kernels.checks import check_logits
 from budgetdraft_kernels.philox import philox_uniform
 
+Results = TypeVar("Results", bound=tuple[Tensor | None, ...])
 
-def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tensor]:
+
+def greedy_pick(
+    logits: Tensor,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    validate: bool = True,
+) -> tuple[Tensor, Tensor]:
     """The likeliest token, and how sure the model is of it.
 
     Args:
         logits: [B, V].
+        out: receives the results, and is returned.
         validate: whether to check the arguments.
 
     Returns:
@@ -25,8 +35,9 @@ def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tenso
         ValueError, TypeError: logits of another shape, layout or type.
     """
     if validate:
-        check_logits(logits)
-    return logits.max(-1).indices, logits.float().softmax(-1).amax(-1)
+        check_logits(logits, out=out)
+    picked = logits.max(-1).indices, logits.float().softmax(-1).amax(-1)
+    return _written(picked, out)
 
 
 def gumbel_pick(
@@ -34,7 +45,7 @@ def gumbel_pick(
     temperatures: Tensor,
     seeds: Tensor,
     *,
-    distributions: bool = True,
+    out: tuple[Tensor, Tensor, Tensor | None] | None = None,
     validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A token drawn from the softmax, with what rejection sampling needs to undo it.
@@ -48,7 +59,8 @@ def gumbel_pick(
         temperatures: [B] float32. At 0 the likeliest token is picked, and has all the
             probability.
         seeds: [B] int64, a new one for every draw.
-        distributions: whether what tokens are drawn from is returned.
+        out: receives the results, and is returned. Where its last is None, what tokens
+            are drawn from is not made.
         validate: whether to check the arguments; reads temperatures back, which waits
             for the device.
 
@@ -65,7 +77,7 @@ def gumbel_pick(
         TypeError: a tensor of another type.
     """
     if validate:
-        check_logits(logits, temperatures, seeds)
+        check_logits(logits, temperatures, seeds, out)
     greedy = temperatures[:, None] == 0
     # Less the largest first: what a low temperature makes large holds no noise.
     x = logits.float() - logits.float().amax(-1, keepdim=True)
@@ -75,7 +87,16 @@ def gumbel_pick(
     tokens = torch.where(greedy, x, x + noise).argmax(-1, keepdim=True)
     softmax = x.softmax(-1)
     drawn_from = None
-    if distributions:
+    if out is None or out[2] is not None:
         one_hot = torch.zeros_like(x).scatter(1, tokens, 1.0)
         drawn_from = torch.where(greedy, one_hot, softmax)
-    return tokens[:, 0], softmax.amax(-1), drawn_from
+    return _written((tokens[:, 0], softmax.amax(-1), drawn_from), out)
+
+
+def _written(results: Results, out: Results | None) -> Results:
+    if out is None:
+        return results
+    for place, result in zip(out, results, strict=True):
+        if place is not None and result is not None:
+            place.copy_(result)
+    return out

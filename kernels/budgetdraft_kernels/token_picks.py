@@ -67,10 +67,12 @@ def pick_part_kernel(
     tl.store(part_tokens + part, token)
 
 
-@triton.jit
+# Where results go is aligned in one step of a draft, and not in the next.
+@triton.jit(do_not_specialize_on_alignment=["tokens", "confidences"])
 def pick_join_kernel(
     tokens,  # [B]
     confidences,  # [B]
+    out_stride,
     largest,  # [B] float32, a row's largest logit; or None
     part_stats,
     part_tokens,
@@ -96,22 +98,24 @@ def pick_join_kernel(
     winner = index == tl.argmax(keys + x, 0)
     token = tl.sum(tl.where(winner, part_token, 0), 0)
     # A row of NaN has no winner, but still a token of the vocabulary.
-    tl.store(tokens + row, tl.minimum(token, vocab_size - 1).to(tl.int64))
+    tl.store(tokens + row * out_stride, tl.minimum(token, vocab_size - 1).to(tl.int64))
     # The largest logit itself weighs 1.
-    tl.store(confidences + row, 1.0 / tl.sum(part_sum * tl.exp(x), 0))
+    tl.store(confidences + row * out_stride, 1.0 / tl.sum(part_sum * tl.exp(x), 0))
     if largest is not None:
         tl.store(largest + row, highest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens", "confidences"])
 def probabilities_kernel(
     probabilities,  # [B, V]
     logits,
     temperatures,
     tokens,
     confidences,
+    out_stride,
     largest,
     row_stride,
+    probabilities_stride,
     vocab_size,
     TILE: tl.constexpr,
 ):
@@ -120,20 +124,26 @@ def probabilities_kernel(
     temperature = tl.load(temperatures + row)
     x = loaded_logits(logits, row, column, row_stride, vocab_size)
     x = relative(x, tl.load(largest + row), temperature)
-    one_hot = (column == tl.load(tokens + row)).to(tl.float32)
-    softmax = tl.exp(x) * tl.load(confidences + row)
+    one_hot = (column == tl.load(tokens + row * out_stride)).to(tl.float32)
+    softmax = tl.exp(x) * tl.load(confidences + row * out_stride)
     tl.store(
-        probabilities + row * vocab_size + column,
+        probabilities + row * probabilities_stride + column,
         tl.where(temperature == 0.0, one_hot, softmax),
         mask=column < vocab_size,
     )
 
 
-def greedy_pick(logits: Tensor, *, validate: bool = True) -> tuple[Tensor, Tensor]:
+def greedy_pick(
+    logits: Tensor,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    validate: bool = True,
+) -> tuple[Tensor, Tensor]:
     """See ``reference.greedy_pick``."""
     if validate:
-        check_logits(logits)
-    tokens, confidences, _ = _pick(logits, None, None)
+        check_logits(logits, out=out)
+    tokens, confidences = out or _new_picks(logits)
+    _pick(tokens, confidences, logits, None, None)
     return tokens, confidences
 
 
@@ -142,44 +152,57 @@ def gumbel_pick(
     temperatures: Tensor,
     seeds: Tensor,
     *,
-    distributions: bool = True,
+    out: tuple[Tensor, Tensor, Tensor | None] | None = None,
     validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See ``reference.gumbel_pick``."""
     if validate:
-        check_logits(logits, temperatures, seeds)
-    tokens, confidences, largest = _pick(logits, temperatures, seeds)
-    if not distributions:
-        return tokens, confidences, None
-    probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+        check_logits(logits, temperatures, seeds, out)
+    if out is None:
+        shape, device = logits.shape, logits.device
+        probabilities = torch.empty(shape, dtype=torch.float32, device=device)
+        out = (*_new_picks(logits), probabilities)
+    tokens, confidences, drawn_from = out
+    largest = _pick(tokens, confidences, logits, temperatures, seeds)
     batch, vocab_size = logits.shape
     tile = launch_settings.settings_of(logits.device).vocabulary_tile
-    if batch:
+    if batch and drawn_from is not None:
         probabilities_kernel[(batch, triton.cdiv(vocab_size, tile))](
-            probabilities,
+            drawn_from,
             logits,
             temperatures,
             tokens,
             confidences,
+            tokens.stride(0),
             largest,
             logits.stride(0),
+            drawn_from.stride(0),
             vocab_size,
             TILE=tile,
         )
-    return tokens, confidences, probabilities
+    return tokens, confidences, drawn_from
+
+
+def _new_picks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B] and confidences [B], to be written."""
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    return tokens, torch.empty_like(tokens, dtype=torch.float32)
 
 
 def _pick(
-    logits: Tensor, temperatures: Tensor | None, seeds: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    tokens: Tensor,
+    confidences: Tensor,
+    logits: Tensor,
+    temperatures: Tensor | None,
+    seeds: Tensor | None,
+) -> Tensor | None:
+    """Writes tokens and confidences; the largest logits [B], if tokens are drawn."""
     batch, vocab_size = logits.shape
     tile = launch_settings.settings_of(logits.device).vocabulary_tile
     parts = triton.cdiv(vocab_size, tile)
     new: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
     stats = torch.empty(3, batch, parts, **new)
     part_tokens = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
-    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    confidences = torch.empty(batch, **new)
     largest = None if temperatures is None else torch.empty(batch, **new)
     if batch:
         pick_part_kernel[(batch, parts)](
@@ -195,6 +218,7 @@ def _pick(
         pick_join_kernel[(batch,)](
             tokens,
             confidences,
+            tokens.stride(0),
             largest,
             stats,
             part_tokens,
@@ -203,4 +227,4 @@ def _pick(
             vocab_size,
             PARTS_BLOCK=triton.next_power_of_2(parts),
         )
-    return tokens, confidences, largest
+    return largest

@@ -40,6 +40,7 @@ def cache_write() -> Arguments:
         "key_pages": pages,
         "value_pages": pages.clone(),
         "cells": torch.tensor([0, 39, 7]),
+        "norms": (torch.ones(32), torch.ones(32), 1e-6),
         "key_scale": torch.ones(2),
         "value_scale": torch.ones(2),
     }
@@ -110,8 +111,8 @@ def ids(*numbers: int) -> torch.Tensor:
 
 
 HALF, DOUBLE = torch.float16, torch.float64
-#: In the operation's own file, for want of room here.
-CHECKED_ELSEWHERE = {"accumulated_attention"}
+#: In the operations' own files, for want of room here.
+CHECKED_ELSEWHERE = {"accumulated_attention", "linear"}
 ROTARY = (zeros(24, 32), zeros(24, 32))
 TABLE = [[0, 1, 2], [4, 3, -1]]
 
@@ -197,6 +198,7 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
         ({"key_pages": zeros(5, 8, 2, 16)}, r"key_pages .*16\], .*D=32"),
         ({"value_pages": zeros(5, 9, 2, 32)}, r"value_pages .*9, .*P=8"),
         ({"cells": ids(0, 1)}, r"cells has shape \[2\], not \[T=3\]"),
+        ({"norms": (zeros(32), zeros(16), 0.0)}, r"key_norm .*\[16\], not \[D=32\]"),
         ({"key_scale": torch.ones(3)}, r"key_scale has shape \[3\], not \[G=2\]"),
         ({"value_scale": torch.ones(1)}, r"value_scale has shape \[1\], not \[G=2\]"),
         (
@@ -206,6 +208,7 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
                 "sin": zeros(3, 5),
                 "key_pages": zeros(5, 8, 2, 5),
                 "value_pages": zeros(5, 8, 2, 5),
+                "norms": None,
             },
             r"D=5 is odd",
         ),
@@ -218,6 +221,7 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
             r"value_pages .*\(512, 32, 256, 1\)",
         ),
         ({"cells": strided(3, dtype=torch.int64)}, r"cells .*\(2,\)"),
+        ({"norms": (strided(32), zeros(32), 0.0)}, r"query_norm .*\(2,\)"),
         ({"key_scale": strided(2)}, r"key_scale .*\(2,\)"),
         ({"cells": ids(0, 40, 7)}, r"cells\[1\] is 40, .*0 to 39: 5 pages of 8 cells"),
         ({"cells": ids(0, 1, -1)}, r"cells\[2\] is -1, not from 0 to 39"),
@@ -310,6 +314,7 @@ WRONG_TYPES: dict[str, list[tuple[Arguments, str]]] = {
         ({"key_pages": zeros(5, 8, 2, 32).half()}, r"key_pages .*16, not .*float8"),
         ({"value_pages": zeros(5, 8, 2, 32).byte()}, r"value_pages is torch\.uint8"),
         ({"cells": ids(0, 1, 2).int()}, r"cells is torch\.int32, not torch\.int64"),
+        ({"norms": (zeros(32), zeros(32).half(), 0.0)}, r"key_norm .*float16"),
         ({"key_scale": torch.ones(2).half()}, r"key_scale is torch\.float16"),
         ({"value_scale": torch.ones(2).int()}, r"value_scale is torch\.int32"),
     ],

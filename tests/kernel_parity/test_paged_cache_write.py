@@ -27,6 +27,7 @@ class Case:
     rotary_type: torch.dtype = torch.float32
     scales: bool = False
     rotate_keys: bool = True
+    norms: bool = False
     qkv_of_more: bool = False
 
 
@@ -52,6 +53,13 @@ CASES = {
     ),
     "fp8_keys_only": Case(dtype=BF16, key_type=FP8, scales=True),
     "fp8_values_only": Case(value_type=FP8, scales=True),
+    "norms": Case(norms=True),
+    "norms_of_odd_heads": Case(heads=7, kv_heads=3, head_dim=10, norms=True),
+    "norms_of_keys_as_they_are": Case(head_dim=80, norms=True, rotate_keys=False),
+    "norms_bf16": Case(heads=24, dtype=BF16, head_dim=128, norms=True),
+    "norms_fp16_stored_as_fp8": Case(
+        dtype=FP16, key_type=FP8, value_type=FP8, scales=True, norms=True
+    ),
     "strided": Case(qkv_of_more=True, kv_heads=3, head_dim=80),
 }
 
@@ -73,6 +81,9 @@ def make(case: Case, device: torch.device) -> dict[str, Any]:
         "cells": cells.to(device),
         "rotate_keys": case.rotate_keys,
     }
+    if case.norms:
+        weights = 1 + torch.randn(2, case.head_dim).to(device, case.dtype)
+        arguments["norms"] = (weights[0], weights[1], 1e-3)
     if case.scales:
         arguments["key_scale"] = torch.rand(case.kv_heads).to(device) + 0.01
         arguments["value_scale"] = torch.rand(case.kv_heads).to(device) + 0.01

@@ -63,7 +63,14 @@ def picks(device: torch.device) -> list[torch.Tensor]:
     return [*fused.greedy_pick(logits), *fused.gumbel_pick(logits, ones, seeds)]
 
 
+def linear(device: torch.device) -> list[torch.Tensor]:
+    return [
+        fused.linear(torch.zeros(3, 8, device=device), torch.zeros(5, 8, device=device))
+    ]
+
+
 KERNELS = {
+    "linear": (linear, ["linear_kernel"]),
     "paged_sparse_attention": (attention, ["attention_kernel", "merge_kernel"]),
     "paged_cache_write": (cache_write, ["cache_write_kernel"]),
     "chunk_scores": (chunk_scores, ["chunk_scores_kernel"]),

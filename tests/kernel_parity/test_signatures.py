@@ -5,7 +5,7 @@ import pytest
 from budgetdraft_kernels import fused, reference
 
 #: What the definitions are made of, and PyTorch's paths use by itself.
-PARTS = {"rotate", "split_rotated"}
+PARTS = {"rotate", "split_rotated", "normed_heads"}
 
 
 def test_both_have_the_same_operations():

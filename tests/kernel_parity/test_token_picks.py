@@ -49,6 +49,26 @@ def draw(module, logits: Tensor, temperatures: list[float], seeds: Sequence[int]
     )
 
 
+@both
+def test_results_go_where_they_are_wanted_and_nowhere_else(module, device):
+    """To one step of a draft, in buffers of all of them."""
+    logits = random_logits(3, 63, torch.float32, device)
+    ones, seeds = torch.ones(3, device=device), torch.arange(3, device=device)
+    picks = [
+        (module.greedy_pick, [logits], (3, 4), (3, 4)),
+        (module.gumbel_pick, [logits, ones, seeds], (3, 4), (3, 4), (3, 4, 65)),
+    ]
+    for pick, inputs, *shapes in picks:
+        buffers = [torch.full(shape, -7.0, device=device) for shape in shapes]
+        buffers[0] = buffers[0].long()
+        out = tuple(x[:, 2, :63] if x.ndim == 3 else x[:, 2] for x in buffers)
+        assert all(x is y for x, y in zip(pick(*inputs, out=out), out, strict=True))
+        for found, expected in zip(out, pick(*inputs), strict=True):
+            assert torch.equal(found, expected)
+            found.fill_(-7)
+        assert all((x == -7).all() for x in buffers)
+
+
 @every_type
 @every_vocabulary
 def test_greedy_pick_equals_the_definition(vocab_size, dtype, device):
@@ -297,3 +317,18 @@ def test_no_rows_give_no_tokens(module, device):
     logits = torch.zeros(0, 100, device=device)
     assert [x.shape for x in module.greedy_pick(logits)] == [(0,), (0,)]
     assert [x.shape for x in draw(module, logits, [], [])][0] == (0,)
+
+
+@both
+def test_places_that_do_not_fit_are_refused(module, device):
+    logits = random_logits(3, 63, torch.float32, device)
+    ones, seeds = torch.ones(3, device=device), torch.arange(3, device=device)
+    for wrong, error, message in (
+        ((seeds[:2], ones, logits.clone()), ValueError, r"tokens .*\[2\], not \[B=3\]"),
+        ((ones, ones, logits.clone()), TypeError, r"tokens is torch\.float32"),
+        ((seeds, ones.half(), logits.clone()), TypeError, r"confidences is torch\.f"),
+        ((seeds, ones.repeat(2)[::2], logits.clone()), ValueError, r"strides differ"),
+        ((seeds, ones, logits[:, 1:]), ValueError, r"probabilities .*not \[B=3, V=63"),
+    ):
+        with pytest.raises(error, match=message):
+            module.gumbel_pick(logits, ones, seeds, out=wrong)

@@ -81,6 +81,7 @@ class Companions:
     head_dim: int = 128
     dtype: torch.dtype = BF16
     fp8: bool = False
+    has_norms: bool = False
 
     def __call__(self) -> None:
         from budgetdraft_kernels import fused
@@ -90,6 +91,7 @@ class Companions:
         pages = pages.to(FP8 if self.fp8 else self.dtype)
         scales = torch.ones(layers, kv_heads)
         angles = torch.zeros(tokens, self.head_dim)
+        norm = torch.ones(self.head_dim, dtype=self.dtype)
         fused.paged_cache_write(
             torch.zeros(tokens, heads + 2 * kv_heads, self.head_dim, dtype=self.dtype),
             angles,
@@ -97,6 +99,7 @@ class Companions:
             pages[0],
             pages[1],
             torch.arange(tokens),
+            norms=(norm, norm, 1e-6) if self.has_norms else None,
             key_scale=scales[0],
             value_scale=scales[1],
             validate=False,
@@ -123,11 +126,35 @@ class Companions:
         fused.gumbel_pick(logits, torch.ones(2), torch.arange(2), validate=False)
 
 
+@dataclass(frozen=True)
+class Linear:
+    """The products of a layer with so many tokens."""
+
+    tokens: int = 1
+    dtype: torch.dtype = BF16
+    hidden: int = 768
+    inner: int = 3072
+
+    def __call__(self) -> None:
+        from budgetdraft_kernels.fused import linear
+
+        def new(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=self.dtype)
+
+        x, norm = new(self.tokens, self.hidden), new(self.hidden)
+        up, down = new(2 * self.inner, self.hidden), new(self.hidden, self.inner)
+        bias = new(2 * self.inner)
+        h = linear(x, up, bias, norm=norm, eps=1e-6, gated=True, validate=False)
+        linear(h, down, residual=x, validate=False)
+        linear(x, up, norm=norm, eps=1e-6, validate=False)
+
+
 def batches_of_any_size() -> None:
     """What a server asks for as requests come and go."""
     for batch in (1, 2, 3, 7, 16, 33, 200):
         for width in (2, 1):
             Attention(batch=batch, width=width)()
+            Linear(batch * width)()
 
 
 def prompts_of_any_length() -> None:
@@ -179,6 +206,13 @@ CASES: dict[str, Callable[[], None]] = {
     "companions-float32-64": Companions(64, FLOAT32),
     "companions-float16": Companions(dtype=torch.float16),
     "companions-fp8": Companions(fp8=True),
+    "companions-norms": Companions(has_norms=True),
+    "companions-norms-80": Companions(80, has_norms=True),
+    **{f"linear-{tokens}": Linear(tokens) for tokens in (1, 17, 64)},
+    "linear-float16": Linear(64, torch.float16),
+    "linear-float32": Linear(dtype=FLOAT32),
+    "linear-float32-64": Linear(64, FLOAT32),
+    "linear-of-odd-sizes": Linear(hidden=100, inner=63),
     # Heads of 256 would spill 256 bytes here, and nowhere else.
     "attention-float32-fp8": Attention(dtype=FLOAT32, fp8=True),
 }

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from budgetdraft_kernels.reference import accumulated_attention, rotate
+from budgetdraft_kernels.reference_projections import Norms, normed_heads
 from vllm_budgetdraft.eviction.base import PromptStates
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -222,9 +223,10 @@ class ListTwin:
         positions = torch.arange(start, start + len(tokens))
         cos, sin = (x[:, None] for x in self._drafter.rotary(positions))
 
-        def attend(index: int, qkv: Tensor) -> Tensor:
+        def attend(index: int, qkv: Tensor, norms: Norms) -> Tensor:
             layer = self._layers[index]
             num_kv_heads, head_dim = layer.keys.shape[1:]
+            qkv = normed_heads(qkv, num_kv_heads, norms)
             unturned, keys, values = qkv.split(
                 (qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), 1
             )

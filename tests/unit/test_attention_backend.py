@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from budgetdraft_kernels import reference
+from tests.support import models
 from tests.support.drafting import Requests, build_proposer
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.errors import ConfigurationError
@@ -46,20 +47,27 @@ def test_without_the_package_auto_is_torch_and_triton_by_name_is_refused(monkeyp
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("config", "settings"),
     [
-        {},
-        {"eviction_policy": "heavy_hitter", "position_mode": "cache_relative"},
-        {"eviction_policy": "observation_window", "draft_prefill": "streaming"},
+        (models.llama(), {}),
+        (
+            models.qwen3(attention_bias=True),
+            {"eviction_policy": "heavy_hitter", "position_mode": "cache_relative"},
+        ),
+        (
+            models.llama(attention_bias=True, mlp_bias=True),
+            {"eviction_policy": "observation_window", "draft_prefill": "streaming"},
+        ),
     ],
     ids=["default", "heavy_hitter_relative", "observation_window_streaming"],
 )
-def test_a_proposer_drafts_the_same_with_either(drafter_folder, settings):
+def test_a_proposer_drafts_the_same_with_either(tmp_path, config, settings):
     pytest.importorskip("triton")
+    folder = models.write_model(tmp_path, config)
 
     def history(backend: str) -> list[dict[int, list[int]]]:
         proposer = build_proposer(
-            drafter_folder,
+            folder,
             num_slots=2,
             max_model_len=128,
             attention_backend=backend,

@@ -241,6 +241,11 @@ def test_other_operations_move_the_bytes_of_what_they_read_and_write():
     reference.paged_cache_write(**inputs)
     assert workload.moved_bytes == num_bytes(*ends)
 
+    workload = workloads.linear(SHAPE, 5, CPU)
+    inputs = workload.sets[0]
+    ends = [inputs[name] for name in ("x", "weight", "norm")]
+    assert workload.moved_bytes == num_bytes(*ends, reference.linear(**inputs))
+
     workload = workloads.chunk_scores(SHAPE, 100, CPU, num_queries=2)
     inputs = workload.sets[0]
     scores = reference.chunk_scores(**inputs, score="mean_key")

@@ -27,6 +27,7 @@ SETTINGS = {
         "position_mode": "cache_relative",
     },
     "heavy_hitter": {"eviction_policy": "heavy_hitter"},
+    "long_passes": {"draft_prefill_chunk": 100, "kv_budget": 100},
     "keep_all_greedy": {
         "eviction_policy": "keep_all",
         "draft_sample_method": "greedy",
@@ -78,8 +79,9 @@ def serve(proposer: DraftProposer) -> None:
             if draws:
                 ones, top_k = [1.0] * len(batch), [2] * len(batch)
                 requests.drafts(batch, num_drafts, ones, top_k)
-    requests.release(1)
-    requests.start(1, 52, seed=9)
+    for num_tokens in (2, 12, 24, 52):
+        requests.release(1)
+        requests.start(1, num_tokens, seed=9)
 
 
 @pytest.mark.parametrize(

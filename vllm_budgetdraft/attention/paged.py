@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from budgetdraft_kernels.reference_projections import Norms
 from vllm_budgetdraft.cache.page_pool import PagePool
 
 
@@ -66,7 +67,7 @@ class PagedAttention:
         self._lengths, self._query_starts, self._width = lengths, query_starts, width
         return self
 
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor, norms: Norms) -> Tensor:
         """[B * width, H + 2 * G, D] to [B * width, H, D]."""
         key_pages, value_pages = self._layers[layer]
         queries = self._operations.paged_cache_write(
@@ -76,6 +77,7 @@ class PagedAttention:
             value_pages,
             self._cells,
             rotate_keys=self._key_rotary is None,
+            norms=norms,
             validate=self._validate,
         )
         mass = None if self._page_mass is None else self._page_mass[: len(queries)]

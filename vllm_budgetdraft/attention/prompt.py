@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from budgetdraft_kernels.reference import rotate
+from budgetdraft_kernels.reference_projections import Norms, normed_heads
 from vllm_budgetdraft.attention.packed import select_packed_attention
 from vllm_budgetdraft.cache.ranges import packed_ranges
 
@@ -178,9 +179,10 @@ class PromptAttention:
             self.received[..., left] = self.received[..., held].gather(2, kept)
         segment.num_held = num_kept
 
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor | None:
+    def __call__(self, layer: int, qkv: Tensor, norms: Norms) -> Tensor | None:
         """A pass in one layer, [T, H + 2 * G, D] to [T, H, D]."""
         keys, values = self.keys[layer], self.values[layer]
+        qkv = normed_heads(qkv, keys.shape[1], norms)
         queries = self._operations.paged_cache_write(
             qkv,
             *self._rotary,

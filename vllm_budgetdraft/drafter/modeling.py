@@ -1,14 +1,15 @@
 """The drafter: one Llama-family decoder for training and for serving.
 
 Where tokens stand and where keys and values live is not its business. Each layer hands
-its queries, keys and values to ``attend``, which rotates them, stores what it wants and
-returns the attention: over pages when drafting, over the prompt when ingesting, over
-views when training.
+its queries, keys and values to ``attend``, which norms and rotates them, stores what it
+wants and returns the attention: over pages when drafting, over the prompt when
+ingesting, over views when training.
 
 Letters in shapes: B sequences, T tokens, H query heads, G KV heads, D head size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from budgetdraft_kernels.reference_projections import Norms, linear_by, normed_heads
 from vllm_budgetdraft.drafter.configuration import head_dim, rotary_frequencies
 
-#: ``attend(layer, qkv [B, T, H + 2 * G, D])``, the query, key and value heads of each
-#: token, returns [B, T, H, D], or None where the layer's output has no reader.
-Attend = Callable[[int, Tensor], Tensor | None]
-#: ``multiply(x, weight, bias)``: ``F.linear``, or that of ``packing``.
-Multiply = Callable[[Tensor, Any, Tensor | None], Tensor]
+#: ``attend(layer, qkv [B, T, H + 2 * G, D], norms)``, the query, key and value heads of
+#: each token, and norms that go over them first, if any, returns [B, T, H, D], or None
+#: where the layer's output has no reader.
+Attend = Callable[[int, Tensor, Norms], Tensor | None]
+#: ``reference.linear``, or its like for packed matrices or of one kernel, unchecked.
+Linear = Callable[..., Tensor]
+PLAIN: Linear = partial(linear_by, F.linear)
 
 
 class AttentionProjections(nn.Module):
@@ -35,7 +39,6 @@ class AttentionProjections(nn.Module):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        self.multiply: Multiply = F.linear
         self.head_dim = head_dim(config)
         self.heads = (config.num_attention_heads, config.num_key_value_heads)
         self.eps = config.rms_norm_eps
@@ -52,21 +55,20 @@ class AttentionProjections(nn.Module):
         self.o_weight = _matrix(hidden, q_rows)
         self.o_bias = _bias(hidden, attention_bias)
 
+    @property
+    def norms(self) -> Norms:
+        """Of query and key heads."""
+        return (self.q_norm, self.k_norm, self.eps) if self.has_qk_norms else None
+
     def project(self, h: Tensor) -> Tensor:
         """Normed hidden states [..., hidden_size] to heads [..., H + 2 * G, D]."""
-        h = self.multiply(h, self.qkv_weight, self.qkv_bias)
-        qkv: Tensor = h.unflatten(-1, (-1, self.head_dim))
-        if self.has_qk_norms:
-            num_heads, num_kv_heads = self.heads
-            q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), -2)
-            q = rms_norm(q, self.q_norm, self.eps)
-            k = rms_norm(k, self.k_norm, self.eps)
-            qkv = torch.cat([q, k, v], -2)
-        return qkv
+        qkv = F.linear(h, self.qkv_weight, self.qkv_bias)
+        heads: Tensor = qkv.unflatten(-1, (-1, self.head_dim))
+        return normed_heads(heads, self.heads[1], self.norms)
 
     def output(self, attended: Tensor) -> Tensor:
         """[..., H, D] to [..., hidden_size]."""
-        return self.multiply(attended.flatten(-2), self.o_weight, self.o_bias)
+        return F.linear(attended.flatten(-2), self.o_weight, self.o_bias)
 
 
 class DecoderLayer(AttentionProjections):
@@ -74,6 +76,7 @@ class DecoderLayer(AttentionProjections):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
+        self.linear = PLAIN
         hidden, inner = config.hidden_size, config.intermediate_size
         mlp_bias = getattr(config, "mlp_bias", False)
         self.input_norm = _norm(hidden)
@@ -84,16 +87,17 @@ class DecoderLayer(AttentionProjections):
         self.down_bias = _bias(hidden, mlp_bias)
 
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor | None:
-        h = rms_norm(x, self.input_norm, self.eps)
-        attended = attend(layer, self.project(h))
+        linear, norm = self.linear, self.input_norm
+        qkv = linear(x, self.qkv_weight, self.qkv_bias, norm=norm, eps=self.eps)
+        attended = attend(layer, qkv.unflatten(-1, (-1, self.head_dim)), self.norms)
         if attended is None:
             return None
-        x = x + self.output(attended)
+        attended = attended.flatten(-2)
+        x = linear(attended, self.o_weight, self.o_bias, residual=x)
 
-        h = rms_norm(x, self.mlp_norm, self.eps)
-        h = self.multiply(h, self.gate_up_weight, self.gate_up_bias)
-        gate, up = h.chunk(2, -1)
-        return x + self.multiply(F.silu(gate) * up, self.down_weight, self.down_bias)
+        weight, bias, norm = self.gate_up_weight, self.gate_up_bias, self.mlp_norm
+        h = linear(x, weight, bias, norm=norm, eps=self.eps, gated=True)
+        return linear(h, self.down_weight, self.down_bias, residual=x)
 
 
 def _matrix(rows: int, columns: int) -> nn.Parameter:
@@ -106,10 +110,6 @@ def _bias(size: int, used: bool) -> nn.Parameter | None:
 
 def _norm(size: int) -> nn.Parameter:
     return nn.Parameter(torch.ones(size))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.rms_norm(x, weight.shape, weight, eps)
 
 
 class Drafter(nn.Module):
@@ -128,7 +128,7 @@ class Drafter(nn.Module):
             max_positions: rows of the rotary table; positions stay below.
         """
         super().__init__()
-        self.multiply: Multiply = F.linear
+        self.linear = PLAIN  # of the output matrix
         self.is_packed = False
         self.config = config
         self.num_layers = config.num_hidden_layers
@@ -148,6 +148,12 @@ class Drafter(nn.Module):
         self.register_buffer(
             "rotary_table", rotary_table(config, max_positions), persistent=False
         )
+
+    def multiply_by(self, linear: Linear) -> None:
+        """Has the layers do so; the output matrix stays with PyTorch."""
+        layers: Any = self.layers
+        for layer in layers:
+            layer.linear = linear
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of ``positions`` [...], as ``rotate`` takes them: [..., D]."""
@@ -183,7 +189,8 @@ class Drafter(nn.Module):
                 x = layer(x, index, attend)
             if x is None:
                 return None
-        return rms_norm(x, self.norm, self.config.rms_norm_eps)
+        shape, eps = self.norm.shape, self.config.rms_norm_eps
+        return torch.rms_norm(x, shape, self.norm, eps)
 
     @property
     def head(self) -> Tensor:
@@ -192,7 +199,7 @@ class Drafter(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] to [..., draft_vocab_size]."""
-        logits = self.multiply(hidden, self.head, None)
+        logits = self.linear(hidden, self.head)
         return logits[..., : self.draft_vocab_size]
 
 

@@ -6,12 +6,14 @@ which it reads them, and multiplies and sums in float32. Hidden states and the c
 stay in float32.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from budgetdraft_kernels.reference_projections import linear_by
 from vllm_budgetdraft.drafter.modeling import Drafter
 
 MATRICES = ("qkv", "o", "gate_up", "down")
@@ -38,8 +40,8 @@ def pack_matrices(drafter: Drafter) -> None:
             packed = _packed(getattr(layer, weight), getattr(layer, bias))
             _replace(layer, weight, packed)
             _replace(layer, bias, None)
-        _replace(layer, "multiply", _multiply)
-    drafter.multiply = _multiply
+    drafter.linear = partial(linear_by, _multiply)
+    drafter.multiply_by(drafter.linear)
     drafter.is_packed = True
 
 

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from vllm_budgetdraft.drafter.modeling import (
-    Attend,
-    AttentionProjections,
-    rotary_table,
-)
+from vllm_budgetdraft.drafter.modeling import AttentionProjections, rotary_table
+
+#: ``attend(layer, qkv [..., T, H + 2 * G, D])``, normed, returns [..., T, H, D].
+Attend = Callable[[int, Tensor], Tensor]
 
 
 class TargetParts:

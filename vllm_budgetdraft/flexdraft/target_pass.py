@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from budgetdraft_kernels.reference import rotate
-from vllm_budgetdraft.drafter.modeling import Attend
-from vllm_budgetdraft.flexdraft.modeling import FlexDraft, TargetParts
+from vllm_budgetdraft.flexdraft.modeling import Attend, FlexDraft, TargetParts
 
 
 @dataclass

@@ -185,27 +185,26 @@ class DraftLoop:
             hidden = self._drafter(fed, attend)
             # The last token fed of each request.
             logits = self._drafter.logits(hidden[width - 1 :: width])
+            places = drafts[:, step], confidences[:, step]
             if draws is None:
-                fed, confidence = self._operations.greedy_pick(
-                    logits, validate=validate
-                )
+                self._operations.greedy_pick(logits, out=places, validate=validate)
             else:
                 if draws.top_k is not None:
                     logits = truncated(logits, draws.top_k)
+                drawn_from = None
                 if drawn_logits is not None:
                     logits = drawn_logits.store(slots, step, logits)
-                fed, confidence, drawn_from = self._operations.gumbel_pick(
+                if probabilities is not None:
+                    # What is never drafted remains at 0.
+                    drawn_from = probabilities[:, step, : logits.shape[1]]
+                self._operations.gumbel_pick(
                     logits,
                     draws.temperatures,
                     draws.seeds[step],
-                    distributions=probabilities is not None,
+                    out=(*places, drawn_from),
                     validate=validate,
                 )
-                if probabilities is not None:
-                    # What is never drafted remains at 0.
-                    probabilities[:, step, : drawn_from.shape[1]] = drawn_from
-            drafts[:, step], confidences[:, step] = fed, confidence
-            width = 1
+            fed, width = drafts[:, step], 1
         self._count(slots, attention)
         return Drafts(drafts, confidences, probabilities)
 

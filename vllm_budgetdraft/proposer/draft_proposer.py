@@ -1,6 +1,7 @@
 """Drafting with no engine in sight: fixed slots, tensors in, tensors out."""
 
 from collections.abc import Collection
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -171,6 +172,8 @@ class DraftProposer:
         )
         if packs_matrices(settled, device.type):
             pack_matrices(drafter)
+        else:
+            drafter.multiply_by(partial(operations.linear, validate=False))
         policy = make_policy(settled, operations)
         shape = {
             "num_layers": drafter.num_layers,

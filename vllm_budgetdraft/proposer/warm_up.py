@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from budgetdraft_kernels import reference
+from budgetdraft_kernels import launch_settings, reference
 from vllm_budgetdraft.errors import ConfigurationError, short
 from vllm_budgetdraft.proposer.draft_length import ladder
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
@@ -39,6 +39,10 @@ def warm_up(proposer: DraftProposer) -> None:
     if len(tokens) > proposer.kv_budget:  # else there is nothing to choose
         _choose_for_two(proposer, tokens[: proposer.kv_budget + 1])
     if proposer.operations is not reference:
+        # Short prompts are multiplied by kernels of their own, long ones by PyTorch.
+        most_rows = launch_settings.settings_of(proposer.device).linear_rows
+        _read(proposer, tokens[:most_rows], 1)
+        proposer.release_all()
         widths = range(1, proposer.max_append + 1)
         for size in ladder(cache.num_slots):
             spare = tokens.new_full((size,), cache.spare_slot)

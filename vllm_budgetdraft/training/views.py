@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from budgetdraft_kernels.reference import accumulated_attention, rotate
+from budgetdraft_kernels.reference_projections import Norms, normed_heads
 from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import (
@@ -80,7 +81,8 @@ class PrefixStates:
             mask = torch.ones(length, held + length, dtype=torch.bool)
             mask = mask.tril(held).to(tokens.device)
 
-        def attend(layer: int, qkv: Tensor) -> Tensor | None:
+        def attend(layer: int, qkv: Tensor, norms: Norms) -> Tensor | None:
+            qkv = normed_heads(qkv, drafter.num_kv_heads, norms)
             sizes = (drafter.num_heads, drafter.num_kv_heads, drafter.num_kv_heads)
             unrotated, keys, values = qkv.transpose(1, 2).split(sizes, 1)
             queries = rotate(unrotated, *rotary)
@@ -258,7 +260,8 @@ def continuation_hidden(
     cos, sin = (x[:, None, None] for x in drafter.rotary(positions))  # [V, 1, 1, C, D]
     sizes = (drafter.num_heads, drafter.num_kv_heads, drafter.num_kv_heads)
 
-    def attend(layer: int, qkv: Tensor) -> Tensor:
+    def attend(layer: int, qkv: Tensor, norms: Norms) -> Tensor:
+        qkv = normed_heads(qkv, drafter.num_kv_heads, norms)
         heads_first = qkv.unflatten(0, (len(views), batch)).transpose(2, 3)
         queries, keys, values = heads_first.split(sizes, 2)
         queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
