@@ -8,6 +8,8 @@ import numpy as np
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.step_costs import ByLength, StepCosts
 
+#: The first step of a batch size and length takes so many times as long.
+FIRST = 1.4
 #: Step time as a share of its mean varies by so much.
 NOISE = 0.05
 #: An outlier takes so many times as long.
@@ -81,6 +83,7 @@ class SimulatedEngine:
         self._drift, self._slowness = drift, 0.0
         self._bursts, self._burst_left = bursts, 0
         self._num_started = 0
+        self._known: set[tuple[int, int]] = set()
         # By request, tokens that came since its draft cache was fed.
         self._missing: dict[str, int] = {}
         self._outcomes: dict[str, tuple[int, int]] = {}
@@ -145,7 +148,9 @@ class SimulatedEngine:
         if self._bursts and self._random.random() < self._bursts:
             self._burst_left = BURST_STEPS
         burst = BURST if self._burst_left > 0 else 1
-        self.now += took * noise * burst * (OUTLIER if is_outlier else 1)
+        first = 1 if (batch_size, length) in self._known else FIRST
+        self._known.add((batch_size, length))
+        self.now += took * noise * burst * first * (OUTLIER if is_outlier else 1)
         return length, took
 
     def _accepted(self, length: int) -> int:

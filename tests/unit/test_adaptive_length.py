@@ -101,7 +101,7 @@ def test_acceptance_that_rises_or_falls_is_noticed(shape, batch_size):
     engines = [engine_of(shape, 0.0, batch_size, seed=seed) for seed in range(3)]
     for engine in engines:
         engine.run(1000)
-    for chance, num_steps in ((0.9, 5000), (0.3, 300), (0.9, 300), (0.0, 300)):
+    for chance, num_steps in ((0.9, 5000), (0.3, 600), (0.9, 600), (0.0, 600)):
         shares = []
         for engine in engines:
             engine.chances = [chance] * MAX_LENGTH
@@ -173,6 +173,7 @@ def test_only_steps_that_do_nothing_but_decode_are_timed(
     batches, num_drafting, is_undisturbed, is_timed
 ):
     adaptive = AdaptiveLength(FLAT, [0, 8])
+    adaptive.times.record(2, 8, 90.0)  # the first does not count
     before = adaptive.times.estimate(2)
     for now, (requests, is_decoding) in enumerate(batches):
         assert adaptive.choose(5.0 * now, list(requests), is_decoding, 8) == 8 or now
@@ -186,7 +187,7 @@ def times_of(
     times = StepTimes(costs or KnownCosts(lambda size, length: 1.0 + length, 4))
     for batch_size, by_length in samples.items():
         for length, seconds in by_length.items():
-            for each in seconds:
+            for each in [90.0, *seconds]:  # the first does not count
                 times.record(batch_size, length, each)
     return times
 
@@ -196,11 +197,14 @@ def times_of(
     [
         pytest.param({}, 4, [1, 2, 3, 4, 5], id="nothing"),
         pytest.param({4: {0: [1.5]}}, 4, [1.5, 2.5, 3.5, 4.5, 5.5], id="one"),
-        pytest.param({4: {4: [4.0]}}, 4, [0.25, 1, 2, 3, 4], id="never_for_nothing"),
+        pytest.param({4: {4: [0.0]}}, 4, [0.01, 0.02, 0.03, 0.04, 0.05], id="not_free"),
+        # As near to the one as to the other, which differ by two.
+        pytest.param({4: {1: [2], 3: [6]}}, 4, [1.1, 2.1, 4, 5.9, 6.9], id="between"),
+        # Five times that are alike, and one beside them that is not.
         pytest.param(
-            {4: {2: [0.1]}}, 4, [0.25, 0.5, 0.1, 1.1, 2.1], id="but_what_was_seen"
+            {4: {3: [4] * 5, 4: [9]}}, 4, [1.19, 2.19, 3.19, 4.19, 6.78], id="few"
         ),
-        pytest.param({4: {1: [2], 3: [6]}}, 4, [1, 2, 4, 6, 7], id="in_between"),
+        pytest.param({4: {0: [2.0], 4: [5.0]}}, 4, [2, 2, 3, 4, 5], id="none_is_apart"),
         pytest.param(
             {4: {0: [1.0, 90.0, 1.5], 4: [5.5, 5.5, 0.0]}},
             4,
@@ -214,25 +218,33 @@ def times_of(
 )
 def test_times_of_every_length_are_estimated_from_some(samples, batch_size, expected):
     estimated = times_of(samples).estimate(batch_size).tolist()
-    assert estimated == pytest.approx(expected)
+    assert estimated == pytest.approx(expected, rel=0.02)
+
+
+def test_the_first_step_of_a_length_does_not_count():
+    times = times_of({})
+    assert not times.record(4, 2, 90.0)
+    assert times.estimate(4)[2] == 3
+    assert times.record(4, 2, 3.5)
+    assert times.estimate(4)[2] == 3.5
 
 
 def test_old_times_are_forgotten():
     old, new = [9.0] * 50, [2.0] * (NUM_SAMPLES // 2 + 1)
-    assert times_of({1: {1: old + new}}).estimate(1)[1] == 2.0
+    assert times_of({1: {1: old + new}}).estimate(1)[1] == pytest.approx(2.0)
 
 
 def test_old_times_of_a_length_give_way_to_two_new_ones():
     times = times_of({1: {0: [9.0] * NUM_SAMPLES, 1: [3.0] * (NUM_SAMPLES + 1)}})
     times.record(1, 0, 2.0)
     times.record(1, 0, 2.0)
-    assert times.estimate(1)[:2].tolist() == [2.0, 3.0]
+    assert times.estimate(1)[:2] == pytest.approx([2.0, 3.0], rel=0.01)
 
 
 def test_one_odd_time_of_a_length_that_was_left_changes_nothing():
     times = times_of({1: {0: [2.0] * NUM_SAMPLES, 1: [3.0] * (NUM_SAMPLES + 1)}})
     times.record(1, 0, 90.0)
-    assert times.estimate(1)[:2].tolist() == [2.0, 3.0]
+    assert times.estimate(1)[:2] == pytest.approx([2.0, 3.0], rel=0.01)
 
 
 def test_lengths_that_cost_little_to_try_are_tried_often():
@@ -240,7 +252,7 @@ def test_lengths_that_cost_little_to_try_are_tried_often():
     engine = engine_of("expensive", 0.0, 4, append_seconds=0.0)
     engine.run(20000)
     counts = [engine.lengths[5000:].count(length) for length in (1, 2, 4, 8)]
-    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[1] > counts[2]
     assert counts[0] > 3 * counts[-1] > 0
 
 

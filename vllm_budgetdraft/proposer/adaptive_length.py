@@ -15,10 +15,13 @@ EXPLORATION = 0.005
 #: Last steps of a length whose median is its time, and how many of them still count
 #: when it was not chosen for as many steps.
 NUM_SAMPLES, NUM_OLD_SAMPLES = 9, 2
+#: How much a step of another length says of a length's time, for each token between
+#: them; and how many tokens it is from no drafts to some.
+LIKENESS, DRAFTING = 0.25, 20
 #: Least share of what was timed without requests that a step is thought to take.
-LEAST_SHARE = 0.25
-#: Drafting steps after which a trial ends though none of them could be timed.
-TRIAL_STEPS = 3
+LEAST_SHARE = 0.01
+#: Times that a trial is for, and drafting steps after which it ends without them.
+TRIAL_SAMPLES, TRIAL_STEPS = 2, 4
 
 
 class Acceptance:
@@ -82,7 +85,8 @@ class StepTimes:
     """How long a step takes, by batch size and draft length.
 
     It is what ``StepCosts`` says and, on top, what steps were seen to take beyond that:
-    for lengths that were not seen yet as much as for those beside them.
+    those of a length, and the less the fewer there are, those of lengths beside it. The
+    first step of a batch size and length does not count, for much is prepared in it.
     """
 
     def __init__(self, costs: StepCosts) -> None:
@@ -90,27 +94,40 @@ class StepTimes:
         self._costs_of: dict[int, ByLength] = {}
         self._estimates: dict[int, ByLength] = {}
         self._samples: dict[tuple[int, int], deque[float]] = {}
-        self._beyond: dict[int, dict[int, float]] = {}
+        # By batch size, medians beyond the costs, and of how many steps.
+        self._beyond: dict[int, tuple[ByLength, ByLength]] = {}
         self._num_recorded = 0
         self._last: dict[tuple[int, int], int] = {}
+        lengths = np.arange(costs.max_length + 1)
+        distances = abs(lengths[:, None] - lengths) + DRAFTING * (
+            (lengths[:, None] > 0) != (lengths > 0)
+        )
+        self._likeness: ByLength = LIKENESS**distances
 
-    def record(self, batch_size: int, length: int, seconds: float) -> None:
+    def record(self, batch_size: int, length: int, seconds: float) -> bool:
+        """Learns from a step, and returns whether it counts."""
         key = batch_size, length
-        samples = self._samples.setdefault(key, deque(maxlen=NUM_SAMPLES))
         self._num_recorded += 1
+        if key not in self._samples:
+            self._samples[key] = deque(maxlen=NUM_SAMPLES)
+            return False
+        samples = self._samples[key]
         if self._num_recorded - self._last.get(key, 0) > NUM_SAMPLES:
             # The machine may have been slower then, or contexts shorter.
             while len(samples) > NUM_OLD_SAMPLES:
                 samples.popleft()
         self._last[key] = self._num_recorded
         samples.append(seconds)
-        cost = float(self._without_requests(batch_size)[length])
-        beyond = self._beyond.setdefault(batch_size, {})
-        beyond[length] = median_low(samples) - cost
+        costs = self._without_requests(batch_size)
+        none = np.zeros_like(costs), np.zeros_like(costs)
+        beyond, counts = self._beyond.setdefault(batch_size, none)
+        beyond[length] = median_low(samples) - costs[length]
+        counts[length] = len(samples)
         self._estimates.clear()  # others may be estimated from it
+        return True
 
     def estimate(self, batch_size: int) -> ByLength:
-        """ByLength for every length from 0 on, [max_length + 1]."""
+        """Seconds for every length from 0 on, [max_length + 1]."""
         if batch_size not in self._estimates:
             self._estimates[batch_size] = self._estimate(batch_size)
         return self._estimates[batch_size]
@@ -125,13 +142,10 @@ class StepTimes:
         if not self._beyond:
             return costs
         nearest = min(self._beyond, key=lambda size: abs(size - batch_size))
-        beyond = self._beyond[nearest]
-        lengths = sorted(beyond)
-        known = np.array([beyond[length] for length in lengths])
-        more = np.interp(np.arange(len(costs)), lengths, known)
+        beyond, counts = self._beyond[nearest]
+        weights = self._likeness * counts
+        more = weights @ beyond / weights.sum(1)
         result: ByLength = np.maximum(costs + more, LEAST_SHARE * costs)
-        if nearest == batch_size:
-            result[lengths] = costs[lengths] + known
         return result
 
 
@@ -173,7 +187,7 @@ class AdaptiveLength:
         self._rate = 0.0
         self._costs = costs
         self._trial: int | None = None
-        self._num_trial_steps = 0
+        self._num_trial_steps = self._num_trial_samples = 0
         # What trials have cost, by batch size and length.
         self._trial_costs: defaultdict[tuple[int, int], float] = defaultdict(float)
 
@@ -204,7 +218,7 @@ class AdaptiveLength:
         self._rate = float(rates[best])
         if self._trial is None and self._credit > 0:
             self._trial = self._next_trial(len(requests), best)
-            self._num_trial_steps = 0
+            self._num_trial_steps = self._num_trial_samples = 0
         length = best if self._trial is None else min(self._trial, max_length)
         self._step = _Step(now, requests, is_decoding, length)
         return length
@@ -267,13 +281,18 @@ class AdaptiveLength:
         self._credit += EXPLORATION * seconds
         is_typical = step.length == 0 or (step.num_drafting and step.is_undisturbed)
         is_alone = step.is_decoding and is_decoding and step.requests == requests
-        if is_timed := bool(is_typical and is_alone):
-            self.times.record(batch_size, step.length, seconds)
+        is_timed = bool(is_typical and is_alone) and self.times.record(
+            batch_size, step.length, seconds
+        )
         if self._trial is not None:
             cost = max(0.0, seconds - float(expected[step.length]) / self._rate)
             self._credit -= cost
             self._trial_costs[batch_size, self._trial] += cost
             # Where it did nothing yet it waits, for a prompt to be read.
             self._num_trial_steps += bool(step.num_drafting or not step.length)
-            if is_timed or self._num_trial_steps == TRIAL_STEPS:
+            self._num_trial_samples += is_timed
+            if (
+                self._num_trial_samples == TRIAL_SAMPLES
+                or self._num_trial_steps == TRIAL_STEPS
+            ):
                 self._trial = None
