@@ -18,6 +18,8 @@ NUM_SAMPLES, NUM_OLD_SAMPLES = 9, 2
 #: How much a step of another length says of a length's time, for each token between
 #: them; and how many tokens it is from no drafts to some.
 LIKENESS, DRAFTING = 0.25, 20
+#: Steps after which a time weighs half as much, and as many times as that happens.
+HALF_LIFE, MAX_AGE = 64, 20
 #: Least share of what was timed without requests that a step is thought to take.
 LEAST_SHARE = 0.01
 #: Times that a trial is for, and drafting steps after which it ends without them.
@@ -85,8 +87,9 @@ class StepTimes:
     """How long a step takes, by batch size and draft length.
 
     It is what ``StepCosts`` says and, on top, what steps were seen to take beyond that:
-    those of a length, and the less the fewer there are, those of lengths beside it. The
-    first step of a batch size and length does not count, for much is prepared in it.
+    those of a length, and the more the fewer and the older they are, those of lengths
+    beside it. The first step of a batch size and length does not count, for much is
+    prepared in it.
     """
 
     def __init__(self, costs: StepCosts) -> None:
@@ -94,10 +97,9 @@ class StepTimes:
         self._costs_of: dict[int, ByLength] = {}
         self._estimates: dict[int, ByLength] = {}
         self._samples: dict[tuple[int, int], deque[float]] = {}
-        # By batch size, medians beyond the costs, and of how many steps.
-        self._beyond: dict[int, tuple[ByLength, ByLength]] = {}
+        # By batch size: medians beyond the costs, of how many steps, and when the last.
+        self._beyond: dict[int, tuple[ByLength, ByLength, ByLength]] = {}
         self._num_recorded = 0
-        self._last: dict[tuple[int, int], int] = {}
         lengths = np.arange(costs.max_length + 1)
         distances = abs(lengths[:, None] - lengths) + DRAFTING * (
             (lengths[:, None] > 0) != (lengths > 0)
@@ -112,17 +114,18 @@ class StepTimes:
             self._samples[key] = deque(maxlen=NUM_SAMPLES)
             return False
         samples = self._samples[key]
-        if self._num_recorded - self._last.get(key, 0) > NUM_SAMPLES:
+        costs = self._without_requests(batch_size)
+        if batch_size not in self._beyond:
+            none = np.zeros((3, len(costs)))
+            self._beyond[batch_size] = none[0], none[1], none[2]
+        beyond, counts, last = self._beyond[batch_size]
+        if self._num_recorded - last[length] > NUM_SAMPLES:
             # The machine may have been slower then, or contexts shorter.
             while len(samples) > NUM_OLD_SAMPLES:
                 samples.popleft()
-        self._last[key] = self._num_recorded
         samples.append(seconds)
-        costs = self._without_requests(batch_size)
-        none = np.zeros_like(costs), np.zeros_like(costs)
-        beyond, counts = self._beyond.setdefault(batch_size, none)
         beyond[length] = median_low(samples) - costs[length]
-        counts[length] = len(samples)
+        counts[length], last[length] = len(samples), self._num_recorded
         self._estimates.clear()  # others may be estimated from it
         return True
 
@@ -142,8 +145,9 @@ class StepTimes:
         if not self._beyond:
             return costs
         nearest = min(self._beyond, key=lambda size: abs(size - batch_size))
-        beyond, counts = self._beyond[nearest]
-        weights = self._likeness * counts
+        beyond, counts, last = self._beyond[nearest]
+        ages = (self._num_recorded - last) / HALF_LIFE
+        weights = self._likeness * counts * 0.5 ** np.minimum(ages, MAX_AGE)
         more = weights @ beyond / weights.sum(1)
         result: ByLength = np.maximum(costs + more, LEAST_SHARE * costs)
         return result
