@@ -41,7 +41,7 @@ class BudgetDraftConfig(ViewSettings):
         "probabilistic",
         description="How drafts of requests with a temperature are picked: greedy, or "
         "probabilistic, drawn at that temperature, so that vLLM accepts as many as can "
-        "be, for max_num_seqs x num_speculative_tokens x vocabulary x 4 bytes.",
+        "be, for max_num_seqs x num_speculative_tokens x vocabulary x 4 bytes at most.",
     )
     draft_confidence_threshold: float = Field(
         0.0,
