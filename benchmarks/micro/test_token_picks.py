@@ -16,7 +16,7 @@ def test_greedy_pick(bench, device, shape, batch):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_gumbel_pick(bench, device, shape, batch):
+def test_sampled_pick(bench, device, shape, batch):
     shape = SHAPES[shape]
     workload = workloads.token_picks(shape, batch, device, sampled=True)
-    bench("gumbel_pick", workload, validate=False)
+    bench("sampled_pick", workload, validate=False)

@@ -262,7 +262,7 @@ def page_compaction(
 def token_picks(
     shape: ModelShape, batch: int, device: torch.device, *, sampled: bool
 ) -> Workload:
-    """Of ``gumbel_pick`` if ``sampled``, of ``greedy_pick`` otherwise."""
+    """Of ``sampled_pick`` if ``sampled``, of ``greedy_pick`` otherwise."""
     torch.manual_seed(SEED)
     count = batch * shape.vocab_size
     moved_bytes = count * draft_dtype(device).itemsize
@@ -273,8 +273,8 @@ def token_picks(
         sets.append({"logits": normal(batch, shape.vocab_size, device=device)})
         if sampled:
             temperatures = torch.rand(batch, device=device) + 0.5
-            seeds = torch.randint(1 << 62, (batch,), device=device)
-            sets[-1] |= {"temperatures": temperatures, "seeds": seeds}
+            uniforms = torch.rand(batch, device=device)
+            sets[-1] |= {"temperatures": temperatures, "uniforms": uniforms}
     return Workload(sets, moved_bytes)
 
 

@@ -260,27 +260,27 @@ def check_linear(
 def check_logits(
     logits: Tensor,
     temperatures: Tensor | None = None,
-    seeds: Tensor | None = None,
+    uniforms: Tensor | None = None,
     out: tuple[Tensor | None, ...] | None = None,
 ) -> None:
-    """Arguments of ``greedy_pick`` and ``gumbel_pick``."""
+    """Arguments of ``greedy_pick`` and ``sampled_pick``."""
     tokens, confidences, probabilities = (*(out or ()), None, None, None)[:3]
     tensors = {
         "logits": (logits, ("B", "V")),
         "temperatures": (temperatures, ("B",)),
-        "seeds": (seeds, ("B",)),
+        "uniforms": (uniforms, ("B",)),
         "tokens": (tokens, ("B",)),
         "confidences": (confidences, ("B",)),
         "probabilities": (probabilities, ("B", "V")),
     }
     _check_tensors(tensors)
     _check_types(FLOATS, logits=logits)
-    _check_types((torch.float32,), temperatures=temperatures)
+    _check_types((torch.float32,), temperatures=temperatures, uniforms=uniforms)
     _check_types((torch.float32,), confidences=confidences, probabilities=probabilities)
-    _check_types((torch.int64,), seeds=seeds, tokens=tokens)
+    _check_types((torch.int64,), tokens=tokens)
     _check_last_contiguous(logits=logits, probabilities=probabilities)
     _check_same_strides(tokens=tokens, confidences=confidences)
-    _check_contiguous(temperatures=temperatures, seeds=seeds)
+    _check_contiguous(temperatures=temperatures, uniforms=uniforms)
     if not logits.shape[1]:
         raise ValueError("logits has no vocabulary, V=0")
     if temperatures is not None:
@@ -290,6 +290,14 @@ def check_logits(
             raise ValueError(
                 f"temperatures[{row}] is {float(temperatures[row])}; it must be finite "
                 "and not below 0"
+            )
+    if uniforms is not None:
+        wrong = ~((uniforms >= 0) & (uniforms < 1))
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"uniforms[{row}] is {float(uniforms[row])}; it must be at least 0 and "
+                "below 1"
             )
 
 

@@ -6,13 +6,13 @@ from budgetdraft_kernels.linear import linear
 from budgetdraft_kernels.page_compaction import page_compaction
 from budgetdraft_kernels.paged_cache_write import paged_cache_write
 from budgetdraft_kernels.paged_sparse_attention import paged_sparse_attention
-from budgetdraft_kernels.token_picks import greedy_pick, gumbel_pick
+from budgetdraft_kernels.token_picks import greedy_pick, sampled_pick
 
 __all__ = [
     "accumulated_attention",
     "chunk_scores",
     "greedy_pick",
-    "gumbel_pick",
+    "sampled_pick",
     "linear",
     "page_compaction",
     "paged_cache_write",

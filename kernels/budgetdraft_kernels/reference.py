@@ -18,7 +18,7 @@ from budgetdraft_kernels.checks import (
     check_compaction,
 )
 from budgetdraft_kernels.reference_picks import greedy_pick as greedy_pick
-from budgetdraft_kernels.reference_picks import gumbel_pick as gumbel_pick
+from budgetdraft_kernels.reference_picks import sampled_pick as sampled_pick
 from budgetdraft_kernels.reference_projections import Norms, normed_heads
 from budgetdraft_kernels.reference_projections import linear as linear
 

@@ -1,4 +1,4 @@
-"""``greedy_pick`` and ``gumbel_pick`` of ``reference``.
+"""``greedy_pick`` and ``sampled_pick`` of ``reference``.
 
 Letters in shapes: B requests, V vocabulary.
 """
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from budgetdraft_kernels.checks import check_logits
-from budgetdraft_kernels.philox import philox_uniform
 
 Results = TypeVar("Results", bound=tuple[Tensor | None, ...])
 
@@ -40,25 +39,24 @@ def greedy_pick(
     return _written(picked, out)
 
 
-def gumbel_pick(
+def sampled_pick(
     logits: Tensor,
     temperatures: Tensor,
-    seeds: Tensor,
+    uniforms: Tensor,
     *,
     out: tuple[Tensor, Tensor, Tensor | None] | None = None,
     validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A token drawn from the softmax, with what rejection sampling needs to undo it.
 
-    Gumbel-max: the largest of logit / temperature + noise is a draw from the softmax.
-    The noise of an entry depends on its row's seed and its column alone (Philox-4x32,
-    Salmon et al., 2011), so that a draw does not depend on the batch or the backend.
+    By inversion: the first token up to which the softmax sums to more than a uniform
+    number. So a draw depends on its row alone, and but for rounding not on the backend.
 
     Args:
         logits: [B, V].
         temperatures: [B] float32. At 0 the likeliest token is picked, and has all the
             probability.
-        seeds: [B] int64, a new one for every draw.
+        uniforms: [B] float32, of [0, 1), a new one for every draw.
         out: receives the results, and is returned. Where its last is None, what tokens
             are drawn from is not made.
         validate: whether to check the arguments; reads temperatures back, which waits
@@ -73,24 +71,28 @@ def gumbel_pick(
         Where the largest logit is not finite: any token of the vocabulary, and NaN.
 
     Raises:
-        ValueError: sizes or devices that do not fit, or a temperature below 0.
+        ValueError: sizes or devices that do not fit, a temperature below 0, or a
+            uniform number outside [0, 1).
         TypeError: a tensor of another type.
     """
     if validate:
-        check_logits(logits, temperatures, seeds, out)
+        check_logits(logits, temperatures, uniforms, out)
     greedy = temperatures[:, None] == 0
     # Less the largest first: what a low temperature makes large holds no noise.
     x = logits.float() - logits.float().amax(-1, keepdim=True)
     x = x / temperatures[:, None].masked_fill(greedy, 1.0)
-    uniform = philox_uniform(seeds, logits.shape[1])
-    noise = -(-uniform.log()).log()
-    tokens = torch.where(greedy, x, x + noise).argmax(-1, keepdim=True)
-    softmax = x.softmax(-1)
+    weights = x.exp()
+    sums = weights.double().cumsum(-1)
+    total = sums[:, -1:]
+    drawn = torch.searchsorted(sums, uniforms[:, None] * total, right=True)
+    tokens = torch.where(greedy, x.argmax(-1, keepdim=True), drawn)
+    tokens.clamp_(max=x.shape[1] - 1)  # of a row that has no sum
+    share = total.reciprocal().float()  # of the likeliest, which weighs 1
     drawn_from = None
     if out is None or out[2] is not None:
         one_hot = torch.zeros_like(x).scatter(1, tokens, 1.0)
-        drawn_from = torch.where(greedy, one_hot, softmax)
-    return _written((tokens[:, 0], softmax.amax(-1), drawn_from), out)
+        drawn_from = torch.where(greedy, one_hot, weights * share)
+    return _written((tokens[:, 0], share[:, 0], drawn_from), out)
 
 
 def _written(results: Results, out: Results | None) -> Results:

@@ -37,11 +37,10 @@ def relative(x, highest, temperature):
 
 @triton.jit
 def pick_part_kernel(
-    part_stats,  # [3, B, parts]: the winner's key, the largest logit, the sum
-    part_tokens,  # [B, parts]
+    part_stats,  # [2, B, parts]: the largest logit, and the sum relative to it
+    part_tokens,  # [B, parts], the likeliest
     logits,
     temperatures,  # [B], or None: greedy
-    seeds,
     row_stride,
     vocab_size,
     TILE: tl.constexpr,
@@ -52,19 +51,24 @@ def pick_part_kernel(
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     temperature = 0.0 if temperatures is None else tl.load(temperatures + row)
     x = loaded_logits(logits, row, column, row_stride, vocab_size)
-    highest = tl.max(x, 0)
+    highest, winner = tl.max(x, 0, return_indices=True)
     # A part that is masked as a whole keeps weights of zero instead of NaN.
     x = relative(x, tl.where(highest == float("-inf"), 0.0, highest), temperature)
-    keys = x
-    if temperatures is not None:
-        noise = -tl.log(-tl.log(tl.rand(tl.load(seeds + row), column)))
-        keys = tl.where(temperature == 0.0, x, x + noise)
-    key, winner = tl.max(keys, 0, return_indices=True)
-    token = tl.program_id(1) * TILE + winner
-    tl.store(part_stats + part, key)
-    tl.store(part_stats + plane + part, highest)
-    tl.store(part_stats + 2 * plane + part, tl.sum(tl.exp(x), 0))
-    tl.store(part_tokens + part, token)
+    tl.store(part_stats + part, highest)
+    tl.store(part_stats + plane + part, tl.sum(tl.exp(x), 0))
+    tl.store(part_tokens + part, tl.program_id(1) * TILE + winner)
+
+
+@triton.jit
+def first_beyond(weights, target):
+    """The first of some weights up to which they sum to more than a number.
+
+    Where rounding leaves none, the last one that weighs anything.
+    """
+    index = tl.arange(0, weights.shape[0])
+    last = tl.max(tl.where(weights > 0.0, index, 0), 0)
+    num_below = tl.sum((tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
+    return tl.minimum(num_below, last)
 
 
 # Where results go is aligned in one step of a draft, and not in the next.
@@ -76,10 +80,14 @@ def pick_join_kernel(
     largest,  # [B] float32, a row's largest logit; or None
     part_stats,
     part_tokens,
+    logits,
     temperatures,
+    uniforms,
     num_parts,
+    row_stride,
     vocab_size,
     PARTS_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     plane = tl.num_programs(0).to(tl.int64) * num_parts
@@ -87,20 +95,28 @@ def pick_join_kernel(
     exists = index < num_parts
     part = row * num_parts + index
     lowest = float("-inf")
-    keys = tl.load(part_stats + part, mask=exists, other=lowest)
-    part_max = tl.load(part_stats + plane + part, mask=exists, other=lowest)
-    part_sum = tl.load(part_stats + 2 * plane + part, mask=exists, other=0.0)
+    part_max = tl.load(part_stats + part, mask=exists, other=lowest)
+    part_sum = tl.load(part_stats + plane + part, mask=exists, other=0.0)
     part_token = tl.load(part_tokens + part, mask=exists, other=0)
 
     temperature = 0.0 if temperatures is None else tl.load(temperatures + row)
     highest = tl.max(part_max, 0)
-    x = relative(part_max, highest, temperature)
-    winner = index == tl.argmax(keys + x, 0)
+    weights = part_sum * tl.exp(relative(part_max, highest, temperature))
+    total = tl.sum(weights, 0)
+    winner = index == tl.argmax(part_max, 0)
     token = tl.sum(tl.where(winner, part_token, 0), 0)
+    if temperatures is not None and temperature > 0.0:
+        target = tl.load(uniforms + row) * total
+        drawn = first_beyond(weights, target)
+        target -= tl.sum(tl.where(index < drawn, weights, 0.0), 0)
+        column = drawn * TILE + tl.arange(0, TILE)
+        x = loaded_logits(logits, row, column, row_stride, vocab_size)
+        inner = tl.exp(relative(x, highest, temperature))
+        token = drawn * TILE + first_beyond(inner, target)
     # A row of NaN has no winner, but still a token of the vocabulary.
     tl.store(tokens + row * out_stride, tl.minimum(token, vocab_size - 1).to(tl.int64))
     # The largest logit itself weighs 1.
-    tl.store(confidences + row * out_stride, 1.0 / tl.sum(part_sum * tl.exp(x), 0))
+    tl.store(confidences + row * out_stride, 1.0 / total)
     if largest is not None:
         tl.store(largest + row, highest)
 
@@ -147,23 +163,23 @@ def greedy_pick(
     return tokens, confidences
 
 
-def gumbel_pick(
+def sampled_pick(
     logits: Tensor,
     temperatures: Tensor,
-    seeds: Tensor,
+    uniforms: Tensor,
     *,
     out: tuple[Tensor, Tensor, Tensor | None] | None = None,
     validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See ``reference.gumbel_pick``."""
+    """See ``reference.sampled_pick``."""
     if validate:
-        check_logits(logits, temperatures, seeds, out)
+        check_logits(logits, temperatures, uniforms, out)
     if out is None:
         shape, device = logits.shape, logits.device
         probabilities = torch.empty(shape, dtype=torch.float32, device=device)
         out = (*_new_picks(logits), probabilities)
     tokens, confidences, drawn_from = out
-    largest = _pick(tokens, confidences, logits, temperatures, seeds)
+    largest = _pick(tokens, confidences, logits, temperatures, uniforms)
     batch, vocab_size = logits.shape
     tile = launch_settings.settings_of(logits.device).vocabulary_tile
     if batch and drawn_from is not None:
@@ -194,14 +210,14 @@ def _pick(
     confidences: Tensor,
     logits: Tensor,
     temperatures: Tensor | None,
-    seeds: Tensor | None,
+    uniforms: Tensor | None,
 ) -> Tensor | None:
     """Writes tokens and confidences; the largest logits [B], if tokens are drawn."""
     batch, vocab_size = logits.shape
     tile = launch_settings.settings_of(logits.device).vocabulary_tile
     parts = triton.cdiv(vocab_size, tile)
     new: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
-    stats = torch.empty(3, batch, parts, **new)
+    stats = torch.empty(2, batch, parts, **new)
     part_tokens = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
     largest = None if temperatures is None else torch.empty(batch, **new)
     if batch:
@@ -210,7 +226,6 @@ def _pick(
             part_tokens,
             logits,
             temperatures,
-            seeds,
             logits.stride(0),
             vocab_size,
             TILE=tile,
@@ -222,9 +237,13 @@ def _pick(
             largest,
             stats,
             part_tokens,
+            logits,
             temperatures,
+            uniforms,
             parts,
+            logits.stride(0),
             vocab_size,
             PARTS_BLOCK=triton.next_power_of_2(parts),
+            TILE=tile,
         )
     return largest

@@ -74,14 +74,14 @@ def test_vllm_is_told_what_each_token_was_drawn_from(
 ):
     """Also of a target whose vocabulary is padded otherwise."""
     runner, drawn = Runner(drafter_folder, vocab_size), []
-    pick = runner.core.operations.gumbel_pick
+    pick = runner.core.operations.sampled_pick
 
     def noted(*args: Any, out: tuple, **kwargs: Any) -> tuple:
         assert out[2] is None, "nobody looks at distributions"
         drawn.append(pick(*args, **kwargs)[2])
         return pick(*args, out=out, **kwargs)
 
-    monkeypatch.setattr(runner.core.operations, "gumbel_pick", noted)
+    monkeypatch.setattr(runner.core.operations, "sampled_pick", noted)
     runner.temperature[:] = temperature
     last = vocab_size - 1
     for index in (0, 1, 2):

@@ -74,11 +74,11 @@ def greedy() -> Arguments:
     return {"logits": torch.zeros(3, 50)}
 
 
-def gumbel() -> Arguments:
+def sampled() -> Arguments:
     return {
         "logits": torch.zeros(3, 50),
         "temperatures": torch.tensor([0.0, 0.5, 1.0]),
-        "seeds": torch.arange(3),
+        "uniforms": torch.tensor([0.0, 0.5, 0.9]),
     }
 
 
@@ -88,7 +88,7 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "page_compaction": compaction,
     "chunk_scores": chunk_scores,
     "greedy_pick": greedy,
-    "gumbel_pick": gumbel,
+    "sampled_pick": sampled,
 }
 
 
@@ -269,13 +269,13 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
         ({"logits": strided(3, 50)}, r"logits has strides \(100, 2\)"),
         ({"logits": zeros(3, 0)}, r"logits has no vocabulary, V=0"),
     ],
-    "gumbel_pick": [
+    "sampled_pick": [
         ({"logits": zeros(3, 50, 1)}, r"logits has shape \[3, 50, 1\]"),
         ({"logits": strided(3, 50)}, r"logits has strides \(100, 2\)"),
         ({"temperatures": torch.ones(2)}, r"temperatures .*\[2\], not \[B=3\]"),
-        ({"seeds": ids(0, 1)}, r"seeds has shape \[2\], not \[B=3\]"),
+        ({"uniforms": torch.zeros(2)}, r"uniforms has shape \[2\], not \[B=3\]"),
         ({"temperatures": strided(3)}, r"temperatures .*\(2,\)"),
-        ({"seeds": strided(3, dtype=torch.int64)}, r"seeds .*\(2,\)"),
+        ({"uniforms": strided(3)}, r"uniforms .*\(2,\)"),
         (
             {"temperatures": torch.tensor([1.0, -0.5, 0.0])},
             r"temperatures\[1\] is -0\.5; it must be finite and not below 0",
@@ -288,7 +288,11 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
             {"temperatures": torch.tensor([torch.inf, 0, 0])},
             r"temperatures\[0\] is inf",
         ),
-        ({"seeds": ids(0, 1, 2).to("meta")}, r"several devices.*meta"),
+        ({"uniforms": torch.zeros(3).to("meta")}, r"several devices.*meta"),
+        (
+            {"uniforms": torch.tensor([0.0, 1.0, 0.5])},
+            r"uniforms\[1\] is 1\.0; it must be at least 0 and below 1",
+        ),
     ],
 }
 
@@ -339,10 +343,10 @@ WRONG_TYPES: dict[str, list[tuple[Arguments, str]]] = {
         ({"logits": zeros(3, 50, dtype=DOUBLE)}, r"logits is torch\.float64"),
         ({"logits": zeros(3, 50).long()}, r"logits is torch\.int64"),
     ],
-    "gumbel_pick": [
+    "sampled_pick": [
         ({"logits": zeros(3, 50, dtype=DOUBLE)}, r"logits is torch\.float64"),
         ({"temperatures": torch.ones(3).half()}, r"temperatures is torch\.float16"),
-        ({"seeds": torch.arange(3).int()}, r"seeds is torch\.int32"),
+        ({"uniforms": torch.zeros(3).half()}, r"uniforms is torch\.float16"),
     ],
 }
 

@@ -59,8 +59,8 @@ def accumulated(device: torch.device) -> list[torch.Tensor]:
 def picks(device: torch.device) -> list[torch.Tensor]:
     logits = torch.zeros(3, 5, device=device)
     ones = torch.ones(3, device=device)
-    seeds = torch.arange(3, device=device)
-    return [*fused.greedy_pick(logits), *fused.gumbel_pick(logits, ones, seeds)]
+    halves = torch.full([3], 0.5, device=device)
+    return [*fused.greedy_pick(logits), *fused.sampled_pick(logits, ones, halves)]
 
 
 def linear(device: torch.device) -> list[torch.Tensor]:

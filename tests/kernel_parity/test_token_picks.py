@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VOCABULARIES = [1, 63, 4096, 4097, 32_000]
 #: Greedy, nearly greedy, as trained, and nearly uniform.
 TEMPERATURES = [0.0, 0.05, 1.0, 0.7, 100.0]
-SEEDS = [0, 1, -1, 2**63 - 1, 123_456_789_012]
+UNIFORMS = [0.0, 0.25, 0.5, 0.9, 1 - 2**-24]
 #: Of 15 degrees of freedom, the chi-square that one in a thousand exceeds.
 CHI_SQUARE = 37.70
 
@@ -41,11 +41,11 @@ def random_logits(
     return around.to(device, dtype)[:, :vocab_size]
 
 
-def draw(module, logits: Tensor, temperatures: list[float], seeds: Sequence[int]):
-    return module.gumbel_pick(
+def draw(module, logits: Tensor, temperatures: list[float], uniforms: Sequence[float]):
+    return module.sampled_pick(
         logits,
         torch.tensor(temperatures, device=logits.device).float(),
-        torch.tensor(list(seeds), device=logits.device).long(),
+        torch.tensor(list(uniforms), device=logits.device).float(),
     )
 
 
@@ -53,10 +53,10 @@ def draw(module, logits: Tensor, temperatures: list[float], seeds: Sequence[int]
 def test_results_go_where_they_are_wanted_and_nowhere_else(module, device):
     """To one step of a draft, in buffers of all of them."""
     logits = random_logits(3, 63, torch.float32, device)
-    ones, seeds = torch.ones(3, device=device), torch.arange(3, device=device)
+    ones, halves = torch.ones(3, device=device), torch.full([3], 0.5, device=device)
     picks = [
         (module.greedy_pick, [logits], (3, 4), (3, 4)),
-        (module.gumbel_pick, [logits, ones, seeds], (3, 4), (3, 4), (3, 4, 65)),
+        (module.sampled_pick, [logits, ones, halves], (3, 4), (3, 4), (3, 4, 65)),
     ]
     for pick, inputs, *shapes in picks:
         buffers = [torch.full(shape, -7.0, device=device) for shape in shapes]
@@ -82,11 +82,11 @@ def test_greedy_pick_equals_the_definition(vocab_size, dtype, device):
 
 @every_type
 @every_vocabulary
-def test_gumbel_pick_equals_the_definition(vocab_size, dtype, device):
-    logits = random_logits(len(SEEDS), vocab_size, dtype, device)
-    tokens, confidences, probabilities = draw(fused, logits, TEMPERATURES, SEEDS)
+def test_sampled_pick_equals_the_definition(vocab_size, dtype, device):
+    logits = random_logits(len(UNIFORMS), vocab_size, dtype, device)
+    tokens, confidences, probabilities = draw(fused, logits, TEMPERATURES, UNIFORMS)
     expected_tokens, expected, distributions = draw(
-        reference, logits.float(), TEMPERATURES, SEEDS
+        reference, logits.float(), TEMPERATURES, UNIFORMS
     )
     assert tokens.dtype == torch.int64
     assert torch.equal(tokens, expected_tokens)
@@ -99,7 +99,7 @@ def test_gumbel_pick_equals_the_definition(vocab_size, dtype, device):
     drawn = torch.tensor(TEMPERATURES, device=device) > 0
     largest = probabilities.amax(-1)[drawn]
     assert_close("largest", largest, confidences[drawn], torch.float32, times=50)
-    ones = torch.ones(len(SEEDS), device=device)
+    ones = torch.ones(len(UNIFORMS), device=device)
     assert_close("sums", probabilities.sum(-1), ones, torch.float32, times=50)
 
 
@@ -109,7 +109,9 @@ def test_without_a_temperature_the_likeliest_has_all_the_probability(
     module, dtype, device
 ):
     logits = random_logits(3, 5000, dtype, device)
-    tokens, confidences, probabilities = draw(module, logits, [0.0] * 3, [5, 6, 7])
+    tokens, confidences, probabilities = draw(
+        module, logits, [0.0] * 3, [0.1, 0.5, 0.9]
+    )
     assert torch.equal(tokens, logits.argmax(-1))
     assert_close("confidences", confidences, module.greedy_pick(logits)[1], dtype)
     one_hot = torch.zeros_like(probabilities).scatter(1, tokens[:, None], 1.0)
@@ -125,7 +127,7 @@ def test_the_first_of_equal_logits_is_picked(module, ties, device):
     assert tokens.tolist() == [ties[0]]
     expected = logits.double().softmax(-1)[0, ties[0]]
     assert_close("confidence", confidences[0], expected, torch.float32)
-    assert draw(module, logits, [0.0], [3])[0].tolist() == [ties[0]]
+    assert draw(module, logits, [0.0], [0.3])[0].tolist() == [ties[0]]
 
 
 @both
@@ -144,7 +146,7 @@ def test_a_masked_token_is_never_picked(module, allowed, dtype, device):
     logits = torch.full((batch, 9000), -torch.inf, device=device, dtype=dtype)
     logits[:, allowed] = random_logits(batch, len(allowed), dtype, device)
     tokens, confidences, probabilities = draw(
-        module, logits, temperatures, list(range(batch))
+        module, logits, temperatures, torch.linspace(0, 0.99, batch).tolist()
     )
     greedy, greedy_confidences = module.greedy_pick(logits)
     assert set(tokens.tolist() + greedy.tolist()) <= set(allowed)
@@ -166,7 +168,7 @@ def test_what_is_masked_does_not_matter_however_low_the_rest_is(module, level, d
     quarter = torch.full([4], 0.25, device=device)
     tokens, confidences = module.greedy_pick(logits)
     assert tokens.tolist() == [5000]
-    drawn = draw(module, logits, [1.0], [0])
+    drawn = draw(module, logits, [1.0], [0.0])
     # Logits near 10,000 are 2 ** -10 apart.
     for name, found in (
         ("greedy confidence", confidences),
@@ -188,7 +190,7 @@ def test_a_low_temperature_leaves_large_logits_finite(module, division, device):
     """
     logits = random_logits(4, 5000, torch.float32, device)
     tokens, confidences, probabilities = draw(
-        module, 100 * logits, [1e-3] * 4, [0, 1, 2, 3]
+        module, 100 * logits, [1e-3] * 4, [0.0, 0.2, 0.4, 0.6]
     )
     assert torch.equal(tokens, logits.argmax(-1))
     ones = torch.ones(4, device=device)
@@ -215,7 +217,7 @@ def test_probabilities_are_right_at_every_temperature_and_scale(
         temperatures = torch.tensor(LOW_TO_HIGH, device=device)
         logits[:, column] = scale - distance * temperatures
     logits = logits.to(dtype)
-    _, confidences, probabilities = draw(module, logits, LOW_TO_HIGH, range(batch))
+    _, confidences, probabilities = draw(module, logits, LOW_TO_HIGH, [0.5] * batch)
     expected = (logits.double() / temperatures[:, None].double()).softmax(-1)
     exact = {"rtol": 0, "atol": 1e-5}
     torch.testing.assert_close(probabilities.double(), expected, **exact)
@@ -225,39 +227,48 @@ def test_probabilities_are_right_at_every_temperature_and_scale(
 
 
 @both
-def test_a_draw_depends_on_its_row_and_seed_alone(module, device):
+def test_a_draw_depends_on_its_row_alone(module, device):
     logits = random_logits(5, 5000, torch.float32, device)
-    together = draw(module, logits, TEMPERATURES, SEEDS)
+    together = draw(module, logits, TEMPERATURES, UNIFORMS)
     order = [3, 0, 4]
     for row in range(5):
-        alone = draw(module, logits[row : row + 1], [TEMPERATURES[row]], [SEEDS[row]])
+        alone = draw(
+            module, logits[row : row + 1], [TEMPERATURES[row]], [UNIFORMS[row]]
+        )
         for ours, theirs in zip(alone, together, strict=True):
             assert torch.equal(ours[0], theirs[row])
     shuffled = draw(
         module,
         logits[order],
         [TEMPERATURES[row] for row in order],
-        [SEEDS[row] for row in order],
+        [UNIFORMS[row] for row in order],
     )
     for ours, theirs in zip(shuffled, together, strict=True):
         assert torch.equal(ours, theirs[order])
 
 
 @both
-def test_seeds_that_differ_in_any_half_draw_differently(module, device):
-    logits = torch.zeros(4, 5000, device=device)
-    tokens = draw(module, logits, [1.0] * 4, [1, 2, 2**32 + 1, -(2**32) + 1])[0]
-    assert len(set(tokens.tolist())) == 4
+@pytest.mark.parametrize("vocab_size", [63, 9000])
+def test_the_first_token_beyond_a_uniform_number_is_drawn(module, vocab_size, device):
+    """Of equals the one at that share of them, and of what cannot be drawn none."""
+    logits = torch.zeros(4, vocab_size, device=device)
+    logits[:, ::3] = -torch.inf
+    uniforms = [0.0, 0.2501, 0.5001, 1 - 2**-24]
+    tokens = draw(module, logits, [1.0] * 4, uniforms)[0].tolist()
+    allowed = [i for i in range(vocab_size) if i % 3]
+    assert tokens == [allowed[int(u * len(allowed))] for u in uniforms]
 
 
-#: Sixteen tokens of somewhat different logits; and sixteen equals, which only the noise
-#: tells apart, at a temperature that makes them 1e8.
+#: Sixteen tokens of somewhat different logits; and sixteen equals, at a temperature
+#: that makes them 1e8.
 SLOPE, EQUALS = torch.linspace(-1.0, 1.0, 16), torch.full([16], 1e4)
 
 
 def check_softmax(module, row: Tensor, temperature: float, draws: int, device):
     logits = row.to(device).repeat(draws, 1)
-    tokens, _, _ = draw(module, logits, [temperature] * draws, range(draws))
+    generator = torch.Generator().manual_seed(0)
+    uniforms = torch.rand(draws, generator=generator).tolist()
+    tokens, _, _ = draw(module, logits, [temperature] * draws, uniforms)
     observed = tokens.bincount(minlength=16).double()
     expected = draws * (logits[0].double() / temperature).softmax(-1)
     assert ((observed - expected) ** 2 / expected).sum() < CHI_SQUARE
@@ -289,7 +300,7 @@ def test_without_a_largest_logit_nothing_is_sure(largest, module, device):
     """The confidence is NaN, for which no draft is proposed."""
     logits = random_logits(2, 5000, torch.float32, device).clone()
     logits[1, 4097 if largest > 0 else slice(None)] = largest
-    tokens, confidences, probabilities = draw(module, logits, [1.0, 1.0], [1, 2])
+    tokens, confidences, probabilities = draw(module, logits, [1.0, 1.0], [0.1, 0.2])
     greedy_tokens, greedy_confidences = module.greedy_pick(logits)
     for x in (confidences, greedy_confidences, probabilities.amax(-1)):
         assert x.isfinite().tolist() == [True, False] and x[1].isnan()
@@ -304,8 +315,8 @@ def test_a_row_of_nan_still_gives_a_token_of_the_vocabulary(vocab_size, device):
     logits[1] = torch.nan
     for tokens in (
         fused.greedy_pick(logits)[0],
-        draw(fused, logits, [1.0, 1.0, 0.0], [1, 2, 3])[0],
-        draw(fused, logits, [1.0, 0.0, 0.0], [1, 2, 3])[0],
+        draw(fused, logits, [1.0, 1.0, 0.0], [0.1, 0.2, 0.3])[0],
+        draw(fused, logits, [1.0, 0.0, 0.0], [0.1, 0.2, 0.3])[0],
     ):
         assert 0 <= int(tokens[1]) < vocab_size
     expected = reference.greedy_pick(logits[[0, 2]])[0]
@@ -322,13 +333,13 @@ def test_no_rows_give_no_tokens(module, device):
 @both
 def test_places_that_do_not_fit_are_refused(module, device):
     logits = random_logits(3, 63, torch.float32, device)
-    ones, seeds = torch.ones(3, device=device), torch.arange(3, device=device)
+    ones, ids = torch.ones(3, device=device), torch.arange(3, device=device)
     for wrong, error, message in (
-        ((seeds[:2], ones, logits.clone()), ValueError, r"tokens .*\[2\], not \[B=3\]"),
+        ((ids[:2], ones, logits.clone()), ValueError, r"tokens .*\[2\], not \[B=3\]"),
         ((ones, ones, logits.clone()), TypeError, r"tokens is torch\.float32"),
-        ((seeds, ones.half(), logits.clone()), TypeError, r"confidences is torch\.f"),
-        ((seeds, ones.repeat(2)[::2], logits.clone()), ValueError, r"strides differ"),
-        ((seeds, ones, logits[:, 1:]), ValueError, r"probabilities .*not \[B=3, V=63"),
+        ((ids, ones.half(), logits.clone()), TypeError, r"confidences is torch\.f"),
+        ((ids, ones.repeat(2)[::2], logits.clone()), ValueError, r"strides differ"),
+        ((ids, ones, logits[:, 1:]), ValueError, r"probabilities .*not \[B=3, V=63"),
     ):
         with pytest.raises(error, match=message):
-            module.gumbel_pick(logits, ones, seeds, out=wrong)
+            module.sampled_pick(logits, ones, 0.5 * ones, out=wrong)

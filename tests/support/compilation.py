@@ -123,7 +123,7 @@ class Companions:
         fused.accumulated_attention(queries, prompt[0], validate=False)
         logits = torch.zeros(2, 32_000, dtype=self.dtype)
         fused.greedy_pick(logits, validate=False)
-        fused.gumbel_pick(logits, torch.ones(2), torch.arange(2), validate=False)
+        fused.sampled_pick(logits, torch.ones(2), torch.zeros(2), validate=False)
 
 
 @dataclass(frozen=True)

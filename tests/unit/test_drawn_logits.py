@@ -46,13 +46,13 @@ def test_what_is_stored_is_what_tokens_are_drawn_from(
 ):
     """To the last bit, so that no rounding makes a difference."""
     proposer, given = build(drafter_folder, dtype), []
-    pick = proposer.operations.gumbel_pick
+    pick = proposer.operations.sampled_pick
 
     def noted(logits: Tensor, *args, **kwargs) -> tuple:
         given.append(logits.clone())
         return pick(logits, *args, **kwargs)
 
-    monkeypatch.setattr(proposer.operations, "gumbel_pick", noted)
+    monkeypatch.setattr(proposer.operations, "sampled_pick", noted)
     stored = drawn(proposer)
     assert stored.dtype == DTYPES[dtype]
     assert torch.equal(stored, torch.stack(given, 1))

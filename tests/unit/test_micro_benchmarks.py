@@ -261,7 +261,7 @@ def test_other_operations_move_the_bytes_of_what_they_read_and_write():
 
     workload = workloads.token_picks(SHAPE, 3, CPU, sampled=True)
     inputs = workload.sets[0]
-    _, _, probabilities = reference.gumbel_pick(**inputs)
+    _, _, probabilities = reference.sampled_pick(**inputs)
     assert workload.moved_bytes == num_bytes(inputs["logits"], probabilities)
 
 

@@ -72,7 +72,7 @@ class DraftGraphs:
         self._temperatures = torch.zeros(sizes[-1], device=device)
         self._top_k = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
         shape = (lengths[-1], sizes[-1])
-        self._seeds = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._uniforms = torch.zeros(shape, device=device)
 
     @torch.inference_mode()
     def capture(self, capture: Capture) -> int:
@@ -89,7 +89,7 @@ class DraftGraphs:
 
     def _capture(self, capture: Capture, size: int, length: int, kind: Kind) -> None:
         top_k = self._top_k[:size] if kind == CUT else None
-        draws = Draws(self._temperatures[:size], self._seeds[:length, :size], top_k)
+        draws = Draws(self._temperatures[:size], self._uniforms[:length, :size], top_k)
         inputs = DraftInputs(
             self._rows[:size, 0],
             self._rows[:size, 1],
@@ -115,9 +115,9 @@ class DraftGraphs:
             self._rows[batch:size] = self._idle_row
         kind: Kind = GREEDY
         if inputs.draws is not None:
-            temperatures, seeds, top_k = inputs.draws
+            temperatures, uniforms, top_k = inputs.draws
             self._temperatures[:batch] = temperatures
-            self._seeds[:num_drafts, :batch] = seeds
+            self._uniforms[:num_drafts, :batch] = uniforms
             kind = DRAWN if top_k is None else CUT
             if top_k is not None:
                 self._top_k[:batch] = top_k

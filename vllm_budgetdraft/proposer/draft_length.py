@@ -55,7 +55,7 @@ def confident_lengths(confidences: Tensor, threshold: float) -> Tensor:
 
     The verification length of Flex Decoding (FlexDraft, "cumulative_product"), but for
     its lower bound of 1. It leaves sampled drafts the distribution they were drawn from
-    as long as no confidence depends on its own draw, see ``gumbel_pick``.
+    as long as no confidence depends on its own draw, see ``sampled_pick``.
 
     Args:
         confidences: [B, k], probabilities; what follows one that is NaN is not counted.

@@ -39,12 +39,12 @@ class Draws(NamedTuple):
 
     Attributes:
         temperatures: [B] float32, 0 where the likeliest token is to be picked.
-        seeds: [k, B] int64.
+        uniforms: [k, B] float32, of [0, 1).
         top_k: [B] int64, see ``truncated``; None where nothing is cut.
     """
 
     temperatures: Tensor
-    seeds: Tensor
+    uniforms: Tensor
     top_k: Tensor | None = None
 
 
@@ -197,10 +197,10 @@ class DraftLoop:
                 if probabilities is not None:
                     # What is never drafted remains at 0.
                     drawn_from = probabilities[:, step, : logits.shape[1]]
-                self._operations.gumbel_pick(
+                self._operations.sampled_pick(
                     logits,
                     draws.temperatures,
-                    draws.seeds[step],
+                    draws.uniforms[step],
                     out=(*places, drawn_from),
                     validate=validate,
                 )

@@ -359,13 +359,10 @@ class DraftProposer:
         num_drafts = num_drafts or self.max_drafts
         draws: Draws | None = None
         if temperatures is not None:
-            seeds = torch.randint(
-                2**62,
-                (num_drafts, len(slots)),
-                generator=self._generator,
-                device=self.device,
+            uniforms = torch.rand(
+                (num_drafts, len(slots)), generator=self._generator, device=self.device
             )
-            draws = Draws(temperatures, seeds, top_k)
+            draws = Draws(temperatures, uniforms, top_k)
         inputs = DraftInputs(slots, ends, tokens, draws)
         if self._graphs is not None:
             return self._graphs.draft(inputs, num_drafts)

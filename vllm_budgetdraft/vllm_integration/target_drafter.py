@@ -217,9 +217,11 @@ class TargetDrafter:
                 return self._operations.greedy_pick(logits, validate=False)
             if top_k is not None:
                 logits = truncated(logits, top_k)
-            seeds = self._seeds(len(logits))
-            return self._operations.gumbel_pick(
-                logits, temperatures, seeds, validate=False
+            uniforms = torch.rand(
+                len(logits), generator=self._generator, device=self._device
+            )
+            return self._operations.sampled_pick(
+                logits, temperatures, uniforms, validate=False
             )
 
         picked = self._drafter.draft(hidden, self._parts, bonus, pick)
@@ -275,11 +277,6 @@ class TargetDrafter:
     def _blocks(self, request: Request, num_pages: int) -> Tensor:
         """Where vLLM has the first pages of a request, [num_pages] int64."""
         return self._tensor(request.block_tables[0][:num_pages])
-
-    def _seeds(self, count: int) -> Tensor:
-        return torch.randint(
-            2**62, (count,), generator=self._generator, device=self._device
-        )
 
     def _tensor(self, data: Any, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.as_tensor(data, dtype=dtype).to(self._device)
