@@ -98,6 +98,7 @@ def test_in_runner_v2_seeds_give_the_same_again(plain):
     batch = Job(prompts, [{**common, **each} for each in asked])
     settings = {
         "method": "budgetdraft",
+        "adaptive_draft_length": False,
         "model": DRAFTER,
         "num_speculative_tokens": 5,
         "kv_budget": 64,

@@ -41,7 +41,8 @@ class BudgetDraftConfig(ViewSettings):
         "probabilistic",
         description="How drafts of requests with a temperature are picked: greedy, or "
         "probabilistic, drawn at that temperature, so that vLLM accepts as many as can "
-        "be, for max_num_seqs x num_speculative_tokens x vocabulary x 4 bytes at most.",
+        "be, for max_num_seqs x num_speculative_tokens x vocabulary x 4 bytes, or half "
+        "of that.",
     )
     draft_confidence_threshold: float = Field(
         0.0,
@@ -59,8 +60,8 @@ class BudgetDraftConfig(ViewSettings):
     adaptive_draft_length: bool | Literal["auto"] = Field(
         "auto",
         description="Whether each step drafts as many tokens as pay best by its time "
-        "and their acceptance, down to none; auto does, but for flexdraft drafters and "
-        "with data parallelism.",
+        "and their acceptance, down to none; auto does, but for flexdraft drafters, "
+        "with data parallelism, and with an external launcher.",
     )
     kv_budget: int = Field(
         512,

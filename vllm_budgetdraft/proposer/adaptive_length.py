@@ -34,8 +34,8 @@ class Acceptance:
     #: What one more step leaves of the weight of those before, and the weight of a
     #: position (in drafts) below which nothing is forgotten.
     MEMORY, MIN_WEIGHT = 0.98, 4.0
-    #: The same of a request's own steps, and how many accepted drafts its share of what
-    #: is usual weighs before its first.
+    #: The same of a request's own steps; and as if that many drafts of it had been
+    #: accepted, and as many as usual, before its first step.
     REQUEST_MEMORY, REQUEST_PRIOR = 0.98, 16.0
 
     def __init__(self, max_length: int) -> None:
@@ -66,15 +66,15 @@ class Acceptance:
             )
 
     def forget_all_but(self, requests: Sequence[str]) -> None:
-        """Forgets requests that are over."""
+        """Forgets requests that are not of the batch any more."""
         known = self._requests
         self._requests = {each: known[each] for each in requests if each in known}
 
     def chances(self, requests: Sequence[str]) -> ByLength:
         """[len(requests), max_length], that a draft and all before it are accepted.
 
-        a_i, the chance that draft i is accepted if those before it are, is as usual
-        times what the request's own drafts were accepted as often as usual.
+        The chance that draft i is accepted if those before it are, a_i, is the usual
+        one, times the ratio of the request's accepted drafts to the usual number.
         """
         known = [self._requests.get(request, (0.0, 0.0)) for request in requests]
         had, expected = np.array(known).reshape(-1, 2).T + self.REQUEST_PRIOR
@@ -230,17 +230,21 @@ class AdaptiveLength:
     def limits(self) -> list[int]:
         """Most drafts of each request of the step that was chosen for last.
 
-        A draft is worth verifying if its chance of being accepted is not below what the
-        time for it yields otherwise. Trials limit nobody, nor do graphs let them.
+        A draft is worth verifying if it is accepted more often than other tokens come
+        in the time for it. Nobody is limited in a trial, nor where graphs are of
+        batches of one length, nor where nobody would draft.
         """
         assert self._step is not None
         num_requests, length = len(self._step.requests), self._step.length
         if self._costs.are_uniform or self.is_trying or not length:
             return [length] * num_requests
-        seconds = self._costs.token_seconds(num_requests, length)
+        times = self.times.estimate(num_requests)
+        # Of a draft and its verification, as steps are seen to take.
+        seen = float(times[length] - times[0]) / (num_requests * length)
+        seconds = min(seen, self._costs.token_seconds(num_requests, length))
         is_worth = self._chances[:, :length] >= seconds * num_requests * self._rate
         result: list[int] = is_worth.sum(1).tolist()
-        return result
+        return result if any(result) else [length] * num_requests
 
     def restart_step(
         self, now: float, requests: Sequence[str], is_decoding: bool
@@ -268,7 +272,7 @@ class AdaptiveLength:
         self._step.num_drafting = num_requests
         self._step.is_undisturbed = is_undisturbed
 
-    def _next_trial(self, batch_size: int, best: int) -> int | None:
+    def _next_trial(self, batch_size: int, best: int) -> int:
         """The one whose trials have cost the least."""
         others = [length for length in self._tried if length != best]
         return min(others, key=lambda length: self._trial_costs[batch_size, length])

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-#: Logit of what is not drafted, and of what is drafted for certain: finite, for it is
-#: divided by a temperature, and so large that the softmax of the others is 0.
+#: The logit of what is not drafted; and the logit of what is drafted for certain, which
+#: is finite, for it is divided by a temperature, and leaves no softmax to the others.
 NEVER, CERTAIN = -torch.inf, 1e30
 
 
@@ -17,7 +17,8 @@ def logits_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class DrawnLogits:
-    """
+    """A buffer of logits that drafts are drawn from.
+
     Attributes:
         logits: [num_slots + 1, k, V]. Over its temperature, the softmax of a token's is
             what it was drawn from. The last slot is the cache's spare one.

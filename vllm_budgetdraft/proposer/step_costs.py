@@ -16,8 +16,8 @@ class StepCosts:
 
     Attributes:
         target: of a pass of the target, by its number of tokens.
-        draft: of drafts of one length, by batch size, for two lengths or more. Empty
-            where drafting was not timed, and is taken to cost nothing.
+        draft: of drafts, by their length and the batch size; the shortest and longest
+            length at least. Empty where drafting was not timed: it costs nothing then.
         max_length: tokens of the longest draft.
         are_uniform: whether the target's graphs are of batches in which every request
             verifies as many drafts.
@@ -29,7 +29,7 @@ class StepCosts:
     are_uniform: bool = False
 
     def by_length(self, batch_size: int) -> ByLength:
-        """[max_length + 1], for lengths from 0 on."""
+        """Seconds for every length from 0 on, [max_length + 1]."""
         lengths = np.arange(self.max_length + 1, dtype=np.float64)
         seconds = _interpolate(self.target, batch_size * (lengths + 1))
         if self.draft:

@@ -43,11 +43,8 @@ class AdaptiveSchedule:
         return self._length
 
     def _next(self, batch_size: int) -> int:
-        config, adaptive, running = (
-            self._config,
-            self._adaptive,
-            self._scheduler.running,
-        )
+        config, adaptive = self._config, self._adaptive
+        running = self._scheduler.running
         longest = scheduled_length(
             config.num_speculative_tokens_per_batch_size,
             batch_size,

@@ -9,7 +9,7 @@ from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 
 
 class DraftOutput:
-    """Tokens by row, and logits by slot.
+    """What vLLM takes: tokens by row, and logits by slot.
 
     vLLM reads logits of the requests that it samples at a temperature, and divides by
     it. It takes drafts of every row; one that did not draft repeats its last token,
@@ -68,13 +68,16 @@ class DraftOutput:
             is_certain = ~is_sound | (temperatures == 0)[:, None]
             self._drawn_logits.make_certain(slots, tokens, is_certain)
 
-    def share(self, slots: Tensor) -> None:
+    def share(self, slots: Tensor, are_verified: bool = True) -> None:
         """The leader's drafts of the first rows [B], on every rank.
 
         Each rank verifies them by itself: with other probabilities, ranks would accept
         other tokens and no longer compute the same model.
+
+        Args:
+            are_verified: whether any will be; every rank must say the same.
         """
         group, tokens = get_tp_group(), self.rows(len(slots))
         tokens[:] = group.broadcast(tokens.clone(), src=0)
-        if self.logits is not None:
+        if self.logits is not None and are_verified:
             self.logits[slots] = group.broadcast(self.logits[slots], src=0)

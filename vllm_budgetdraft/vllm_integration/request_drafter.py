@@ -40,7 +40,7 @@ class Request:
         context: token ids, prompt and output.
         sampled: whether it sampled a token in this step; if not, its prompt is still
             being prefilled.
-        max_drafts: most tokens to draft now.
+        max_drafts: most tokens to draft now; 0 if it keeps its cache, and no more.
         num_computed: tokens of the context that the target knew before this step.
         block_tables: of each kind of the target's cache, where its pages are.
     """
@@ -116,7 +116,8 @@ class RequestDrafter:
         self._batch = requests
         batch = {request.request_id for request in requests}
         able = []
-        for request in requests:
+        drafting = [request for request in requests if request.max_drafts]
+        for request in drafting:
             if self._slots.why_given_up(request.request_id, request.state):
                 continue
             try:
@@ -137,6 +138,7 @@ class RequestDrafter:
         if drafts:
             self._faults.drafted()
         only_drafted = not unread and not is_behind
+        only_drafted &= len(drafting) == len(requests)
         self.has_only_drafted = only_drafted and len(drafts) == len(able)
         for request in requests:
             if not request.sampled:
@@ -151,6 +153,8 @@ class RequestDrafter:
         """Why a request that sampled has no drafts."""
         if reason := self._slots.why_given_up(request.request_id, request.state):
             return reason
+        if not request.max_drafts:
+            return "draft_length"
         if (holding := self._holding(request)) is None:
             return "no_pages"
         is_behind = not holding.is_read or _num_missing(request, holding)

@@ -11,7 +11,7 @@ from vllm.distributed import get_tp_group
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
-from vllm_budgetdraft.proposer.draft_length import scheduled_length
+from vllm_budgetdraft.proposer.draft_length import doublings, scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import logger
@@ -123,7 +123,11 @@ class BudgetDraftProposer:
         if self._config.adaptive_draft_length:
             costs = time_steps(runner, self._core)
             if costs and self._is_leader:
-                self._adaptive = AdaptiveLength(costs)
+                # Graphs of drafts are of some lengths alone.
+                lengths = [0, *doublings(costs.max_length)]
+                self._adaptive = AdaptiveLength(
+                    costs, lengths if costs.are_uniform else None
+                )
 
     def profile_run(self) -> None:
         if self._is_leader:
@@ -213,8 +217,6 @@ class BudgetDraftProposer:
                 why_not = "embeddings"  # its row holds the ids of another request
             elif room[row] <= 0:
                 why_not = "max_model_len"
-            elif limits[row] == 0:
-                why_not = "draft_length"
             if why_not:
                 counted.count("drafts_skipped", bool(sampled), why_not)
                 continue
@@ -225,7 +227,8 @@ class BudgetDraftProposer:
                 context=token_ids[row, : num_tokens[row]],
                 num_computed=int(batch.num_computed_tokens_cpu[row]),
                 sampled=bool(sampled),
-                max_drafts=min(limits[row], int(room[row])),
+                # Who reads its prompt is not limited yet.
+                max_drafts=min(limits[row] if sampled else length, int(room[row])),
                 block_tables=tuple(table[row] for table in tables),
             )
             requests.append(request)

@@ -198,7 +198,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
                     self._reset(error)
                     self._output.repeat(indices, last_tokens)
         if self._is_parallel:
-            self._output.share(indices)
+            self._output.share(indices, num_speculative_tokens != 0)
         return drafts
 
     def time_steps(self, runner: Any) -> None:
@@ -227,7 +227,9 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         rows = self._ready(input_batch, length)
         indices = slots = input_batch.idx_mapping
         batch = [self._progress.get(i) for i in input_batch.idx_mapping_np.tolist()]
-        is_told = not all(progress and progress.is_greedy for progress in batch)
+        is_told = length > 0 and not all(
+            progress and progress.is_greedy for progress in batch
+        )
         where: Tensor | slice = slice(input_batch.num_reqs)
         are_all_ready = len(rows) == input_batch.num_reqs
         if not are_all_ready:

@@ -109,6 +109,8 @@ def make_config(
     if settled.adaptive_draft_length == "auto" and (
         settled.drafter_type == "flexdraft"
         or target_parallel_config.data_parallel_size > 1
+        # Each rank has a scheduler, and only the first one's times.
+        or target_parallel_config.distributed_executor_backend == "external_launcher"
     ):
         settled = settled.model_copy(update={"adaptive_draft_length": False})
     front_end.apply(BudgetDraftSpeculativeConfig)

@@ -102,7 +102,7 @@ class DraftStatistics:
         request.num_waited = None if has_drafts else request.num_waited + 1
 
     def take(self) -> dict[str, Any]:
-        """All there is, as what any serialisation can carry; then begins anew."""
+        """All there is, as plain dicts and lists; then begins anew."""
         counts = [[*key, amount] for key, amount in self._counts.items() if amount]
         taken = {"gauges": self._gauges, "counts": counts}
         self._gauges = {}

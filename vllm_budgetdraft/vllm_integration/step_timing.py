@@ -16,6 +16,8 @@ from vllm_budgetdraft.vllm_integration.faults import logger
 #: The largest pass of the target and the largest batch of drafts that are timed. Beyond
 #: them both are bound by arithmetic, and go on as they rose.
 MAX_TOKENS, MAX_BATCH = 512, 64
+#: After a pass as long no larger one is timed: start-up must end, too.
+LONG_PASS_SECONDS = 0.25
 NUM_SAMPLES = 4
 
 
@@ -29,22 +31,32 @@ def time_steps(runner: Any, core: DraftProposer | None) -> StepCosts | None:
 
     Returns:
         None if it fails, which is logged: draft lengths are then fixed.
+
+    Raises:
+        Exception: it fails where ranks are parallel, which would wait for each other.
     """
     config = runner.vllm_config
+    is_parallel = config.parallel_config.world_size > 1
     longest = config.speculative_config.num_speculative_tokens
     max_num_seqs = config.scheduler_config.max_num_seqs
     most = min(max_num_seqs * (longest + 1), runner.max_num_tokens, MAX_TOKENS)
 
     def verify(num_tokens: int) -> float:
         def run() -> Tensor:
-            hidden, _ = runner._dummy_run(num_tokens)
+            hidden, _ = runner._dummy_run(num_tokens, skip_eplb=True)
             logits: Tensor = runner.model.compute_logits(hidden[:num_tokens])
             return logits
 
         return _seconds(run)
 
+    start = time.perf_counter()
     try:
-        target = {num_tokens: verify(num_tokens) for num_tokens in doublings(most)}
+        target: dict[int, float] = {}
+        for num_tokens in doublings(most):
+            target[num_tokens] = verify(num_tokens)
+            # Ranks must agree, and their clocks do not.
+            if target[num_tokens] > LONG_PASS_SECONDS and not is_parallel:
+                break
         draft = {}
         if core is not None:
             sizes = doublings(min(max_num_seqs, MAX_BATCH))
@@ -53,6 +65,8 @@ def time_steps(runner: Any, core: DraftProposer | None) -> StepCosts | None:
                 for length in sorted({1, longest})
             }
     except Exception as error:
+        if is_parallel:  # other ranks wait for this one
+            raise
         logger.warning(
             "BudgetDraft drafts at a fixed length: timing steps at start-up failed "
             "with %s: %s",
@@ -65,10 +79,11 @@ def time_steps(runner: Any, core: DraftProposer | None) -> StepCosts | None:
     without, *_, with_drafts = (1000 * costs.by_length(1)).tolist()
     logger.info(
         "BudgetDraft timed a step of one request: %.2f ms without drafts, %.2f ms "
-        "with %d",
+        "with %d; that took %.0f s",
         without,
         with_drafts,
         longest,
+        time.perf_counter() - start,
     )
     return costs
 

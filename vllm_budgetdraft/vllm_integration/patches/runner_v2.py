@@ -110,10 +110,14 @@ def _leave_out(original: Function) -> Function:
 
     def take_draft_token_ids(self: Any) -> Any:
         taken = original(self)
+        config = self.vllm_config
         if (
             taken is not None
-            and _is_ours(self.vllm_config)
-            and not self.vllm_config.scheduler_config.async_scheduling
+            and _is_ours(config)
+            and not config.scheduler_config.async_scheduling
+            # Each rank has a scheduler there, and only the first one drafts.
+            and config.parallel_config.distributed_executor_backend
+            != "external_launcher"
         ):
             for request_id, tokens in zip(
                 taken.req_ids, taken.draft_token_ids, strict=True
