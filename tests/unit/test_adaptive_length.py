@@ -286,6 +286,15 @@ def test_a_request_is_expected_to_go_on_as_it_did_and_a_new_one_as_usual():
     assert acceptance.chances(["bad"])[0, 0] == new
 
 
+def test_a_trial_is_not_charged_for_prompts_that_the_target_prefills():
+    adaptive = AdaptiveLength(FLAT, [0, 8])
+    adaptive.choose(0.0, ["a"], True, 8)
+    adaptive.choose(1.0, ["a"], True, 8)
+    assert adaptive.is_trying
+    adaptive.choose(101.0, ["a", "b"], False, 8)
+    assert adaptive._credit > -1
+
+
 def test_only_given_lengths_are_chosen_and_tried():
     engine = SimulatedEngine(
         lambda batch, length: 1 + 0.1 * length,

@@ -293,6 +293,9 @@ class AdaptiveLength:
             batch_size, step.length, seconds
         )
         if self._trial is not None:
+            if not is_alone:  # the target's prefill would have come anyhow
+                usual = float(self.times.estimate(batch_size)[step.length])
+                seconds = min(seconds, usual)
             cost = max(0.0, seconds - float(expected[step.length]) / self._rate)
             self._credit -= cost
             self._trial_costs[batch_size, self._trial] += cost
