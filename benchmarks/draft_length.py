@@ -1,8 +1,10 @@
 """Adaptive draft length against every fixed one, and against no speculation at all.
 
-One engine of plain vLLM, one of budgetdraft whose requests ask for 0, 1, 2, ... drafts,
-one that adapts, and one that adapts with a drafter of random weights. They take turns
-in random order at each batch size; all go on from the same passages.
+One engine of plain vLLM, one of plain vLLM that schedules as budgetdraft does, one of
+budgetdraft whose requests ask for 0, 1, 2, ... drafts, one that adapts, and one that
+adapts with a drafter of random weights. They take turns in random order at each batch
+size; all go on from the same passages. The first turn at a batch size is reported by
+itself: what an engine reaches that has not learnt from steps yet.
 
     python -m benchmarks.draft_length --output benchmarks/results/draft-length.json
 
@@ -30,7 +32,9 @@ from vllm_budgetdraft.vllm_integration.engine_process import (
     EngineProcess,
 )
 
-PLAIN, ADAPTIVE, RANDOM = "vllm", "adaptive", "adaptive, random drafter"
+PLAIN, SYNCHRONOUS = "vllm", "vllm, synchronous"
+ADAPTIVE, RANDOM = "adaptive", "adaptive, random drafter"
+OTHERS = (PLAIN, SYNCHRONOUS, ADAPTIVE, RANDOM)
 
 
 def main() -> None:
@@ -48,7 +52,7 @@ def main() -> None:
 
     prepare_environment()
     document = {"provenance": provenance.collect(vars(args))}
-    methods = {PLAIN: None, ADAPTIVE: None, RANDOM: None} | {
+    methods = dict.fromkeys(OTHERS) | {
         f"{length} drafts": length for length in args.lengths
     }
     rows = []
@@ -91,13 +95,16 @@ def engine_args(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, A
     adaptive = ours | {"adaptive_draft_length": True}
     configs = {
         PLAIN: None,
+        SYNCHRONOUS: None,
         "fixed": ours,
         ADAPTIVE: adaptive,
         RANDOM: adaptive | {"model": str(random_drafter)},
     }
-    return {
+    found = {
         name: common | {"speculative_config": each} for name, each in configs.items()
     }
+    found[SYNCHRONOUS]["async_scheduling"] = False
+    return found
 
 
 def measured(
@@ -106,7 +113,7 @@ def measured(
     turns: list[list[list[int]]],
     args: argparse.Namespace,
 ) -> dict[str, list[BatchGeneration]]:
-    """Runs of each method, on the passages of each turn; the first one warms up."""
+    """Runs of each method, on the passages of each turn."""
     runs: dict[str, list[BatchGeneration]] = {name: [] for name in methods}
     rng = random.Random(0)
     for turn, prompts in enumerate(turns):
@@ -122,15 +129,14 @@ def measured(
             time.sleep(PAUSE_SECONDS)
             engine = engines[name if length is None else "fixed"]
             run = engine.generate_batch(prompts, sampling)
-            if turn:
-                runs[name].append(run)
+            runs[name].append(run)
     return runs
 
 
 def passages(
     batch_size: int, repeats: int, args: argparse.Namespace
 ) -> list[list[list[int]]]:
-    """Of each turn, and one to warm up, ``batch_size`` passages of the excerpt."""
+    """Of each turn, and a first one, ``batch_size`` passages of the excerpt."""
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     text = EXCERPT.read_text(encoding="utf-8")
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -146,14 +152,20 @@ def passages(
 def table(
     runs: dict[str, list[BatchGeneration]], batch_size: int
 ) -> list[dict[str, Any]]:
-    """Of each method: medians, and of its ratios to others in the same turn."""
+    """Of each method: medians, and of its ratios to others in the same turn.
+
+    Of the first turn there is the ratio to plain vLLM alone.
+    """
+    first = {name: each[0].seconds for name, each in runs.items()}
+    runs = {name: each[1:] for name, each in runs.items()}
 
     def ratios_to(base: str, name: str) -> list[float]:
         turns = zip(runs[base], runs[name], strict=True)
         return sorted(other.seconds / mine.seconds for other, mine in turns)
 
     to_plain = {name: ratios_to(PLAIN, name) for name in runs}
-    fixed = [name for name in runs if name not in (PLAIN, ADAPTIVE, RANDOM)]
+    to_synchronous = {name: ratios_to(SYNCHRONOUS, name) for name in runs}
+    fixed = [name for name in runs if name not in OTHERS]
     best = max(fixed, key=lambda name: statistics.median(to_plain[name]))
     print(f"\nbatch {batch_size}; the best fixed length: {best}")
     rows = []
@@ -169,6 +181,8 @@ def table(
             "output_throughput": statistics.median(speeds),
             "ratio_to_plain": statistics.median(to_plain[name]),
             "quartiles_to_plain": statistics.quantiles(to_plain[name])[::2],
+            "ratio_to_synchronous": statistics.median(to_synchronous[name]),
+            "first_ratio_to_plain": first[PLAIN] / first[name],
             "ratio_to_best_fixed": statistics.median(ratios_to(best, name)),
             "drafts_per_token": drafted / sum(num_tokens),
             "accepted_per_token": accepted / sum(num_tokens),
@@ -179,7 +193,9 @@ def table(
         print(
             f"{name:<25}{row['output_throughput']:>6.0f} tok/s"
             f"{row['ratio_to_plain']:>6.2f}x plain ({low:.2f} to {high:.2f})"
+            f"{row['ratio_to_synchronous']:>6.2f}x sync"
             f"{row['ratio_to_best_fixed']:>6.2f}x best"
+            f"{row['first_ratio_to_plain']:>6.2f}x at first"
             f"  drafted {row['drafts_per_token']:.2f}"
             f"  accepted {row['accepted_per_token']:.2f}  same {row['same_output']}",
             flush=True,
