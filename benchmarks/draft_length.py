@@ -116,7 +116,7 @@ def measured(
     """Runs of each method, on the passages of each turn."""
     runs: dict[str, list[BatchGeneration]] = {name: [] for name in methods}
     rng = random.Random(0)
-    for turn, prompts in enumerate(turns):
+    for prompts in turns:
         for name in rng.sample(list(methods), len(methods)):
             length = methods[name]
             sampling = {

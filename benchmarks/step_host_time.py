@@ -1,6 +1,7 @@
 r"""What a step costs the host beside drafting, with an engine that is none.
 
     python -m benchmarks.step_host_time --drafter models/books-9m-drafter \
+        --draft-lengths benchmarks/results/draft-length*.json \
         --output benchmarks/results/step-host-time.json
 
 The adapters of both model runners are the real ones; their requests, tensors and steps
@@ -54,6 +55,14 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--num-speculative-tokens", type=int, default=8)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument(
+        "--draft-lengths",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="results of benchmarks.draft_length, of whose adaptive lengths the worst "
+        "speed over plain vLLM is noted beside",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # tensors are small
     document: dict[str, Any] = {}
@@ -69,7 +78,16 @@ def main() -> None:
                 times = timed(step, args.steps)
             document[f"{name}_batch_{batch_size}_ms"] = statistics.median(times)
             document[f"{name}_batch_{batch_size}_all_ms"] = times
-    document["provenance"] = provenance.collect(vars(args) | {"output": None})
+    adaptive = [
+        row["ratio_to_plain"]
+        for file in args.draft_lengths
+        for row in json.loads(file.read_text(encoding="utf-8"))["results"]
+        if row["method"].startswith("adaptive")
+    ]
+    if adaptive:
+        document["worst_adaptive_over_plain"] = min(adaptive)
+    files = {"output": None, "draft_lengths": [x.name for x in args.draft_lengths]}
+    document["provenance"] = provenance.collect(vars(args) | files)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(document) + "\n", encoding="utf-8")
     for name, value in document.items():
