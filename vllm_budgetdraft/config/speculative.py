@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vllm_budgetdraft.config.view import ViewSettings
+from vllm_budgetdraft.config.view import Switch, ViewSettings
 from vllm_budgetdraft.errors import ConfigurationError, short
 
 #: What a drafter without a cache of its own leaves nothing for.
@@ -57,7 +57,7 @@ class BudgetDraftConfig(ViewSettings):
         description="Fewer tokens for larger batches: [[1, 8, 8], [9, 32, 2], "
         "[33, 256, 0]] drafts 8 for 1 to 8 requests, 2 for 9 to 32 and none for more.",
     )
-    adaptive_draft_length: bool | Literal["auto"] = Field(
+    adaptive_draft_length: Switch = Field(
         "auto",
         description="Whether each step drafts as many tokens as pay best by its time "
         "and their acceptance, down to none; auto does, but for flexdraft drafters, "
@@ -98,13 +98,6 @@ class BudgetDraftConfig(ViewSettings):
         "target's on a GPU, and on a CPU float32 with matrices packed in float16, "
         "where PyTorch can (x86), for they are read once for every token.",
     )
-
-    @field_validator("adaptive_draft_length", mode="before")
-    @classmethod
-    def _adapts_or_not(cls, value: Any) -> Any:
-        if value != "auto" and not isinstance(value, bool):
-            raise ValueError("choose 'auto', true or false")
-        return value
 
     @field_validator("num_speculative_tokens_per_batch_size", mode="before")
     @classmethod

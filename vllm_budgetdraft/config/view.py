@@ -11,6 +11,8 @@ from pydantic import (
     model_validator,
 )
 
+#: On, off, or as is best.
+Switch = bool | Literal["auto"]
 BUILT_IN_POLICIES = (
     "chunk_retrieval",
     "observation_window",
@@ -78,8 +80,8 @@ class EvictionSettings(BaseModel):
         wanted = cls.model_fields[field.field_name].annotation
         if wanted is int and type(value) is not int:
             raise ValueError("it must be a whole number, as 512 is")
-        if wanted is bool and type(value) is not bool:
-            raise ValueError("it must be true or false")
+        if wanted == Switch and type(value) is not bool and value != "auto":
+            raise ValueError("it must be 'auto', true or false")
         if wanted in (float, float | None) and type(value) in (str, bool):
             raise ValueError("it must be a number, as 0.5 is")
         return value
