@@ -289,10 +289,7 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
             r"temperatures\[0\] is inf",
         ),
         ({"uniforms": torch.zeros(3).to("meta")}, r"several devices.*meta"),
-        (
-            {"uniforms": torch.tensor([0.0, 1.0, 0.5])},
-            r"uniforms\[1\] is 1\.0; it must be at least 0 and below 1",
-        ),
+        ({"uniforms": torch.ones(3)}, r"uniforms\[0\] is 1\.0; it must .* below 1"),
     ],
 }
 
