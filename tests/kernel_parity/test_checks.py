@@ -70,10 +70,6 @@ def chunk_scores() -> Arguments:
     }
 
 
-def greedy() -> Arguments:
-    return {"logits": torch.zeros(3, 50)}
-
-
 def sampled() -> Arguments:
     return {
         "logits": torch.zeros(3, 50),
@@ -87,7 +83,7 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "paged_cache_write": cache_write,
     "page_compaction": compaction,
     "chunk_scores": chunk_scores,
-    "greedy_pick": greedy,
+    "greedy_pick": lambda: {"logits": torch.zeros(3, 50)},
     "sampled_pick": sampled,
 }
 

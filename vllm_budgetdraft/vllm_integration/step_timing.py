@@ -64,6 +64,8 @@ def time_steps(runner: Any, core: DraftProposer | None) -> StepCosts | None:
                 length: {size: _draft_seconds(core, size, length) for size in sizes}
                 for length in sorted({1, longest})
             }
+        graphs = config.compilation_config.cudagraph_mode
+        costs = StepCosts(target, draft, longest, graphs.has_full_cudagraphs())
     except Exception as error:
         if is_parallel:  # other ranks wait for this one
             raise
@@ -74,8 +76,6 @@ def time_steps(runner: Any, core: DraftProposer | None) -> StepCosts | None:
             error,
         )
         return None
-    graphs = config.compilation_config.cudagraph_mode
-    costs = StepCosts(target, draft, longest, graphs.has_full_cudagraphs())
     without, *_, with_drafts = (1000 * costs.by_length(1)).tolist()
     logger.info(
         "BudgetDraft timed a step of one request: %.2f ms without drafts, %.2f ms "
