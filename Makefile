@@ -18,9 +18,8 @@ setup: ## Make .venv: vLLM for this machine, and this package.
 demo: setup ## Compare vLLM with and without BudgetDraft on a small chat model.
 	@$(BIN)/budgetdraft demo $(ARGS)
 
-# Two processes, each with whole files, for the tests of a file share engines; in their
-# order, for the files with engines take longest and come first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes, each with whole files: the tests of a file share engines.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: setup ## Run the tests, without the slow ones.
 	$(PYTEST) $(ARGS)
