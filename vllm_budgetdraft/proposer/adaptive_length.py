@@ -161,6 +161,7 @@ class _Step:
     requests: Sequence[str]
     is_decoding: bool
     length: int
+    chances: ByLength
     num_drafting: int = 0
     is_undisturbed: bool = False
 
@@ -212,8 +213,8 @@ class AdaptiveLength:
             max_length: longest draft allowed.
         """
         self.acceptance.forget_all_but(requests)
-        self._chances = self.acceptance.chances(requests)
-        expected = np.concatenate([[1.0], 1 + self._chances.mean(0).cumsum()])
+        chances = self.acceptance.chances(requests)
+        expected = np.concatenate([[1.0], 1 + chances.mean(0).cumsum()])
         if self._step is not None:
             self._end(self._step, now, requests, is_decoding, expected)
         rates = expected / self.times.estimate(len(requests))
@@ -224,7 +225,7 @@ class AdaptiveLength:
             self._trial = self._next_trial(len(requests), best)
             self._num_trial_steps = self._num_trial_samples = 0
         length = best if self._trial is None else min(self._trial, max_length)
-        self._step = _Step(now, requests, is_decoding, length)
+        self._step = _Step(now, requests, is_decoding, length, chances)
         return length
 
     def limits(self) -> list[int]:
@@ -242,7 +243,8 @@ class AdaptiveLength:
         # Of a draft and its verification, as steps are seen to take.
         seen = float(times[length] - times[0]) / (num_requests * length)
         seconds = min(seen, self._costs.token_seconds(num_requests, length))
-        is_worth = self._chances[:, :length] >= seconds * num_requests * self._rate
+        price = seconds * num_requests * self._rate
+        is_worth = self._step.chances[:, :length] >= price
         result: list[int] = is_worth.sum(1).tolist()
         return result if any(result) else [length] * num_requests
 
