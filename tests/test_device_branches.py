@@ -13,8 +13,8 @@ import pytest
 
 from tests.test_import_boundaries import ROOT, source_files
 
-#: Engines of both model runners, and the rest.
-ENGINES = "integration/test_device_path.py::test_an_engine_goes_where_gpus_go"
+#: An engine, whose twin of model runner V2 lies beside it, and the rest.
+ENGINES = "integration/test_device_path_v1.py::test_an_engine_goes_where_gpus_go"
 SMALL = "unit/test_where_gpus_go.py::"
 TOGETHER = "unit/test_engines_together.py::"
 BACKEND = "unit/test_attention_backend.py::"

@@ -261,6 +261,7 @@ def check_logits(
     logits: Tensor,
     temperatures: Tensor | None = None,
     uniforms: Tensor | None = None,
+    ids: Tensor | None = None,
     out: tuple[Tensor | None, ...] | None = None,
 ) -> None:
     """Arguments of ``greedy_pick`` and ``sampled_pick``."""
@@ -269,20 +270,30 @@ def check_logits(
         "logits": (logits, ("B", "V")),
         "temperatures": (temperatures, ("B",)),
         "uniforms": (uniforms, ("B",)),
+        "ids": (ids, ("V",)),
         "tokens": (tokens, ("B",)),
         "confidences": (confidences, ("B",)),
-        "probabilities": (probabilities, ("B", "V")),
+        "probabilities": (probabilities, ("B", "V" if ids is None else "W")),
     }
     _check_tensors(tensors)
     _check_types(FLOATS, logits=logits)
     _check_types((torch.float32,), temperatures=temperatures, uniforms=uniforms)
     _check_types((torch.float32,), confidences=confidences, probabilities=probabilities)
-    _check_types((torch.int64,), tokens=tokens)
+    _check_types((torch.int64,), tokens=tokens, ids=ids)
     _check_last_contiguous(logits=logits, probabilities=probabilities)
     _check_same_strides(tokens=tokens, confidences=confidences)
-    _check_contiguous(temperatures=temperatures, uniforms=uniforms)
+    _check_contiguous(temperatures=temperatures, uniforms=uniforms, ids=ids)
     if not logits.shape[1]:
         raise ValueError("logits has no vocabulary, V=0")
+    if ids is not None:
+        wrong = ids < 0
+        limit = "no token is negative"
+        if probabilities is not None:
+            wrong |= ids >= probabilities.shape[1]
+            limit = f"probabilities has {probabilities.shape[1]} columns"
+        if bool(wrong.any()):
+            place = int(wrong.nonzero()[0])
+            raise ValueError(f"ids[{place}] is {int(ids[place])}; {limit}")
     if temperatures is not None:
         wrong = ~((temperatures >= 0) & temperatures.isfinite())
         if bool(wrong.any()):

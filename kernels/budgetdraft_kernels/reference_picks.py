@@ -1,6 +1,6 @@
 """``greedy_pick`` and ``sampled_pick`` of ``reference``.
 
-Letters in shapes: B requests, V vocabulary.
+Letters in shapes: B requests, V vocabulary, W vocabulary that it is a part of.
 """
 
 from typing import TypeVar
@@ -16,6 +16,7 @@ Results = TypeVar("Results", bound=tuple[Tensor | None, ...])
 def greedy_pick(
     logits: Tensor,
     *,
+    ids: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
     validate: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -23,8 +24,10 @@ def greedy_pick(
 
     Args:
         logits: [B, V].
+        ids: [V] int64, the token of each logit; its place if None.
         out: receives the results, and is returned.
-        validate: whether to check the arguments.
+        validate: whether to check the arguments; reads ids back, which waits for the
+            device.
 
     Returns:
         [B] int64, the first of the largest logits; and its probability, [B] float32.
@@ -34,9 +37,10 @@ def greedy_pick(
         ValueError, TypeError: logits of another shape, layout or type.
     """
     if validate:
-        check_logits(logits, out=out)
-    picked = logits.max(-1).indices, logits.float().softmax(-1).amax(-1)
-    return _written(picked, out)
+        check_logits(logits, ids=ids, out=out)
+    places = logits.max(-1).indices
+    tokens = places if ids is None else ids[places]
+    return _written((tokens, logits.float().softmax(-1).amax(-1)), out)
 
 
 def sampled_pick(
@@ -44,6 +48,7 @@ def sampled_pick(
     temperatures: Tensor,
     uniforms: Tensor,
     *,
+    ids: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor | None] | None = None,
     validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -57,10 +62,12 @@ def sampled_pick(
         temperatures: [B] float32. At 0 the likeliest token is picked, and has all the
             probability.
         uniforms: [B] float32, of [0, 1), a new one for every draw.
-        out: receives the results, and is returned. Where its last is None, what tokens
-            are drawn from is not made.
-        validate: whether to check the arguments; reads temperatures back, which waits
-            for the device.
+        ids: [V] int64, the token of each logit, all different; its place if None.
+        out: receives the results, and is returned. Where its last is None, or ids are
+            given and no out, what tokens are drawn from is not made. With ids its last
+            is [B, W], in which other tokens keep what they have.
+        validate: whether to check the arguments; reads temperatures, uniforms and ids
+            back, which waits for the device.
 
     Returns:
         [B] int64 tokens; the largest probability of logits / temperature (of the
@@ -76,7 +83,7 @@ def sampled_pick(
         TypeError: a tensor of another type.
     """
     if validate:
-        check_logits(logits, temperatures, uniforms, out)
+        check_logits(logits, temperatures, uniforms, ids, out)
     greedy = temperatures[:, None] == 0
     # Less the largest first: what a low temperature makes large holds no noise.
     x = logits.float() - logits.float().amax(-1, keepdim=True)
@@ -85,14 +92,19 @@ def sampled_pick(
     sums = weights.double().cumsum(-1)
     total = sums[:, -1:]
     drawn = torch.searchsorted(sums, uniforms[:, None] * total, right=True)
-    tokens = torch.where(greedy, x.argmax(-1, keepdim=True), drawn)
-    tokens.clamp_(max=x.shape[1] - 1)  # of a row that has no sum
+    places = torch.where(greedy, x.argmax(-1, keepdim=True), drawn)
+    places.clamp_(max=x.shape[1] - 1)  # of a row that has no sum
     share = total.reciprocal().float()  # of the likeliest, which weighs 1
     drawn_from = None
-    if out is None or out[2] is not None:
-        one_hot = torch.zeros_like(x).scatter(1, tokens, 1.0)
+    if out[2] is not None if out else ids is None:
+        one_hot = torch.zeros_like(x).scatter(1, places, 1.0)
         drawn_from = torch.where(greedy, one_hot, weights * share)
-    return _written((tokens[:, 0], share[:, 0], drawn_from), out)
+    tokens, confidences = places[:, 0], share[:, 0]
+    if ids is None:
+        return _written((tokens, confidences, drawn_from), out)
+    if out and out[2] is not None:
+        out[2][:, ids] = drawn_from
+    return _written((ids[tokens], confidences, None), out)
 
 
 def _written(results: Results, out: Results | None) -> Results:

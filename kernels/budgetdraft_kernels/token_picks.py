@@ -83,6 +83,7 @@ def pick_join_kernel(
     logits,
     temperatures,
     uniforms,
+    ids,  # [V], or None
     num_parts,
     row_stride,
     vocab_size,
@@ -114,7 +115,10 @@ def pick_join_kernel(
         inner = tl.exp(relative(x, highest, temperature))
         token = drawn * TILE + first_beyond(inner, target)
     # A row of NaN has no winner, but still a token of the vocabulary.
-    tl.store(tokens + row * out_stride, tl.minimum(token, vocab_size - 1).to(tl.int64))
+    token = tl.minimum(token, vocab_size - 1).to(tl.int64)
+    if ids is not None:
+        token = tl.load(ids + token)
+    tl.store(tokens + row * out_stride, token)
     # The largest logit itself weighs 1.
     tl.store(confidences + row * out_stride, 1.0 / total)
     if largest is not None:
@@ -123,9 +127,10 @@ def pick_join_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["tokens", "confidences"])
 def probabilities_kernel(
-    probabilities,  # [B, V]
+    probabilities,  # [B, V], or [B, W] with ids
     logits,
     temperatures,
+    ids,  # [V], or None
     tokens,
     confidences,
     out_stride,
@@ -140,10 +145,13 @@ def probabilities_kernel(
     temperature = tl.load(temperatures + row)
     x = loaded_logits(logits, row, column, row_stride, vocab_size)
     x = relative(x, tl.load(largest + row), temperature)
-    one_hot = (column == tl.load(tokens + row * out_stride)).to(tl.float32)
+    token = column
+    if ids is not None:
+        token = tl.load(ids + column, mask=column < vocab_size, other=0)
+    one_hot = (token == tl.load(tokens + row * out_stride)).to(tl.float32)
     softmax = tl.exp(x) * tl.load(confidences + row * out_stride)
     tl.store(
-        probabilities + row * probabilities_stride + column,
+        probabilities + row * probabilities_stride + token,
         tl.where(temperature == 0.0, one_hot, softmax),
         mask=column < vocab_size,
     )
@@ -152,14 +160,15 @@ def probabilities_kernel(
 def greedy_pick(
     logits: Tensor,
     *,
+    ids: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
     validate: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.greedy_pick``."""
     if validate:
-        check_logits(logits, out=out)
+        check_logits(logits, ids=ids, out=out)
     tokens, confidences = out or _new_picks(logits)
-    _pick(tokens, confidences, logits, None, None)
+    _pick(tokens, confidences, logits, None, None, ids)
     return tokens, confidences
 
 
@@ -168,18 +177,20 @@ def sampled_pick(
     temperatures: Tensor,
     uniforms: Tensor,
     *,
+    ids: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor | None] | None = None,
     validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See ``reference.sampled_pick``."""
     if validate:
-        check_logits(logits, temperatures, uniforms, out)
+        check_logits(logits, temperatures, uniforms, ids, out)
     if out is None:
-        shape, device = logits.shape, logits.device
-        probabilities = torch.empty(shape, dtype=torch.float32, device=device)
-        out = (*_new_picks(logits), probabilities)
+        drawn_from = None
+        if ids is None:
+            drawn_from = torch.empty_like(logits, dtype=torch.float32)
+        out = (*_new_picks(logits), drawn_from)
     tokens, confidences, drawn_from = out
-    largest = _pick(tokens, confidences, logits, temperatures, uniforms)
+    largest = _pick(tokens, confidences, logits, temperatures, uniforms, ids)
     batch, vocab_size = logits.shape
     tile = launch_settings.settings_of(logits.device).vocabulary_tile
     if batch and drawn_from is not None:
@@ -187,6 +198,7 @@ def sampled_pick(
             drawn_from,
             logits,
             temperatures,
+            ids,
             tokens,
             confidences,
             tokens.stride(0),
@@ -211,6 +223,7 @@ def _pick(
     logits: Tensor,
     temperatures: Tensor | None,
     uniforms: Tensor | None,
+    ids: Tensor | None,
 ) -> Tensor | None:
     """Writes tokens and confidences; the largest logits [B], if tokens are drawn."""
     batch, vocab_size = logits.shape
@@ -240,6 +253,7 @@ def _pick(
             logits,
             temperatures,
             uniforms,
+            ids,
             parts,
             logits.stride(0),
             vocab_size,

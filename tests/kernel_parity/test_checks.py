@@ -264,6 +264,9 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
         ({"logits": zeros(50)}, r"logits has shape \[50\], not \[B, V\]"),
         ({"logits": strided(3, 50)}, r"logits has strides \(100, 2\)"),
         ({"logits": zeros(3, 0)}, r"logits has no vocabulary, V=0"),
+        ({"ids": ids(1, 2)}, r"ids has shape \[2\], not \[V=50\]"),
+        ({"ids": strided(50, dtype=torch.int64)}, r"ids .*\(2,\)"),
+        ({"ids": torch.arange(-1, 49)}, r"ids\[0\] is -1; no token is negative"),
     ],
     "sampled_pick": [
         ({"logits": zeros(3, 50, 1)}, r"logits has shape \[3, 50, 1\]"),
@@ -286,6 +289,17 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
         ),
         ({"uniforms": torch.zeros(3).to("meta")}, r"several devices.*meta"),
         ({"uniforms": torch.ones(3)}, r"uniforms\[0\] is 1\.0; it must .* below 1"),
+        (
+            {
+                "ids": torch.arange(11, 61),
+                "out": (ids(0, 0, 0), zeros(3), zeros(3, 60)),
+            },
+            r"ids\[49\] is 60; probabilities has 60 columns",
+        ),
+        (
+            {"out": (ids(0, 0, 0), zeros(3), zeros(3, 60))},
+            r"probabilities has shape \[3, 60\], not \[B=3, V=50\]",
+        ),
     ],
 }
 
@@ -335,6 +349,7 @@ WRONG_TYPES: dict[str, list[tuple[Arguments, str]]] = {
     "greedy_pick": [
         ({"logits": zeros(3, 50, dtype=DOUBLE)}, r"logits is torch\.float64"),
         ({"logits": zeros(3, 50).long()}, r"logits is torch\.int64"),
+        ({"ids": torch.arange(50).int()}, r"ids is torch\.int32, not torch\.int64"),
     ],
     "sampled_pick": [
         ({"logits": zeros(3, 50, dtype=DOUBLE)}, r"logits is torch\.float64"),

@@ -69,6 +69,63 @@ def test_results_go_where_they_are_wanted_and_nowhere_else(module, device):
         assert all((x == -7).all() for x in buffers)
 
 
+def drawn_by(module, logits: Tensor, ids: Tensor | None, width: int) -> list[Tensor]:
+    """Tokens and confidences of both picks, and what of ``width`` tokens was drawn."""
+    batch, device = len(logits), logits.device
+    temperatures = torch.tensor(TEMPERATURES[:batch], device=device)
+    uniforms = torch.tensor(UNIFORMS[:batch], device=device)
+    drawn_from = torch.full((batch, 2, width), -7.0, device=device)
+    out = (
+        torch.empty(batch, dtype=torch.int64, device=device),
+        torch.empty(batch, device=device),
+        drawn_from[:, 1],
+    )
+    module.sampled_pick(logits, temperatures, uniforms, ids=ids, out=out)
+    assert (drawn_from[:, 0] == -7).all()
+    return [*module.greedy_pick(logits, ids=ids), *out]
+
+
+@both
+@every_vocabulary
+@every_type
+def test_picks_of_some_tokens_name_them_among_all(module, vocab_size, dtype, device):
+    logits = random_logits(len(TEMPERATURES), vocab_size, dtype, device)
+    width = 3 * vocab_size + 5
+    ids = torch.randperm(width, device=device)[:vocab_size]
+    places, shares, drawn, sizes, weights = drawn_by(module, logits, None, vocab_size)
+    found = drawn_by(module, logits, ids, width)
+    assert torch.equal(found[0], ids[places]) and torch.equal(found[2], ids[drawn])
+    assert torch.equal(found[1], shares) and torch.equal(found[3], sizes)
+    assert torch.equal(found[4][:, ids], weights)
+    others = torch.ones(width, dtype=torch.bool, device=device)
+    others[ids] = False
+    assert (found[4][:, others] == -7).all()
+
+
+@both
+def test_picks_of_all_tokens_are_those_of_none_named(module, device):
+    logits = random_logits(3, 4097, torch.float32, device)
+    ids = torch.arange(4097, device=device)
+    named, plain = (drawn_by(module, logits, each, 4097) for each in (ids, None))
+    assert all(map(torch.equal, named, plain))
+
+
+@both
+def test_rows_without_numbers_are_tokens_of_those_named(module, device):
+    logits = torch.full((3, 63), torch.nan, device=device)
+    ids = torch.arange(100, 163, device=device)
+    greedy, _, drawn, confidences, _ = drawn_by(module, logits, ids, 163)
+    assert confidences.isnan().all()
+    assert all(token in ids for token in [*greedy, *drawn])
+
+
+@both
+def test_what_some_tokens_are_drawn_from_goes_nowhere_unasked(module, device):
+    logits = random_logits(3, 63, torch.float32, device)
+    ones, ids = torch.ones(3, device=device), torch.arange(63, device=device)
+    assert module.sampled_pick(logits, ones, ones / 2, ids=ids)[2] is None
+
+
 @every_type
 @every_vocabulary
 def test_greedy_pick_equals_the_definition(vocab_size, dtype, device):

@@ -124,6 +124,12 @@ class Companions:
         logits = torch.zeros(2, 32_000, dtype=self.dtype)
         fused.greedy_pick(logits, validate=False)
         fused.sampled_pick(logits, torch.ones(2), torch.zeros(2), validate=False)
+        ids = torch.zeros(logits.shape[1], dtype=torch.int64)
+        fused.greedy_pick(logits, ids=ids, validate=False)
+        out = ids[:2], torch.zeros(2), torch.zeros(2, logits.shape[1])
+        fused.sampled_pick(
+            logits, out[1], torch.zeros(2), ids=ids, out=out, validate=False
+        )
 
 
 @dataclass(frozen=True)
