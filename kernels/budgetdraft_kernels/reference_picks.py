@@ -102,7 +102,7 @@ def sampled_pick(
     tokens, confidences = places[:, 0], share[:, 0]
     if ids is None:
         return _written((tokens, confidences, drawn_from), out)
-    if out and out[2] is not None:
+    if out and out[2] is not None and drawn_from is not None:
         out[2][:, ids] = drawn_from
     return _written((ids[tokens], confidences, None), out)
 

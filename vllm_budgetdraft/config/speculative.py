@@ -11,6 +11,7 @@ from vllm_budgetdraft.errors import ConfigurationError, short
 CACHE_SETTINGS = (
     *("page_size", "pool_memory_gib", "position_mode"),
     *("draft_prefill", "draft_prefill_chunk", "draft_dtype"),
+    "draft_vocabulary_size",
 )
 
 
@@ -86,6 +87,14 @@ class BudgetDraftConfig(ViewSettings):
         allow_inf_nan=False,
         description="Memory of the draft cache in GiB, if not what max_num_seqs "
         "requests take; a request that finds no room in it goes on without drafts.",
+    )
+    draft_vocabulary_size: int | None = Field(
+        None,
+        ge=0,
+        le=4194304,
+        description="Most tokens of the vocabulary that are drafted, the likeliest of "
+        "those in the draft_vocabulary.safetensors of the drafter's folder; by default "
+        "all of the file, 0 for the whole vocabulary.",
     )
     attention_backend: Literal["auto", "torch", "triton"] = Field(
         "auto",

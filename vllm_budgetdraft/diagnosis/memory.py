@@ -4,6 +4,7 @@ import torch
 
 from vllm_budgetdraft.config import BudgetDraftConfig, settle
 from vllm_budgetdraft.drafter.configuration import read_drafter_config, trained_view
+from vllm_budgetdraft.drafter.draft_vocabulary import read_draft_vocabulary
 from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.flexdraft.checkpoint import drafter_type
 from vllm_budgetdraft.proposer.memory import (
@@ -34,11 +35,14 @@ def describe(
 
     Raises:
         ConfigurationError, UnsupportedDrafterError: see ``read_drafter_config``,
-            ``settle`` and ``MemoryPlan.of``.
+            ``read_draft_vocabulary``, ``settle`` and ``MemoryPlan.of``.
     """
     if drafter_type(config) == "flexdraft":
         return "no draft cache: FlexDraft reads the target's own"
     drafter = read_drafter_config(config.model)
+    draft_ids = read_draft_vocabulary(
+        config.model, drafter, config.draft_vocabulary_size, vocab_size
+    )
     drafter.vocab_size = vocab_size or drafter.vocab_size
     dtype = resolve_dtype(config, device_type, target_dtype)
     plan = MemoryPlan.of(
@@ -52,6 +56,6 @@ def describe(
     )
     is_packed = packs_matrices(config, device_type)
     return plan.describe(
-        weights=weight_bytes(drafter, dtype, is_packed),
+        weights=weight_bytes(drafter, dtype, is_packed, draft_ids),
         scratch=plan.prompt_scratch + plan.distributions,
     )

@@ -50,6 +50,7 @@ def load_drafter(
     layers: list[int] | None = None,
     embeddings: dict[str, Tensor] | None = None,
     vocab_size: int | None = None,
+    draft_ids: Tensor | None = None,
 ) -> Drafter:
     """Loads a Llama-family drafter, for serving or further training.
 
@@ -58,6 +59,7 @@ def load_drafter(
         embeddings: the target's, as ``embeddings_of`` gives them, for a folder that
             has layers alone.
         vocab_size: the target's; the folder's own if None.
+        draft_ids: see ``Drafter.keep_rows``; all rows are kept if None.
 
     Raises:
         UnsupportedDrafterError: see ``read_drafter_config`` and ``StoredWeights``; or
@@ -78,6 +80,8 @@ def load_drafter(
     drafter.load_state_dict(state)
     if vocab_size not in (None, config.vocab_size):
         _fit_vocabulary(drafter, vocab_size)
+    if draft_ids is not None:
+        drafter.keep_rows(draft_ids)
     # The rotary table stays in float32 until here and is then rounded once.
     return drafter.to(device=device, dtype=dtype).eval().requires_grad_(False)
 

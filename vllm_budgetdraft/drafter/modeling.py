@@ -119,7 +119,8 @@ class Drafter(nn.Module):
     ``attend``.
 
     Attributes:
-        draft_vocab_size: token ids below have logits.
+        draft_ids: [draft_vocab_size] int64, sorted, the tokens that have logits; None
+            if these are all ids below ``draft_vocab_size``.
     """
 
     def __init__(self, config: PretrainedConfig, max_positions: int) -> None:
@@ -136,6 +137,8 @@ class Drafter(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = head_dim(config)
         self.rotary_table: Tensor
+        self.draft_ids: Tensor | None
+        self.register_buffer("draft_ids", None, persistent=False)
         self.draft_vocab_size = config.vocab_size
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(shape))
@@ -194,8 +197,20 @@ class Drafter(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """[vocab_size, hidden_size], the output matrix."""
+        """[vocab_size, hidden_size], the output matrix.
+
+        [draft_vocab_size, hidden_size] after ``keep_rows``.
+        """
         return self.embedding if self.lm_head is None else self.lm_head
+
+    def keep_rows(self, draft_ids: Tensor) -> None:
+        """Has the output matrix no rows but those of some tokens, for drafting alone.
+
+        Args:
+            draft_ids: [n] int64, sorted.
+        """
+        self.lm_head = nn.Parameter(self.head.detach()[draft_ids])
+        self.draft_ids, self.draft_vocab_size = draft_ids, len(draft_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] to [..., draft_vocab_size]."""

@@ -45,10 +45,21 @@ def pack_matrices(drafter: Drafter) -> None:
     drafter.is_packed = True
 
 
-def weight_bytes(config: PretrainedConfig, dtype: torch.dtype, is_packed: bool) -> int:
-    """What a drafter's weights take in memory, packed or in ``dtype``."""
+def weight_bytes(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    is_packed: bool,
+    draft_ids: Tensor | None = None,
+) -> int:
+    """What a drafter's weights take in memory, packed or in ``dtype``.
+
+    Args:
+        draft_ids: see ``Drafter.keep_rows``.
+    """
     with torch.device("meta"):
         drafter = Drafter(config, 1)
+        if draft_ids is not None:
+            drafter.keep_rows(draft_ids.to("meta"))
     parameters = {id(p): p.numel() * dtype.itemsize for p in drafter.parameters()}
     if not is_packed:
         return sum(parameters.values())

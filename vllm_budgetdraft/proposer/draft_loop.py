@@ -178,6 +178,8 @@ class DraftLoop:
         probabilities = None
         if draws is not None and self._probabilities is not None:
             probabilities = self._probabilities[:batch, :num_drafts]
+        if draws is not None and drawn_logits is not None:
+            drawn_logits.begin(slots)
         fed, width = inputs.tokens.flatten(), FIRST_WIDTH
         for step, (rotary, step_cells, step_lengths) in enumerate(steps):
             starts = self._query_starts[width][: batch + 1]
@@ -186,8 +188,11 @@ class DraftLoop:
             # The last token fed of each request.
             logits = self._drafter.logits(hidden[width - 1 :: width])
             places = drafts[:, step], confidences[:, step]
+            ids = self._drafter.draft_ids
             if draws is None:
-                self._operations.greedy_pick(logits, out=places, validate=validate)
+                self._operations.greedy_pick(
+                    logits, ids=ids, out=places, validate=validate
+                )
             else:
                 if draws.top_k is not None:
                     logits = truncated(logits, draws.top_k)
@@ -196,11 +201,14 @@ class DraftLoop:
                     logits = drawn_logits.store(slots, step, logits)
                 if probabilities is not None:
                     # What is never drafted remains at 0.
-                    drawn_from = probabilities[:, step, : logits.shape[1]]
+                    drawn_from = probabilities[:, step]
+                    if ids is None:
+                        drawn_from = drawn_from[:, : logits.shape[1]]
                 self._operations.sampled_pick(
                     logits,
                     draws.temperatures,
                     draws.uniforms[step],
+                    ids=ids,
                     out=(*places, drawn_from),
                     validate=validate,
                 )

@@ -14,6 +14,7 @@ from vllm_budgetdraft.cache.page_pool import PagePool
 from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig, settle
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.drafter.configuration import read_drafter_config, trained_view
+from vllm_budgetdraft.drafter.draft_vocabulary import read_draft_vocabulary
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.drafter.packing import pack_matrices
 from vllm_budgetdraft.eviction.base import EvictionPolicy
@@ -95,6 +96,7 @@ class DraftProposer:
                 drafter.config.vocab_size,
                 cache.pool.keys.dtype,
                 self.device,
+                drafter.draft_ids,
             )
         self._loop = DraftLoop(
             drafter,
@@ -139,12 +141,15 @@ class DraftProposer:
 
         Raises:
             UnsupportedDrafterError, ConfigurationError: see ``load_drafter``,
-                ``settle``, ``MemoryPlan.of``, ``make_policy`` and
-                ``select_operations``.
+                ``read_draft_vocabulary``, ``settle``, ``MemoryPlan.of``,
+                ``make_policy`` and ``select_operations``.
         """
         device = torch.device(device)
         operations = select_operations(config.attention_backend, device)
         drafter_config = read_drafter_config(config.model)
+        draft_ids = read_draft_vocabulary(
+            config.model, drafter_config, config.draft_vocabulary_size, vocab_size
+        )
         drafter_config.vocab_size = vocab_size or drafter_config.vocab_size
         settled = settle(config, trained_view(drafter_config))
         plan = MemoryPlan.of(
@@ -169,6 +174,7 @@ class DraftProposer:
             dtype=dtype,
             device=device,
             vocab_size=vocab_size,
+            draft_ids=draft_ids,
         )
         if packs_matrices(settled, device.type):
             pack_matrices(drafter)

@@ -81,6 +81,6 @@ def capture_graphs(core: DraftProposer, capture: Capture) -> None:
 
 def _log_memory(core: DraftProposer) -> None:
     drafter, dtype = core.drafter, core.cache.pool.keys.dtype
-    weights = weight_bytes(drafter.config, dtype, drafter.is_packed)
+    weights = weight_bytes(drafter.config, dtype, drafter.is_packed, drafter.draft_ids)
     bill = core.plan.describe(weights=weights, scratch=core.scratch_bytes)
     logger.info("BudgetDraft memory: %s", bill)

@@ -28,6 +28,7 @@ from vllm_budgetdraft.drafter.configuration import (
     read_drafter_config,
     trained_view,
 )
+from vllm_budgetdraft.drafter.draft_vocabulary import read_draft_vocabulary
 from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
 from vllm_budgetdraft.errors import (
     ConfigurationError,
@@ -185,6 +186,15 @@ def _check_decoder(config: BudgetDraftConfig, target: Any) -> SettledConfig:
     make_policy(settled)
     if note := compare_vocabularies(config.model, target):
         logger.info("BudgetDraft vocabulary: %s", note)
+    drafted = read_draft_vocabulary(
+        config.model, drafter, settled.draft_vocabulary_size, target.get_vocab_size()
+    )
+    if drafted is not None:
+        logger.info(
+            "BudgetDraft vocabulary: %d of %d tokens are drafted",
+            len(drafted),
+            target.get_vocab_size(),
+        )
     MemoryPlan.of(
         settled,
         drafter,
