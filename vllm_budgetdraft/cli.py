@@ -17,6 +17,10 @@ MODELS = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "models"))
 #: runs: where it is, and what it is for.
 MODULES = {
     "fetch": ("fetch", "make a pretrained target and its drafter, once"),
+    "vocabulary": (
+        "training.make_vocabulary",
+        "choose the tokens that a drafter drafts by what its target writes",
+    ),
     "join": ("drafter.join", "add a target's embeddings to layers that were trained"),
     "convert-flexdraft": (
         "flexdraft.convert",

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from vllm_budgetdraft.errors import UnsupportedDrafterError, short
+from vllm_budgetdraft.files import replace
 
 #: Beside a drafter's weights; other software ignores it.
 FILE = "draft_vocabulary.safetensors"
@@ -106,12 +107,16 @@ def read_draft_vocabulary(
 
 
 def write_draft_vocabulary(folder: Path, ids: Tensor) -> None:
-    """Writes what ``read_draft_vocabulary`` reads.
+    """Writes what ``read_draft_vocabulary`` reads, whole or not at all.
 
     Args:
         ids: [n] int64, the likeliest first.
+
+    Raises:
+        ConfigurationError: it cannot be written.
     """
-    save_file({IDS: ids.contiguous()}, folder / FILE)
+    tensors = {IDS: ids.contiguous()}
+    replace(folder / FILE, lambda path: save_file(tensors, path))
 
 
 def _is_whole(x: Tensor) -> bool:
