@@ -168,7 +168,11 @@ def speculate(
 
 
 class HeldOutAcceptance:
-    """Measures drafters of one target on the same held-out prompts."""
+    """Measures drafters of one target on the same held-out prompts.
+
+    Attributes:
+        settings: of the drafters' ``BudgetDraftConfig``; may be changed in between.
+    """
 
     def __init__(
         self,
@@ -189,7 +193,7 @@ class HeldOutAcceptance:
             settings: of a ``BudgetDraftConfig``, less model and kv_budget.
             end_tokens: what ends an answer.
         """
-        self._target, self._settings = target, settings
+        self._target, self.settings = target, dict(settings)
         self._budgets, self._temperatures = sorted(budgets), temperatures
         self._new_tokens, self._seed = new_tokens, seed
         self._num_drafts = settings["num_speculative_tokens"]
@@ -222,7 +226,7 @@ class HeldOutAcceptance:
             for temperature in self._temperatures
         }
         for context, prompts in self._prompts.items():
-            for prompt, written in zip(prompts, self._greedy(context), strict=True):
+            for prompt, written in zip(prompts, self.answers(context), strict=True):
                 cache = DynamicCache()
                 if any(self._temperatures):
                     tokens = torch.tensor([prompt], device=self._target.device)
@@ -271,7 +275,7 @@ class HeldOutAcceptance:
             end_tokens=self._ends,
         )
 
-    def _greedy(self, context: int | str) -> list[list[int]]:
+    def answers(self, context: int | str) -> list[list[int]]:
         """What the target writes after each prompt, and as much as may be drafted."""
         if context not in self._written:
             longest = self._new_tokens + self._num_drafts + 2
@@ -283,7 +287,7 @@ class HeldOutAcceptance:
 
     def _proposer(self, drafter: Path) -> Drafter:
         config = parse_speculative_config(
-            self._settings | {"model": str(drafter), "kv_budget": self._budgets[-1]}
+            self.settings | {"model": str(drafter), "kv_budget": self._budgets[-1]}
         )
         device = self._target.device
         return DraftProposer.build(

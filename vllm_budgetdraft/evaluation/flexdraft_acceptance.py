@@ -27,8 +27,8 @@ class FlexDraftAcceptance(HeldOutAcceptance):
             page_size: tokens per page that a budget keeps or drops.
         """
         super().__init__(target, *args, **kwargs)
-        fields = EvictionSettings.model_fields.keys() & self._settings.keys()
-        settings = EvictionSettings(**{name: self._settings[name] for name in fields})
+        fields = EvictionSettings.model_fields.keys() & self.settings.keys()
+        settings = EvictionSettings(**{name: self.settings[name] for name in fields})
         self._selector = PageSelector(settings, page_size)
 
     def _proposer(self, drafter: Path) -> "SequentialDrafter":
