@@ -15,7 +15,10 @@ from vllm_budgetdraft.config import BudgetDraftConfig, RequestSettings
 
 #: Settings as the configuration page groups them.
 GROUPS = {
-    "The drafter": ["model", "drafter_type", "draft_dtype", "attention_backend"],
+    "The drafter": [
+        *("model", "drafter_type", "draft_vocabulary_size"),
+        *("draft_dtype", "attention_backend"),
+    ],
     "Draft length": [
         "num_speculative_tokens",
         "num_speculative_tokens_per_batch_size",

@@ -12,8 +12,9 @@ pytestmark = pytest.mark.vllm
 
 #: Of the lines that it prints.
 NAMES = {
-    *("checking", "target", "vocabulary", "positions", "memory", "runner"),
-    *("engines", "measuring", "speed-up", "acceptance", "outputs"),
+    *("checking", "target", "vocabulary", "drafted", "positions", "memory"),
+    *("runner", "engines", "measuring", "speed-up", "acceptance", "outputs"),
+    "coverage",
 }
 
 

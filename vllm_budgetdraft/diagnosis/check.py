@@ -78,9 +78,24 @@ def run(args: Namespace) -> None:
         _say(name, text)
     if args.seconds > 0:
         context = min(args.context_tokens, target.max_model_len - args.new_tokens)
-        row, races = _measure(args, engine_args, speculative_config, context)
+        row, rounds = _measure(args, engine_args, speculative_config, context)
+        races = [race for each in rounds for race in each["races"].values()]
         for name, text in _verdict(row, races, context, args.new_tokens).items():
             _say(name, text)
+        if coverage := _coverage(vllm_config, rounds):
+            _say("coverage", coverage)
+
+
+def _coverage(vllm_config: Any, rounds: list[dict[str, Any]]) -> str | None:
+    """What plain vLLM wrote, against what is drafted."""
+    from vllm_budgetdraft.comparison.methods import PLAIN
+    from vllm_budgetdraft.diagnosis.drafted_tokens import measure
+
+    config = vllm_config.speculative_config.settings
+    if config.drafter_type == "flexdraft":
+        return None
+    written = [each["runs"][PLAIN]["token_ids"] for each in rounds]
+    return measure(config, written, vllm_config.model_config)
 
 
 def _say(name: str, text: str) -> None:
@@ -90,6 +105,7 @@ def _say(name: str, text: str) -> None:
 def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
     """What can be said without loading weights; those that do not fit have failed."""
     from vllm_budgetdraft.attention.backend import default_device
+    from vllm_budgetdraft.diagnosis import drafted_tokens
     from vllm_budgetdraft.diagnosis.memory import describe
     from vllm_budgetdraft.drafter.configuration import (
         range_warning,
@@ -107,6 +123,7 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
     else:
         if note := compare_vocabularies(drafter, model):
             facts["vocabulary"] = note
+        facts["drafted"] = drafted_tokens.describe(config, model.get_vocab_size())
         found = read_drafter_config(drafter)
         facts["positions"] = range_warning(config, found, model.max_model_len) or (
             f"{config.position_mode}, within the {found.max_position_embeddings} "
@@ -150,7 +167,7 @@ def _measure(
     speculative_config: dict[str, Any],
     context_tokens: int,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ours beside plain vLLM: its row, and its races where outputs differ.
+    """Ours beside plain vLLM: its row, and the rounds that it is of.
 
     An interruption ends it with what there is so far.
     """
@@ -197,8 +214,7 @@ def _measure(
         )
     if ends:
         _say("interrupted", f"what follows is of {len(whole)} prompts")
-    races = [race for each in whole for race in each["races"].values()]
-    return summarise(methods, whole)[-1], races
+    return summarise(methods, whole)[-1], whole
 
 
 def _rounds(
