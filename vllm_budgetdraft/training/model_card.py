@@ -125,7 +125,7 @@ def _drafted(
     text = DRAFTED.format(drafted=num_drafted, all=drafter.config.vocab_size)
     seen = [entry for entry in state.log_history if "label_coverage" in entry]
     if seen:
-        text += f" In training it last had {seen[-1]['label_coverage']:.1%} of the "
+        text += f"\nIn training it last had {seen[-1]['label_coverage']:.1%} of the "
         text += "tokens that the target chose"
         if "coverage" in seen[-1]:
             text += f", and {seen[-1]['coverage']:.1%} of its probability"
