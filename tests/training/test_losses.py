@@ -202,7 +202,7 @@ def test_a_live_teacher_is_the_target():
     hidden = last_hidden(target, tokens, 6).flatten(0, 1)
     teacher = LiveTeacher(hidden, target.get_output_embeddings())
     expected = target(tokens).logits[:, -6:].flatten(0, 1).log_softmax(-1)
-    _, log_p = teacher.compare(slice(2, 9), torch.zeros(1))
+    _, log_p, _ = teacher.compare(slice(2, 9), torch.zeros(1))
     torch.testing.assert_close(log_p, expected[2:9], rtol=1e-4, atol=1e-5)
     assert torch.equal(teacher.labels(slice(2, 9)), expected[2:9].argmax(-1))
 
@@ -214,7 +214,7 @@ def test_a_stored_teacher_compares_what_was_stored():
     teacher = StoredTeacher(written, top.indices, top.values)
     labels = teacher.labels(slice(0, 4))
     assert labels.tolist() == [top.indices[0, 0], IGNORED, *top.indices[2:, 0]]
-    q, p = teacher.compare(slice(1, 3), log_p[None, 1:3])
+    q, p, _ = teacher.compare(slice(1, 3), log_p[None, 1:3])
     assert p.shape == (2, 3) and q.shape == (1, 2, 3)
     torch.testing.assert_close(q[0], p)
     assert StoredTeacher(written).labels(slice(0, 4)).tolist() == written.tolist()

@@ -5,6 +5,7 @@ load it as well as this project, which is why layers are joined once and not whe
 drafter is loaded.
 """
 
+import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ def join(target: str, layers: Path, output: Path) -> None:
         save_drafter,
     )
     from vllm_budgetdraft.drafter.configuration import read_drafter_config
+    from vllm_budgetdraft.drafter.draft_vocabulary import FILE
 
     if not (layers / LAYERS).is_file():
         raise ConfigurationError(
@@ -76,6 +78,8 @@ def join(target: str, layers: Path, output: Path) -> None:
     )
     with whole_folder(output) as made:
         save_drafter(drafter, made, dtype=dtype)
+        if (layers / FILE).is_file():
+            shutil.copyfile(layers / FILE, made / FILE)
         tokenizer.save_pretrained(made)
 
 

@@ -38,10 +38,9 @@ from vllm_budgetdraft.training.arguments import (
     ViewArguments,
     ViewSettingsArguments,
 )
-from vllm_budgetdraft.training.chats import read_conversations
 from vllm_budgetdraft.training.config_files import with_config
-from vllm_budgetdraft.training.data import TokenWindows
 from vllm_budgetdraft.training.drafters import (
+    choose_draft_vocabulary,
     load_target,
     make_drafter,
     make_flexdraft,
@@ -49,9 +48,13 @@ from vllm_budgetdraft.training.drafters import (
 )
 from vllm_budgetdraft.training.flexdraft import FlexDraftModel
 from vllm_budgetdraft.training.held_out import held_out_acceptance
+from vllm_budgetdraft.training.inputs import (
+    cut_windows,
+    read_inputs,
+    windows_per_step,
+)
 from vllm_budgetdraft.training.model import MultiViewModel
 from vllm_budgetdraft.training.model_card import model_card
-from vllm_budgetdraft.training.sources import read_continuations, read_texts
 from vllm_budgetdraft.training.teacher_cache import TeacherCache
 from vllm_budgetdraft.training.trainer import (
     DrafterTrainer,
@@ -141,8 +144,18 @@ def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
             views.budgets,
             data.prefix_tokens,
         )
+    if arguments.max_steps <= 0:
+        raise ConfigurationError(
+            f"max_steps={arguments.max_steps}: windows are drawn without end; say "
+            "after how many steps to stop"
+        )
     # All of the data is looked at before anything large is loaded.
-    windows = _windows(data, arguments, tokenizer, target_config.vocab_size)
+    inputs = read_inputs(data, tokenizer, target_config.vocab_size)
+    windows = cut_windows(inputs, data, arguments)
+    checkpoint = checkpoint_to_resume(arguments)
+    draft_ids = choose_draft_vocabulary(
+        drafter_args, checkpoint, inputs, tokenizer, target_config.vocab_size
+    )
     target = load_target(drafter_args.target, arguments)
     learnt = {
         "target": Path(drafter_args.target).name,
@@ -152,7 +165,7 @@ def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
     }
     options = {k: v for part in parts[:-1] for k, v in dataclasses.asdict(part).items()}
     run = arguments.to_sanitized_dict()
-    run["windows_per_step"] = _windows_per_step(arguments)
+    run["windows_per_step"] = windows_per_step(arguments)
     run_files = {
         "run.json": json.dumps(options | run, indent=2) + "\n",
         "train_command.txt": shlex.join(
@@ -186,7 +199,9 @@ def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
         _check_native_range(drafter.config.max_position_embeddings, data, views, view)
         drafter.config.budgetdraft = learnt
         cache = _cache(objective, drafter_args, data, arguments, target.config)
-        model = MultiViewModel(drafter, target, views, objective, view, cache)
+        model = MultiViewModel(
+            drafter, target, views, objective, view, cache, draft_ids
+        )
     held_out = held_out_acceptance(
         target,
         tokenizer,
@@ -215,13 +230,19 @@ def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
         run_files=run_files,
         measure=held_out.measure if held_out else None,
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
+    trainer.train(resume_from_checkpoint=checkpoint)
     output = Path(arguments.output_dir)
     trainer.save_drafter(output, layers_alone=drafter_args.layers_alone)
     if held_out and not is_measured_on_the_way:
         trainer.evaluate()  # for the model card
     if trainer.is_world_process_zero():
-        card = model_card(model.drafter, learnt["target"], options | run, trainer.state)
+        card = model_card(
+            model.drafter,
+            learnt["target"],
+            options | run,
+            trainer.state,
+            None if draft_ids is None else len(draft_ids),
+        )
         write_text(output / "README.md", card)
 
 
@@ -270,50 +291,6 @@ def _check_native_range(
         )
 
 
-def _windows(
-    data: DataArguments, arguments: TrainingArguments, tokenizer: Any, vocab_size: int
-) -> Any:
-    if not (data.texts or data.conversations or data.continuations):
-        raise ConfigurationError(
-            "there is nothing to train on; give --texts, --conversations or "
-            "--continuations"
-        )
-    if arguments.max_steps <= 0:
-        raise ConfigurationError(
-            f"max_steps={arguments.max_steps}: windows are drawn without end; say "
-            "after how many steps to stop"
-        )
-    windows_per_step = _windows_per_step(arguments)
-    return TokenWindows(
-        (
-            read_texts(
-                data.texts,
-                tokenizer,
-                column=data.text_column,
-                unwraps_lines=data.unwrap_lines,
-            )
-            if data.texts
-            else None
-        ),
-        (
-            read_continuations(data.continuations, vocab_size)
-            if data.continuations
-            else None
-        ),
-        prefix_tokens=data.prefix_tokens,
-        continuation_tokens=data.continuation_tokens,
-        on_policy_fraction=data.on_policy_fraction,
-        windows_per_step=windows_per_step,
-        num_windows=windows_per_step * arguments.max_steps,
-        seed=arguments.data_seed,
-        conversations=(
-            read_conversations(data.conversations, tokenizer, data.chat_template)
-            if data.conversations
-            else None
-        ),
-    )
-
-
 def _cache(
     objective: ObjectiveArguments,
     drafter: DrafterArguments,
@@ -323,28 +300,19 @@ def _cache(
 ) -> TeacherCache | None:
     if objective.teacher_cache is None:
         return None
-    windows_per_step = _windows_per_step(arguments)
+    per_step = windows_per_step(arguments)
     return TeacherCache(
         Path(objective.teacher_cache),
-        num_windows=windows_per_step * arguments.max_steps,
+        num_windows=per_step * arguments.max_steps,
         positions=data.continuation_tokens,
         width=target.hidden_size,
         windows={
             "target": drafter.target,
-            "windows_per_step": windows_per_step,
+            "windows_per_step": per_step,
             "seed": arguments.data_seed,
             **dataclasses.asdict(data),
         },
     )
-
-
-def _windows_per_step(arguments: TrainingArguments) -> int:
-    num_windows: int = (
-        arguments.train_batch_size
-        * arguments.gradient_accumulation_steps
-        * arguments.world_size
-    )
-    return num_windows
 
 
 def _check_flexdraft(

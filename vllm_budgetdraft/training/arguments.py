@@ -42,6 +42,14 @@ class DrafterArguments:
             "budgetdraft join adds them."
         },
     )
+    draft_vocabulary: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens to draft, and no others: a file of budgetdraft vocabulary, "
+            "the weights of an EAGLE-3 head, or how many of the likeliest of the data; "
+            "0 is all. By default those of the drafter's folder, if it names some."
+        },
+    )
     hidden_size: int = field(default=192, metadata={"help": "Of a new drafter."})
     intermediate_size: int = field(default=416, metadata={"help": "Of a new drafter."})
     num_hidden_layers: int = field(default=2, metadata={"help": "Of a new drafter."})

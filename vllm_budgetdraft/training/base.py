@@ -62,11 +62,14 @@ class DrafterTraining(nn.Module, ABC):
         if self._last is None:
             return {}
         names, means = self._last
-        return {
-            f"{metric}_{view}": value
-            for metric, values in means._asdict().items()
-            for view, value in zip(names, values.tolist(), strict=True)
-        }
+        found: dict[str, float] = {}
+        for metric, values in means._asdict().items():
+            if values is not None and values.ndim:
+                of_views = zip(names, values.tolist(), strict=True)
+                found |= {f"{metric}_{view}": value for view, value in of_views}
+            elif values is not None:
+                found[metric] = values.item()
+        return found
 
     def _loss(
         self,
@@ -76,7 +79,11 @@ class DrafterTraining(nn.Module, ABC):
         counted: Tensor,
         names: list[str],
     ) -> Tensor:
-        """Equation 4, of views [V, ..., width] whose names ``metrics`` will have."""
+        """Equation 4, of views [V, ..., width] whose names ``metrics`` will have.
+
+        Args:
+            head: of the tokens that are drafted, see ``multi_view_loss``.
+        """
         sparse = self._views.sparse_weight / max(1, self._views.views_per_step)
         weights = torch.full((len(names),), sparse, device=hidden.device)
         weights[0] = 1.0

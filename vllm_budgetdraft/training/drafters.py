@@ -1,8 +1,10 @@
 """What training begins with: the target, and a drafter of either type."""
 
 import math
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from vllm_budgetdraft.drafter.checkpoint import (
     load_drafter,
 )
 from vllm_budgetdraft.drafter.configuration import check_drafter_config
+from vllm_budgetdraft.drafter.draft_vocabulary import FILE, read_token_ids
 from vllm_budgetdraft.drafter.join import of_target
 from vllm_budgetdraft.drafter.modeling import Drafter, initialise
 from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
@@ -29,6 +32,12 @@ from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft, begin_as_target
 from vllm_budgetdraft.training.arguments import DrafterArguments, FlexDraftArguments
+from vllm_budgetdraft.training.inputs import Inputs
+from vllm_budgetdraft.training.vocabulary_counts import (
+    count_tokens,
+    kept_tokens,
+    likeliest_tokens,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -189,3 +198,46 @@ def make_flexdraft(
     )
     begin_as_target(drafter, target)
     return drafter
+
+
+def choose_draft_vocabulary(
+    arguments: DrafterArguments,
+    checkpoint: str | None,
+    inputs: Inputs,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+) -> Tensor | None:
+    """Token ids [n] int64, the likeliest first; None for the whole vocabulary.
+
+    Args:
+        checkpoint: that the run goes on from, if any.
+        vocab_size: the target's.
+
+    Raises:
+        ConfigurationError: of a flexdraft; or see ``likeliest_tokens``.
+        UnsupportedDrafterError: see ``read_token_ids``.
+    """
+    asked = arguments.draft_vocabulary
+    if arguments.drafter_type == "flexdraft":
+        if asked is not None:
+            raise ConfigurationError(
+                f"draft_vocabulary={asked!r}: a flexdraft drafts by its target's own "
+                "output matrix, all of it; leave the option out"
+            )
+        return None
+    if asked is None:
+        folder = checkpoint or arguments.drafter
+        if folder is None or not (Path(folder) / FILE).is_file():
+            return None
+        return read_token_ids(Path(folder) / FILE, vocab_size)
+    try:
+        size = int(asked)
+    except ValueError:
+        return read_token_ids(Path(asked), vocab_size)
+    if size == 0:
+        return None
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for rows, column in inputs.learnt:
+        counts += count_tokens(rows, column, vocab_size)
+    kept = [token for token in kept_tokens(tokenizer) if token < vocab_size]
+    return likeliest_tokens(counts, kept, size)

@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 
 from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter, save_drafter
+from vllm_budgetdraft.drafter.draft_vocabulary import FILE, write_draft_vocabulary
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.arguments import ObjectiveArguments, ViewArguments
 from vllm_budgetdraft.training.base import DrafterTraining
+from vllm_budgetdraft.training.draft_vocabulary import DraftVocabulary
 from vllm_budgetdraft.training.teacher import (
     LiveTeacher,
     StoredTeacher,
@@ -34,10 +36,12 @@ class MultiViewModel(DrafterTraining):
         objective: ObjectiveArguments,
         view: ViewSettings,
         cache: TeacherCache | None = None,
+        draft_ids: Tensor | None = None,
     ) -> None:
         """
         Args:
             cache: where the target is asked only about windows that are not in it.
+            draft_ids: [n] int64, the tokens to draft, the likeliest first; all if None.
 
         Raises:
             ConfigurationError: settings that do not fit each other, or this target.
@@ -46,6 +50,10 @@ class MultiViewModel(DrafterTraining):
         self.drafter = drafter
         self._view = view
         self._cache = cache
+        self._vocabulary: DraftVocabulary | None = None
+        if draft_ids is not None:
+            size = drafter.config.vocab_size
+            self._vocabulary = DraftVocabulary(draft_ids, size)
         self._policy = make_policy(view)
         self._checkpoints = False
 
@@ -84,18 +92,26 @@ class MultiViewModel(DrafterTraining):
             ids, logprobs = (
                 x if x is None else x.flatten(0, 1) for x in (top_ids, top_logprobs)
             )
-            teacher = StoredTeacher(next_ids.flatten(), ids, logprobs, drawn_at)
+            teacher = StoredTeacher(
+                next_ids.flatten(), ids, logprobs, drawn_at, self._vocabulary
+            )
         else:
             hidden = self._target_hidden(window, prefix_ids, continuation_ids)
             teacher = LiveTeacher(
-                hidden.flatten(0, 1), self._target[0].get_output_embeddings(), drawn_at
+                hidden.flatten(0, 1),
+                self._target[0].get_output_embeddings(),
+                drawn_at,
+                self._vocabulary,
             )
 
         views, names = self._views_of(prefix_ids, continuation_ids.shape[1])
         hidden = continuation_hidden(
             self.drafter, continuation_ids, views, checkpoints=self._checkpoints
         )
-        loss = self._loss(hidden, self.drafter.head, teacher, counted, names)
+        head = self.drafter.head
+        if self._vocabulary is not None:
+            head = head.index_select(0, self._vocabulary.ids)
+        loss = self._loss(hidden, head, teacher, counted, names)
         return {"loss": loss}
 
     def save_drafter(
@@ -112,6 +128,10 @@ class MultiViewModel(DrafterTraining):
             tokenizer_from=tokenizer_from,
             state=state,
         )
+        if self._vocabulary is not None:
+            write_draft_vocabulary(folder, self._vocabulary.ids.cpu())
+        else:  # an earlier run's
+            (folder / FILE).unlink(missing_ok=True)
 
     def load_drafter(self, folder: str | Path) -> None:
         max_positions = self.drafter.rotary_table.shape[1]

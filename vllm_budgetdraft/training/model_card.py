@@ -44,18 +44,25 @@ FlexDraft of {millions:.2f} M parameters, for speculative decoding with
 vllm-budgetdraft: attention projections for mask tokens in the target's last {layers}
 layers, and a calibration of rank {rank}. It works with no other target."""
 
+DRAFTED = """
+
+It drafts {drafted:,} of the {all:,} tokens of the vocabulary, and no others:
+`draft_vocabulary.safetensors` names them."""
+
 
 def model_card(
     drafter: Drafter | FlexDraft,
     target: str,
     options: dict[str, Any],
     state: TrainerState,
+    num_drafted: int | None = None,
 ) -> str:
     """Markdown.
 
     Args:
         options: of the run, by name.
         state: of the trainer, with what was measured.
+        num_drafted: tokens of the draft vocabulary; None if all tokens are drafted.
     """
     sources = [
         f"{kind}: {', '.join(options[key])}"
@@ -74,7 +81,7 @@ def model_card(
         sparse = f" and {options['sparse_weight']:g} of sparse views ({budgets} tokens)"
     return CARD.format(
         target=target,
-        about=_about(drafter),
+        about=_about(drafter) + _drafted(drafter, num_drafted, state),
         budget=options["budgets"][-1],
         data="; ".join(sources),
         steps=state.global_step,
@@ -107,6 +114,23 @@ def _about(drafter: Drafter | FlexDraft) -> str:
         layers=drafter.config.num_hidden_layers,
         width=drafter.config.hidden_size,
     )
+
+
+def _drafted(
+    drafter: Drafter | FlexDraft, num_drafted: int | None, state: TrainerState
+) -> str:
+    """What a draft vocabulary is, and how much of the target's choices it had last."""
+    if num_drafted is None:
+        return ""
+    text = DRAFTED.format(drafted=num_drafted, all=drafter.config.vocab_size)
+    seen = [entry for entry in state.log_history if "label_coverage" in entry]
+    if seen:
+        text += f"\nIn training it last had {seen[-1]['label_coverage']:.1%} of the "
+        text += "tokens that the target chose"
+        if "coverage" in seen[-1]:
+            text += f", and {seen[-1]['coverage']:.1%} of its probability"
+        text += "."
+    return text
 
 
 def _acceptance(options: dict[str, Any], state: TrainerState) -> str:

@@ -1,14 +1,15 @@
 """What the target says of a continuation: asked now, or stored when it wrote it."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.training.objectives import IGNORED
+from vllm_budgetdraft.training.draft_vocabulary import DraftVocabulary
+from vllm_budgetdraft.training.objectives import IGNORED, OUTSIDE
 
 #: Temperature that stands for 0, where p is all on the likeliest token.
 NEARLY_GREEDY = 1e-4
@@ -16,24 +17,45 @@ NEARLY_GREEDY = 1e-4
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
+class Comparison(NamedTuple):
+    """What to compare of q and p, over the same events.
+
+    Attributes:
+        log_q: [V, n, events], of V views.
+        log_p: [n, events], -inf of tokens that are not drafted.
+        share: [n], of p that is, or may be, on the draft vocabulary: all but what is
+            known to be elsewhere; None where the whole vocabulary is drafted.
+    """
+
+    log_q: Tensor
+    log_p: Tensor
+    share: Tensor | None
+
+
 class Teacher(Protocol):
-    """The target's distribution p at N positions, taken in pieces."""
+    """The target's distribution p at N positions, taken in pieces.
+
+    Logits are of the tokens of a draft vocabulary, or of all of them.
+    """
 
     @property
     def temperatures(self) -> Tensor | None:
         """[N] float32, of p; None is 1 everywhere."""
 
+    @property
+    def vocabulary(self) -> DraftVocabulary | None:
+        """What is drafted; None is all tokens."""
+
     def labels(self, rows: slice) -> Tensor:
-        """Likeliest tokens, [n] int64; ``IGNORED`` where unknown."""
+        """Places of the likeliest tokens' logits, [n] int64.
 
-    def compare(self, rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """What to compare of q and p, over the same events.
+        ``IGNORED`` where the token is unknown, ``OUTSIDE`` where it is not drafted.
+        """
 
+    def compare(self, rows: slice, log_q: Tensor) -> Comparison:
+        """
         Args:
-            log_q: [V, n, vocab_size], of V views.
-
-        Returns:
-            [V, n, events] and [n, events].
+            log_q: [V, n, number of logits], of V views.
         """
 
 
@@ -41,7 +63,11 @@ class LiveTeacher:
     """Logits of hidden states, computed where they are wanted and not kept."""
 
     def __init__(
-        self, hidden: Tensor, head: nn.Linear, temperatures: Tensor | None = None
+        self,
+        hidden: Tensor,
+        head: nn.Linear,
+        temperatures: Tensor | None = None,
+        vocabulary: DraftVocabulary | None = None,
     ) -> None:
         """
         Args:
@@ -49,14 +75,19 @@ class LiveTeacher:
             head: its output matrix.
         """
         self._hidden, self._head = hidden, head
-        self.temperatures = temperatures
+        self.temperatures, self.vocabulary = temperatures, vocabulary
         self._piece: tuple[slice, Tensor] | None = None
 
     def labels(self, rows: slice) -> Tensor:
-        return self._log_probs(rows).argmax(-1)
+        tokens = self._log_probs(rows).argmax(-1)
+        return self.vocabulary.labels(tokens) if self.vocabulary else tokens
 
-    def compare(self, rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        return log_q, self._log_probs(rows)
+    def compare(self, rows: slice, log_q: Tensor) -> Comparison:
+        log_p = self._log_probs(rows)
+        if self.vocabulary is None:
+            return Comparison(log_q, log_p, None)
+        log_p = log_p.index_select(-1, self.vocabulary.ids)
+        return Comparison(log_q, log_p, log_p.exp().sum(-1))
 
     @torch.no_grad()
     def _log_probs(self, rows: slice) -> Tensor:
@@ -76,27 +107,39 @@ class StoredTeacher:
         next_tokens: [N] int64, what the target wrote; ``IGNORED`` where it did not.
         top_ids: [N, n] int64, the likeliest first; None if only tokens were stored.
         top_log_probs: [N, n] float32, at temperature 1.
-        temperatures: see ``Teacher``.
+        temperatures, vocabulary: see ``Teacher``.
     """
 
     next_tokens: Tensor
     top_ids: Tensor | None = None
     top_log_probs: Tensor | None = None
     temperatures: Tensor | None = None
+    vocabulary: DraftVocabulary | None = None
 
     def labels(self, rows: slice) -> Tensor:
-        written = self.next_tokens[rows]
-        if self.top_ids is None:
-            return written
-        return self.top_ids[rows, 0].where(written != IGNORED, IGNORED)
+        tokens = self.next_tokens[rows]
+        if self.top_ids is not None:
+            tokens = self.top_ids[rows, 0].where(tokens != IGNORED, IGNORED)
+        return self.vocabulary.labels(tokens) if self.vocabulary else tokens
 
-    def compare(self, rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, rows: slice, log_q: Tensor) -> Comparison:
         assert self.top_ids is not None and self.top_log_probs is not None
-        ids = self.top_ids[rows].expand(*log_q.shape[:-1], -1)
-        log_p = self.top_log_probs[rows]
+        places, log_p = self.top_ids[rows], self.top_log_probs[rows]
         if self.temperatures is not None:
             log_p = _top_at(log_p, _positive(self.temperatures[rows]))
-        return log_q.gather(-1, ids), log_p
+        share: Tensor | None = None
+        if self.vocabulary is not None:
+            places = self.vocabulary.labels(places)
+            is_drafted = places != OUTSIDE
+            p = log_p.exp()
+            inside = p.where(is_drafted, 0).sum(-1)
+            # What is unknown may be drafted: KL leaves it where it was.
+            share = inside.maximum(1 - p.where(~is_drafted, 0).sum(-1))
+            # Of another token's q, which min(p, q) = 0 leaves without a gradient.
+            places = places.clamp_min(0)
+            log_p = log_p.where(is_drafted, -torch.inf)
+        log_q = log_q.gather(-1, places.expand(*log_q.shape[:-1], -1))
+        return Comparison(log_q, log_p, share)
 
 
 def _positive(temperatures: Tensor) -> Tensor:

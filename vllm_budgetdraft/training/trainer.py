@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from vllm_budgetdraft.drafter.checkpoint import WEIGHTS, keep_layers_alone
+from vllm_budgetdraft.drafter.draft_vocabulary import FILE
 from vllm_budgetdraft.errors import ConfigurationError, TrainingError
 from vllm_budgetdraft.files import whole_folder
 
@@ -107,8 +108,12 @@ class DrafterTrainer(Trainer):
                 self._write(made, state, torch.bfloat16)
                 if layers_alone:
                     keep_layers_alone(made)
-            if layers_alone:  # an earlier run's would be read in their place
+                has_vocabulary = (made / FILE).is_file()
+            # What an earlier run left would be read as if it were this one's.
+            if layers_alone:
                 (folder / WEIGHTS).unlink(missing_ok=True)
+            if not has_vocabulary:
+                (folder / FILE).unlink(missing_ok=True)
         except WRITE_ERRORS as error:
             if not _is_full(error):
                 raise
