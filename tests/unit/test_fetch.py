@@ -120,7 +120,15 @@ def change_drafter(tiny: Tiny, monkeypatch) -> None:
     monkeypatch.setitem(SOURCES, "tiny", other)
 
 
+def add_vocabulary(tiny: Tiny, monkeypatch) -> None:
+    drafter = shutil.copytree(tiny.source.drafter, tiny.folder.parent / "other")
+    (drafter / source.VOCABULARY).write_text("ids")
+    other = dataclasses.replace(tiny.source, drafter=drafter)
+    monkeypatch.setitem(SOURCES, "tiny", other)
+
+
 CHANGES = [
+    add_vocabulary,
     truncate,
     remove,
     damage_record,

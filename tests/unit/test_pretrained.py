@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.tiny_package import make_source
+from vllm_budgetdraft.drafter.draft_vocabulary import write_draft_vocabulary
 from vllm_budgetdraft.pretrained.gguf_llama import EMBEDDING, write_pair
-from vllm_budgetdraft.pretrained.source import CONFIG, LAYERS, SOURCES
+from vllm_budgetdraft.pretrained.source import CONFIG, LAYERS, SOURCES, VOCABULARY
 
 
 class Made(NamedTuple):
@@ -30,6 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("pair")
     source, _ = make_source(folder / "source")
     model = folder / "source" / "tiny.gguf"
+    write_draft_vocabulary(source.drafter, torch.arange(9))
     write_pair(model, source.drafter, folder / "made")
     return Made(folder / "made/target", folder / "made/drafter", model, source.drafter)
 
@@ -60,7 +62,8 @@ def test_the_drafter_is_its_layers_under_the_targets_embeddings(made):
     layers = load_file(made.layers / LAYERS)
     assert weights.keys() == layers.keys()
     assert all(torch.equal(weights[each], layers[each]) for each in layers)
-    assert (made.drafter / CONFIG).read_bytes() == (made.layers / CONFIG).read_bytes()
+    for name in (CONFIG, VOCABULARY):
+        assert (made.drafter / name).read_bytes() == (made.layers / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["target", "drafter"])

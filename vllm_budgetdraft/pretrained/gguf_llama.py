@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from vllm_budgetdraft.drafter.checkpoint import EMBEDDING
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.pretrained.source import CONFIG, LAYERS
+from vllm_budgetdraft.pretrained.source import CONFIG, LAYERS, VOCABULARY
 
 #: GGUF's names of weights, and Hugging Face's.
 NAMES = {
@@ -61,7 +61,9 @@ def write_pair(model: Path, layers: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
     tokenizer.save_pretrained(target)
     shutil.copytree(target, drafter)
-    shutil.copyfile(layers / CONFIG, drafter / CONFIG)
+    for name in (CONFIG, VOCABULARY):
+        if (layers / name).is_file():
+            shutil.copyfile(layers / name, drafter / name)
     weights[EMBEDDING] = _write_target(target, model, config)
     _write_weights(drafter, weights)
 

@@ -16,6 +16,8 @@ from vllm_budgetdraft.errors import ConfigurationError
 #: Of how a pair is made: with another number here, every pair is made anew.
 FORMAT = 1
 CONFIG, LAYERS = "config.json", "layers.safetensors"
+#: Which a drafter need not have.
+VOCABULARY = "draft_vocabulary.safetensors"
 MODELS = Path(__file__).resolve().parents[2] / "models"
 
 
@@ -57,7 +59,11 @@ class Source:
             "format": FORMAT,
             "package": self.package,
             "target_sha256": self.sha256,
-            "drafter_sha256": [sha256(self.drafter / x) for x in (CONFIG, LAYERS)],
+            "drafter_sha256": [
+                sha256(self.drafter / name)
+                for name in (CONFIG, LAYERS, VOCABULARY)
+                if (self.drafter / name).is_file()
+            ],
         }
 
 
