@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def read_drafter_config(folder: str | Path) -> PretrainedConfig:
             not of the Llama family.
     """
     path = Path(folder) / "config.json"
-    raw = _read_json(path, str(folder))
+    raw = read_json(path, str(folder))
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list) or not (
         set(map(str, architectures)) & set(ARCHITECTURES)
@@ -80,19 +81,29 @@ def read_drafter_config(folder: str | Path) -> PretrainedConfig:
             f"{path} is no valid config ({short(error)}); mend it, or download it anew"
         ) from error
     check_drafter_config(config, str(folder))
-    for key, most in SIZES.items():
+    check_numbers(config, path)
+    return config
+
+
+def check_numbers(
+    config: PretrainedConfig, path: Path, more: Sequence[str] = ()
+) -> None:
+    """Of a drafter's config, that sizes are sizes and the rest can be computed with.
+
+    Args:
+        path: of the config.
+        more: sizes beside those that every drafter has.
+
+    Raises:
+        UnsupportedDrafterError: they are not.
+    """
+    for key, most in (SIZES | dict.fromkeys(more, SIZES["vocab_size"])).items():
         size = head_dim(config) if key == "head_dim" else getattr(config, key)
         if type(size) is not int or not 0 < size <= most:
             raise UnsupportedDrafterError(
                 f"{path}: {key}={short(repr(size))} is no size; it must be a whole "
                 f"number from 1 to {most}: mend it, or download it anew"
             )
-    _check_numbers(config, path)
-    return config
-
-
-def _check_numbers(config: PretrainedConfig, path: Path) -> None:
-    """Of those that are no sizes, and enter what is computed."""
     eps = config.rms_norm_eps
     if not math.isfinite(eps) or eps < 0:
         raise UnsupportedDrafterError(
@@ -111,7 +122,8 @@ def _check_numbers(config: PretrainedConfig, path: Path) -> None:
         )
 
 
-def _read_json(path: Path, folder: str) -> dict[str, Any]:
+def read_json(path: Path, folder: str) -> dict[str, Any]:
+    """``config.json`` of a drafter's folder; raises UnsupportedDrafterError."""
     try:
         is_there = path.is_file()
         raw = json.loads(path.read_text(encoding="utf-8")) if is_there else None

@@ -47,12 +47,12 @@ class AttentionProjections(nn.Module):
         attention_bias = getattr(config, "attention_bias", False)
         # Qwen2 biases its q, k and v by definition, with no key in its config.
         qkv_bias = attention_bias or config.model_type == "qwen2"
-        self.qkv_weight = _matrix(q_rows + 2 * kv_rows, hidden)
+        self.qkv_weight = new_matrix(q_rows + 2 * kv_rows, hidden)
         self.qkv_bias = _bias(q_rows + 2 * kv_rows, qkv_bias)
         self.has_qk_norms = config.model_type == "qwen3"
         if self.has_qk_norms:
-            self.q_norm, self.k_norm = _norm(self.head_dim), _norm(self.head_dim)
-        self.o_weight = _matrix(hidden, q_rows)
+            self.q_norm, self.k_norm = new_norm(self.head_dim), new_norm(self.head_dim)
+        self.o_weight = new_matrix(hidden, q_rows)
         self.o_bias = _bias(hidden, attention_bias)
 
     @property
@@ -79,16 +79,28 @@ class DecoderLayer(AttentionProjections):
         self.linear = PLAIN
         hidden, inner = config.hidden_size, config.intermediate_size
         mlp_bias = getattr(config, "mlp_bias", False)
-        self.input_norm = _norm(hidden)
-        self.mlp_norm = _norm(hidden)
-        self.gate_up_weight = _matrix(2 * inner, hidden)
+        self.input_norm = new_norm(hidden)
+        self.mlp_norm = new_norm(hidden)
+        self.gate_up_weight = new_matrix(2 * inner, hidden)
         self.gate_up_bias = _bias(2 * inner, mlp_bias)
-        self.down_weight = _matrix(hidden, inner)
+        self.down_weight = new_matrix(hidden, inner)
         self.down_bias = _bias(hidden, mlp_bias)
 
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor | None:
         linear, norm = self.linear, self.input_norm
         qkv = linear(x, self.qkv_weight, self.qkv_bias, norm=norm, eps=self.eps)
+        return self.after(attend, layer, qkv, x)
+
+    def after(
+        self, attend: Attend, layer: int, qkv: Tensor, x: Tensor
+    ) -> Tensor | None:
+        """What follows the first product: attention, and the MLP.
+
+        Args:
+            qkv: [..., (H + 2 * G) * D].
+            x: [..., hidden_size], to which both are added.
+        """
+        linear = self.linear
         attended = attend(layer, qkv.unflatten(-1, (-1, self.head_dim)), self.norms)
         if attended is None:
             return None
@@ -100,7 +112,7 @@ class DecoderLayer(AttentionProjections):
         return linear(h, self.down_weight, self.down_bias, residual=x)
 
 
-def _matrix(rows: int, columns: int) -> nn.Parameter:
+def new_matrix(rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(rows, columns))
 
 
@@ -108,7 +120,7 @@ def _bias(size: int, used: bool) -> nn.Parameter | None:
     return nn.Parameter(torch.zeros(size)) if used else None
 
 
-def _norm(size: int) -> nn.Parameter:
+def new_norm(size: int) -> nn.Parameter:
     return nn.Parameter(torch.ones(size))
 
 

@@ -1,0 +1,149 @@
+"""EAGLE-3 heads: what they compute, in both layouts of the field."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.support import models
+from tests.support.heads import (
+    AUX_LAYERS,
+    NUM_DRAFTED,
+    write_head,
+    write_speculators_head,
+)
+from vllm_budgetdraft.drafter.feature_checkpoint import (
+    is_feature_drafter,
+    load_feature_drafter,
+    save_feature_drafter,
+)
+from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
+
+NUM_TOKENS, HIDDEN = 9, models.llama().hidden_size
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "norm_before_residual": {"norm_before_residual": True},
+    "norm_before_fc": {"norm_before_fc": True},
+    "fc_norm": {"fc_norm": True},
+    "norm_output": {"norm_output": True},
+}
+
+
+@pytest.fixture
+def embedding() -> Tensor:
+    return torch.randn(97, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+
+def causal(drafter: FeatureDrafter, count: int):
+    """Attention of a whole sequence to itself."""
+    cos, sin = (x[:count, None] for x in drafter.rotary_rows)
+
+    def attend(layer: int, qkv: Tensor, norms: Any) -> Tensor:
+        heads, kv_heads = drafter.num_heads, drafter.num_kv_heads
+        queries, keys, values = qkv.split((heads, kv_heads, kv_heads), -2)
+        turned = [x * cos + x.roll(x.shape[-1] // 2, -1) * sin for x in (queries, keys)]
+        q, k, v = (x.transpose(0, 1) for x in (*turned, values))
+        out = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+    return attend
+
+
+def plain_step(
+    weights: dict[str, Tensor],
+    layer: str,
+    variant: dict[str, Any],
+    embedded: Tensor,
+    features: Tensor,
+    drafter: FeatureDrafter,
+) -> tuple[Tensor, Tensor]:
+    """The head in plain words."""
+
+    def rms(x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weights[name], 1e-6)
+
+    def times(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{layer}.{name}.weight"].T
+
+    normed = rms(features, f"{layer}.hidden_norm.weight")
+    residual = normed if variant.get("norm_before_residual") else features
+    both = torch.cat([rms(embedded, f"{layer}.input_layernorm.weight"), normed], -1)
+    qkv = torch.cat([times(both, f"self_attn.{part}_proj") for part in "qkv"], -1)
+    heads = qkv.unflatten(-1, (-1, drafter.head_dim))
+    attended = causal(drafter, len(embedded))(0, heads, None).flatten(-2)
+    x = residual + times(attended, "self_attn.o_proj")
+    h = rms(x, f"{layer}.post_attention_layernorm.weight")
+    gated = F.silu(times(h, "mlp.gate_proj")) * times(h, "mlp.up_proj")
+    x = x + times(gated, "mlp.down_proj")
+    normed = rms(x, "norm.weight")
+    return normed, normed if variant.get("norm_output") else x
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("layout", ["specforge", "speculators"])
+def test_a_head_computes_what_it_is_defined_as(layout, variant, tmp_path, embedding):
+    write = write_head if layout == "specforge" else write_speculators_head
+    folder = write(tmp_path, rms_norm_eps=1e-6, **variant)
+    if layout == "speculators":
+        variant = {"norm_before_residual": True, **variant}
+        if variant.keys() & {"norm_before_fc", "fc_norm", "norm_output"}:
+            pytest.skip("written by the other layout alone")
+    assert is_feature_drafter(folder)
+    drafter = load_feature_drafter(folder, max_positions=32, embedding=embedding)
+    assert drafter.aux_layers == AUX_LAYERS
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    states = torch.randn(NUM_TOKENS, 3 * HIDDEN, generator=generator)
+    tokens = torch.randint(97, (NUM_TOKENS,), generator=generator)
+
+    plain = states
+    if variant.get("norm_before_fc"):
+        plain = F.rms_norm(plain, plain.shape[-1:], weights["input_norm.weight"], 1e-6)
+    if variant.get("fc_norm"):
+        parts = [
+            F.rms_norm(part, part.shape[-1:], weights[f"fc_norm.{i}.weight"], 1e-6)
+            for i, part in enumerate(plain.chunk(3, -1))
+        ]
+        plain = torch.cat(parts, -1)
+    plain = plain @ weights["fc.weight"].T
+    features = drafter.combined(states)
+    torch.testing.assert_close(features, plain)
+
+    layer = "midlayer" if layout == "specforge" else "layers.0"
+    embedded = embedding[tokens]
+    expected = plain_step(weights, layer, variant, embedded, plain, drafter)
+    found = drafter.step(tokens, features, causal(drafter, NUM_TOKENS))
+    torch.testing.assert_close(found, expected)
+    logits = drafter.logits(found[0])
+    torch.testing.assert_close(logits, expected[0] @ weights["lm_head.weight"].T)
+    ids = weights["d2t"] + torch.arange(NUM_DRAFTED)
+    assert torch.equal(drafter.draft_ids, ids)
+    assert drafter.embedding.data_ptr() == embedding.data_ptr(), "it is the target's"
+
+
+def test_what_is_written_is_read_again(tmp_path, embedding):
+    folder = write_head(tmp_path / "first", norm_before_residual=True, fc_norm=True)
+    drafter = load_feature_drafter(folder, max_positions=8, embedding=embedding)
+    save_feature_drafter(drafter, tmp_path / "second", dtype=torch.float32)
+    again = load_feature_drafter(
+        tmp_path / "second", max_positions=8, embedding=embedding
+    )
+    state = drafter.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in again.state_dict().items())
+    assert torch.equal(again.draft_ids, drafter.draft_ids)
+    assert again.layers[0].adds_normed and again.aux_layers == AUX_LAYERS
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], v) for k, v in second.items())
+
+
+def test_a_decoder_is_no_head(tmp_path):
+    models.write_model(tmp_path, models.llama())
+    assert not is_feature_drafter(tmp_path)
