@@ -130,15 +130,12 @@ def load_feature_drafter(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     embedding: Tensor | None = None,
-    for_drafting: bool = False,
 ) -> FeatureDrafter:
     """Loads an EAGLE-3 head, for serving or further training.
 
     Args:
         embedding: the target's, [vocab_size, hidden_size], for a folder that has none;
             it is taken as it is, wherever it lies.
-        for_drafting: whether the output matrix is to have no rows but those of tokens
-            that are drafted; a tied one is copied for it.
 
     Raises:
         UnsupportedDrafterError: see ``read_feature_config`` and ``StoredWeights``; or

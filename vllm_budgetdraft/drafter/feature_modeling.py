@@ -94,9 +94,7 @@ class FeatureDrafter(Drafter):
             states = parts.flatten(-2) * self.fc_norms
         return self.linear(states, self.fc_weight)
 
-    def step(
-        self, tokens: Tensor, features: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor] | None:
+    def step(self, tokens: Tensor, features: Tensor | None, attend: Attend) -> Any:
         """Final normed hidden states, and the features of the positions after.
 
         Args:
@@ -107,6 +105,7 @@ class FeatureDrafter(Drafter):
         Returns:
             [..., hidden_size] each, or None if ``attend`` ended the pass.
         """
+        assert features is not None
         layers: Any = self.layers
         x = F.embedding(tokens, self.embedding)
         for index, layer in enumerate(layers):

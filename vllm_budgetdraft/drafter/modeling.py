@@ -207,6 +207,15 @@ class Drafter(nn.Module):
         shape, eps = self.norm.shape, self.config.rms_norm_eps
         return torch.rms_norm(x, shape, self.norm, eps)
 
+    def step(self, tokens: Tensor, features: Tensor | None, attend: Attend) -> Any:
+        """What a drafter that reads features is fed and says: see ``FeatureDrafter``.
+
+        Returns:
+            Final normed hidden states, and None; None if ``attend`` ended the pass.
+        """
+        hidden = self(tokens, attend)
+        return None if hidden is None else (hidden, None)
+
     @property
     def head(self) -> Tensor:
         """[vocab_size, hidden_size], the output matrix.

@@ -12,6 +12,7 @@ from vllm_budgetdraft.proposer.draft_loop import (
     DraftLoop,
     Drafts,
     Draws,
+    Fed,
 )
 
 #: Picked, drawn from the whole vocabulary, or drawn from the top-k.
@@ -52,10 +53,15 @@ class DraftGraphs:
         lengths: Sequence[int],
         draws: bool,
         device: torch.device,
+        width: int = FIRST_WIDTH,
+        fed: Fed | None = None,
     ) -> None:
         """
         Args:
             sizes, lengths: ascending.
+            width: tokens of a request that are fed first.
+            fed: of ``sizes[-1]`` rows, for a drafter that reads features; it is kept,
+                and written to.
             draws: whether there are graphs of drawn drafts besides those of greedy
                 ones: of the whole vocabulary, and of a top-k.
         """
@@ -64,10 +70,9 @@ class DraftGraphs:
         self._kinds: tuple[Kind, ...] = (GREEDY, DRAWN, CUT) if draws else (GREEDY,)
         self._replays: dict[tuple[int, int, Kind], Callable[[], None]] = {}
         self._results: dict[tuple[int, int, Kind], Drafts] = {}
+        self._fed = fed
         # Slot, end and last tokens of a row that drafts for nobody.
-        self._idle_row = torch.tensor(
-            [spare_slot, FIRST_WIDTH, *[0] * FIRST_WIDTH], device=device
-        )
+        self._idle_row = torch.tensor([spare_slot, width, *[0] * width], device=device)
         self._rows = self._idle_row.repeat(sizes[-1], 1)
         self._temperatures = torch.zeros(sizes[-1], device=device)
         self._top_k = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
@@ -96,6 +101,9 @@ class DraftGraphs:
             self._rows[:size, 2:],
             None if kind == GREEDY else draws,
         )
+        if self._fed is not None:
+            features, counts = self._fed
+            inputs = inputs._replace(fed=Fed(features[:size], counts[:size]))
         key = size, length, kind
 
         def run() -> None:
@@ -111,6 +119,10 @@ class DraftGraphs:
         length = _at_least(self._lengths, num_drafts)
         columns = (inputs.slots[:, None], inputs.ends[:, None], inputs.tokens)
         torch.cat(columns, 1, out=self._rows[:batch])
+        if inputs.fed is not None and self._fed is not None:
+            for buffer, given in zip(self._fed, inputs.fed, strict=True):
+                buffer[:batch] = given
+                buffer[batch:size] = buffer[:1]  # which is of some number
         if batch < size:
             self._rows[batch:size] = self._idle_row
         kind: Kind = GREEDY

@@ -12,9 +12,9 @@ from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.truncation import truncated
 
-#: Tokens fed in the first step of a draft. After a full acceptance the cache lacks the
-#: last draft token and the bonus token; otherwise it lacks the bonus token alone, and
-#: the token before it is computed again, to the same result.
+#: Tokens that a decoder is fed in the first step of a draft. After a full acceptance
+#: its cache lacks the last draft token and the bonus token; otherwise it lacks the
+#: bonus token alone, and the token before it is computed again, to the same result.
 FIRST_WIDTH = 2
 
 
@@ -54,14 +54,29 @@ class DraftInputs(NamedTuple):
     Attributes:
         slots: [B] int64, distinct but for the spare one.
         ends: [B] int64, context lengths.
-        tokens: [B, FIRST_WIDTH] int64, the last tokens of each context.
+        tokens: [B, W] int64, the last tokens of each context.
         draws: None where the likeliest token is to be picked for all of them.
+        fed: see ``Fed``; None for a decoder, whose W tokens are all of the context.
     """
 
     slots: Tensor
     ends: Tensor
     tokens: Tensor
     draws: Draws | None
+    fed: "Fed | None" = None
+
+
+class Fed(NamedTuple):
+    """What a drafter that reads features is fed beside tokens.
+
+    Attributes:
+        features: [B, W, hidden_size], of each token.
+        counts: [B] int64, how many of W are of the context, from 1 on: the first ones.
+            What is fed after them is overwritten by drafts.
+    """
+
+    features: Tensor
+    counts: Tensor
 
 
 class DraftLoop:
@@ -131,7 +146,13 @@ class DraftLoop:
         return sum(x.nbytes for x in buffers if x is not None)
 
     def append(
-        self, slots: Tensor, tokens: Tensor, starts: Tensor, *, validate: bool
+        self,
+        slots: Tensor,
+        tokens: Tensor,
+        starts: Tensor,
+        features: Tensor | None,
+        *,
+        validate: bool,
     ) -> None:
         """See ``DraftProposer.append``."""
         width = tokens.shape[1]
@@ -141,8 +162,9 @@ class DraftLoop:
         attention = self._attention(slots, validate)
         query_starts = self._query_starts[width][: len(slots) + 1]
         cos, sin = (x.flatten(0, 1) for x in rotary)
-        self._drafter(
+        self._drafter.step(
             tokens.flatten(),
+            None if features is None else features.flatten(0, 1),
             attention.step(
                 (cos, sin),
                 cells.flatten(),
@@ -154,21 +176,20 @@ class DraftLoop:
         self._count(slots, attention)
 
     def draft(self, inputs: DraftInputs, num_drafts: int, *, validate: bool) -> Drafts:
-        """A first step of ``FIRST_WIDTH`` tokens, then single ones.
+        """A first step of several tokens, then single ones.
 
         Rejected drafts of the last call need no undoing: they lie behind the context's
         end, where this one writes.
         """
-        slots, ends = inputs.slots, inputs.ends
-        batch = len(slots)
-        self._cache.make_room(slots, ends + (num_drafts - 1))
-        # From the end of a context to each token fed; the last draft token is not.
-        positions = ends[:, None] + self._offsets[: FIRST_WIDTH + num_drafts - 1]
+        slots = inputs.slots
+        batch, width = inputs.tokens.shape
+        positions, top = self._positions(inputs, num_drafts)
+        self._cache.make_room(slots, top)
         (cos, sin), cells, lengths = self._places(slots, positions)
         steps = zip(
-            zip(_by_step(cos), _by_step(sin), strict=True),
-            _by_step(cells),
-            lengths[:, FIRST_WIDTH - 1 :].T.contiguous(),
+            zip(_by_step(cos, width), _by_step(sin, width), strict=True),
+            _by_step(cells, width),
+            lengths[:, width - 1 :].T.contiguous(),
             strict=True,
         )
         attention = self._attention(slots, validate)
@@ -180,13 +201,19 @@ class DraftLoop:
             probabilities = self._probabilities[:batch, :num_drafts]
         if draws is not None and drawn_logits is not None:
             drawn_logits.begin(slots)
-        fed, width = inputs.tokens.flatten(), FIRST_WIDTH
+        fed, features = inputs.tokens.flatten(), None
+        last: slice | Tensor = slice(width - 1, None, width)  # of each request
+        if inputs.fed is not None:
+            features = inputs.fed.features.flatten(0, 1)
+            last = self._query_starts[width][:batch] + inputs.fed.counts - 1
         for step, (rotary, step_cells, step_lengths) in enumerate(steps):
             starts = self._query_starts[width][: batch + 1]
             attend = attention.step(rotary, step_cells, step_lengths, starts, width)
-            hidden = self._drafter(fed, attend)
-            # The last token fed of each request.
-            logits = self._drafter.logits(hidden[width - 1 :: width])
+            hidden, features = self._drafter.step(fed, features, attend)
+            if width > 1:
+                hidden = hidden[last]
+                features = None if features is None else features[last]
+            logits = self._drafter.logits(hidden)
             places = drafts[:, step], confidences[:, step]
             ids = self._drafter.draft_ids
             if draws is None:
@@ -216,6 +243,21 @@ class DraftLoop:
         self._count(slots, attention)
         return Drafts(drafts, confidences, probabilities)
 
+    def _positions(self, inputs: DraftInputs, num_drafts: int) -> tuple[Tensor, Tensor]:
+        """Of each token fed, [B, W + num_drafts - 1], and what all are below, [B].
+
+        The last draft token is not fed.
+        """
+        ends, top = inputs.ends, inputs.ends + (num_drafts - 1)
+        if inputs.fed is None:
+            offsets = self._offsets[: FIRST_WIDTH + num_drafts - 1]
+            return ends[:, None] + offsets, top
+        starts, width = ends - inputs.fed.counts, inputs.tokens.shape[1]
+        offsets = self._offsets[FIRST_WIDTH:]
+        first = starts[:, None] + offsets[:width]
+        later = ends[:, None] + offsets[: num_drafts - 1]
+        return torch.cat([first, later], 1), top.maximum(starts + width)
+
     def _places(
         self, slots: Tensor, positions: Tensor
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
@@ -241,7 +283,7 @@ class DraftLoop:
             self._cache.add_attention(slots, attention.attention)
 
 
-def _by_step(x: Tensor) -> list[Tensor]:
-    """[B, T, ...] of all tokens fed, by step: [B * FIRST_WIDTH, ...], then [B, ...]."""
-    later = x[:, FIRST_WIDTH:].transpose(0, 1).contiguous()
-    return [x[:, :FIRST_WIDTH].flatten(0, 1), *later]
+def _by_step(x: Tensor, width: int) -> list[Tensor]:
+    """[B, T, ...] of all tokens fed, by step: [B * width, ...], then [B, ...]."""
+    later = x[:, width:].transpose(0, 1).contiguous()
+    return [x[:, :width].flatten(0, 1), *later]

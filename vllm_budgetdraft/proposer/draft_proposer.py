@@ -12,9 +12,9 @@ from vllm_budgetdraft.attention.prompt import PromptAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.page_pool import PagePool
 from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig, settle
-from vllm_budgetdraft.drafter.checkpoint import load_drafter
-from vllm_budgetdraft.drafter.configuration import read_drafter_config, trained_view
-from vllm_budgetdraft.drafter.draft_vocabulary import read_draft_vocabulary
+from vllm_budgetdraft.drafter.configuration import trained_view
+from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
+from vllm_budgetdraft.drafter.folder import load_for_drafting, read_config
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.drafter.packing import pack_matrices
 from vllm_budgetdraft.eviction.base import EvictionPolicy
@@ -22,10 +22,12 @@ from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.proposer.draft_graphs import Capture, DraftGraphs
 from vllm_budgetdraft.proposer.draft_length import draft_lengths, ladder
 from vllm_budgetdraft.proposer.draft_loop import (
+    FIRST_WIDTH,
     DraftInputs,
     DraftLoop,
     Drafts,
     Draws,
+    Fed,
 )
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.memory import BATCH_TOKENS, MemoryPlan, packs_matrices
@@ -45,6 +47,8 @@ class DraftProposer:
         plan: what was allocated.
         max_drafts: k.
         max_append: most tokens of a request that one ``append`` takes.
+        reads_features: whether the drafter is fed what the target thought.
+        first_width: tokens of a request that ``draft`` is fed.
         num_graphs: graphs that drafts replay; 0 where they run eagerly.
         drawn_logits: what drafts are drawn from, if it is told as logits.
     """
@@ -72,6 +76,9 @@ class DraftProposer:
         self.kv_budget = config.budget(max_model_len)
         self.max_drafts = config.num_speculative_tokens
         self.max_append = min(self.max_drafts + 1, MAX_WIDTH)
+        self.reads_features = isinstance(drafter, FeatureDrafter)
+        # What the target verified in the last step, and its own token after it.
+        self.first_width = self.max_append if self.reads_features else FIRST_WIDTH
         self.plan = plan
         self.step_tokens = step_tokens
         self.reader = PromptReader(
@@ -126,6 +133,7 @@ class DraftProposer:
         batch_tokens: int = BATCH_TOKENS,
         target_cost: float = 1.0,
         tells_logits: bool = False,
+        embedding: Tensor | None = None,
     ) -> "DraftProposer":
         """Loads the drafter and allocates everything that drafting will ever need.
 
@@ -138,18 +146,17 @@ class DraftProposer:
             target_cost: of a token, in those that the drafter reads in that time.
             tells_logits: whether what drafts are drawn from is told as logits by slot,
                 see ``drawn_logits``, and not as probabilities by row.
+            embedding: the target's, [vocab_size, hidden_size], for a drafter that
+                shares it.
 
         Raises:
-            UnsupportedDrafterError, ConfigurationError: see ``load_drafter``,
-                ``read_draft_vocabulary``, ``settle``, ``MemoryPlan.of``,
-                ``make_policy`` and ``select_operations``.
+            UnsupportedDrafterError, ConfigurationError: see ``load_for_drafting``,
+                ``settle``, ``MemoryPlan.of``, ``make_policy`` and
+                ``select_operations``.
         """
         device = torch.device(device)
         operations = select_operations(config.attention_backend, device)
-        drafter_config = read_drafter_config(config.model)
-        draft_ids = read_draft_vocabulary(
-            config.model, drafter_config, config.draft_vocabulary_size, vocab_size
-        )
+        drafter_config = read_config(config.model)
         drafter_config.vocab_size = vocab_size or drafter_config.vocab_size
         settled = settle(config, trained_view(drafter_config))
         plan = MemoryPlan.of(
@@ -168,13 +175,14 @@ class DraftProposer:
         if is_relative:
             native = drafter_config.max_position_embeddings
             positions = max(capacity, settled.held_tokens(max_model_len, native))
-        drafter = load_drafter(
+        drafter = load_for_drafting(
             config.model,
+            draft_vocabulary_size=config.draft_vocabulary_size,
             max_positions=positions,
             dtype=dtype,
             device=device,
             vocab_size=vocab_size,
-            draft_ids=draft_ids,
+            embedding=embedding,
         )
         if packs_matrices(settled, device.type):
             pack_matrices(drafter)
@@ -320,7 +328,13 @@ class DraftProposer:
 
     @torch.inference_mode()
     def append(
-        self, slots: Tensor, tokens: Tensor, starts: Tensor, *, validate: bool = False
+        self,
+        slots: Tensor,
+        tokens: Tensor,
+        starts: Tensor,
+        features: Tensor | None = None,
+        *,
+        validate: bool = False,
     ) -> None:
         """Feeds tokens that came without being drafted, of every request as many.
 
@@ -329,9 +343,11 @@ class DraftProposer:
             tokens: [B, width] int64, width at most ``max_append``.
             starts: [B] int64, position of the first. A slot's cache must hold, or have
                 evicted, all before it.
+            features: [B, width, hidden_size], of each token, for a drafter that reads
+                them.
         """
         assert tokens.shape[1] <= self.max_append, (tokens.shape, self.max_append)
-        self._loop.append(slots, tokens, starts, validate=validate)
+        self._loop.append(slots, tokens, starts, features, validate=validate)
 
     @torch.inference_mode()
     def draft(
@@ -342,6 +358,7 @@ class DraftProposer:
         num_drafts: int | None = None,
         temperatures: Tensor | None = None,
         top_k: Tensor | None = None,
+        fed: Fed | None = None,
         *,
         validate: bool = False,
     ) -> Drafts:
@@ -349,16 +366,17 @@ class DraftProposer:
 
         Args:
             slots: [B] int64, distinct.
-            tokens: [B, FIRST_WIDTH] int64, the last tokens of each context.
+            tokens: [B, first_width] int64, the last tokens of each context.
             ends: [B] int64, context lengths, prompt and verified output together, at
-                least ``FIRST_WIDTH``. A slot's cache must hold, or have evicted, all
-                but the last ``FIRST_WIDTH`` of them.
+                least as many as are fed. A slot's cache must hold, or have evicted, all
+                but those that are fed.
             num_drafts: k of this call, at least 1; ``max_drafts`` if None.
             temperatures: [B] float32, 0 where the likeliest token is to be drafted, and
                 has all the probability; None for all of them. Only where
                 ``draft_sample_method`` is "probabilistic".
             top_k: [B] int64, of the likeliest that tokens are drawn from: see
                 ``truncated``; None where nothing is cut.
+            fed: for a drafter that reads features.
             validate: whether the operations check what they are given, which waits for
                 the device.
         """
@@ -369,10 +387,25 @@ class DraftProposer:
                 (num_drafts, len(slots)), generator=self._generator, device=self.device
             )
             draws = Draws(temperatures, uniforms, top_k)
-        inputs = DraftInputs(slots, ends, tokens, draws)
+        inputs = DraftInputs(slots, ends, tokens, draws, fed)
         if self._graphs is not None:
             return self._graphs.draft(inputs, num_drafts)
         return self._loop.draft(inputs, num_drafts, validate=validate)
+
+    def blank_features(self, count: int) -> Tensor:
+        """[count, hidden_size] of zeros, as a drafter that reads features is fed."""
+        shape = count, self.drafter.config.hidden_size
+        dtype = self.cache.pool.keys.dtype
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def blank_fed(self, batch: int) -> Fed | None:
+        """What drafts that nobody wants are fed; None for a drafter of tokens alone."""
+        if not self.reads_features:
+            return None
+        shape = batch, self.first_width
+        features = self.blank_features(batch * self.first_width).unflatten(0, shape)
+        counts = torch.ones(batch, dtype=torch.int64, device=self.device)
+        return Fed(features, counts)
 
     def capture_graphs(self, capture: Capture) -> int:
         """From now on drafts replay graphs, which ``capture`` makes.
@@ -387,6 +420,8 @@ class DraftProposer:
             lengths=draft_lengths(self.config),
             draws=self.config.draft_sample_method == "probabilistic",
             device=self.device,
+            width=self.first_width,
+            fed=self.blank_fed(self.cache.num_slots),
         )
         self.num_graphs = graphs.capture(capture)
         self._graphs = graphs

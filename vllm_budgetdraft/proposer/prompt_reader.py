@@ -1,7 +1,7 @@
 """Reading contexts before drafting: what of them is read, and what is kept."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from vllm_budgetdraft.eviction.base import (
 from vllm_budgetdraft.eviction.reading import ReadingPlan
 
 #: ``tokens_of(pieces)``: the tokens at these positions of the slots' contexts, packed
-#: one after another, int64 on the device.
+#: one after another, int64 on the device; or their features, [T, hidden_size].
 TokensOf = Callable[[list[tuple[int, range]]], Tensor]
 
 
@@ -53,12 +53,12 @@ class Reading:
         """Positions to be read next."""
         return self.plan.unread(self.num_seen, self.num_tokens)
 
-    def piece(self, limit: int) -> range:
-        """At most ``limit`` of them, up to the next choice."""
+    def piece(self, limit: int, end: int | None = None) -> range:
+        """At most ``limit`` of them, up to the next choice, and below ``end``."""
         unread = self.unread
-        choice = self.plan.next_choice(unread.start)
-        end = unread.stop if choice is None else min(unread.stop, choice)
-        return range(unread.start, min(end, unread.start + limit))
+        ends = [unread.stop, self.plan.next_choice(unread.start), end]
+        stop = min(each for each in ends if each is not None)
+        return range(unread.start, max(unread.start, min(stop, unread.start + limit)))
 
 
 class PromptReader:
@@ -135,13 +135,22 @@ class PromptReader:
         return slot in self._readings
 
     @torch.inference_mode()
-    def read(self, slots: Collection[int], tokens_of: TokensOf, limit: int) -> None:
+    def read(
+        self,
+        slots: Collection[int],
+        tokens_of: TokensOf,
+        limit: int,
+        features_of: TokensOf | None = None,
+        ends: Mapping[int, int] | None = None,
+    ) -> None:
         """Reads on, and moves what is kept of whole contexts into their slots.
 
         Args:
             slots: that have begun. Others that hold part of the buffer leave it, and
                 begin anew when their turn comes.
             limit: most tokens to read.
+            features_of: for a drafter that reads features.
+            ends: of slots, where what can be read now ends; all of them if None.
         """
         for slot, reading in self._readings.items():
             if reading.segment is not None and slot not in slots:
@@ -151,14 +160,22 @@ class PromptReader:
         while True:
             self._finish([each for each in readings if not each.unread])
             readings = [each for each in readings if each.unread]
-            pieces = self._next(readings, limit)
+            pieces = self._next(readings, limit, ends)
             if not pieces:
                 return
-            tokens = tokens_of([(reading.slot, piece) for reading, piece in pieces])
-            self._pass(pieces, tokens)
+            asked = [(reading.slot, piece) for reading, piece in pieces]
+            tokens = tokens_of(asked)
+            self._pass(pieces, tokens, features_of(asked) if features_of else None)
             limit -= len(tokens)
 
-    def _next(self, readings: list[Reading], limit: int) -> list[tuple[Reading, range]]:
+    def lacks(self, slot: int, end: int) -> bool:
+        """Whether a slot has yet to read something before ``end`` of its context."""
+        reading = self._readings.get(slot)
+        return reading is not None and len(reading.piece(1, end)) > 0
+
+    def _next(
+        self, readings: list[Reading], limit: int, ends: Mapping[int, int] | None
+    ) -> list[tuple[Reading, range]]:
         """What the next pass reads: of the first ones, as far as there is room."""
         limit = min(limit, self._pass_tokens)
         room = self.prompt.max_tokens - sum(
@@ -168,17 +185,24 @@ class PromptReader:
         for reading in readings:
             if not limit:
                 break
+            piece = reading.piece(limit, ends[reading.slot] if ends else None)
+            if not piece:
+                continue
             if reading.segment is None:
                 if reading.most_held > room:
                     break
                 room -= reading.most_held
                 reading.segment = self.prompt.open()
-            piece = reading.piece(limit)
             limit -= len(piece)
             pieces.append((reading, piece))
         return pieces
 
-    def _pass(self, pieces: list[tuple[Reading, range]], tokens: Tensor) -> None:
+    def _pass(
+        self,
+        pieces: list[tuple[Reading, range]],
+        tokens: Tensor,
+        features: Tensor | None,
+    ) -> None:
         positions, grown = [], []
         for reading, piece in pieces:
             assert reading.segment is not None
@@ -186,7 +210,8 @@ class PromptReader:
             positions.append(range(start, start + len(piece)))
             grown.append((reading.segment, len(piece)))
         at = packed_ranges(positions, tokens.device)
-        self._drafter(tokens, self.prompt.extend(grown, *self._drafter.rotary(at)))
+        attend = self.prompt.extend(grown, *self._drafter.rotary(at))
+        self._drafter.step(tokens, features, attend)
         for reading, piece in pieces:
             reading.num_seen = piece.stop
             reading.has_chosen = piece.stop == reading.plan.next_choice(piece.start)

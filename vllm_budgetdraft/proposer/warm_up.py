@@ -1,6 +1,7 @@
 """Trying everything at start-up, so that no request waits for what is made late."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,7 +62,16 @@ def _read(proposer: DraftProposer, context: Tensor, number: int) -> None:
     def tokens_of(pieces: list[tuple[int, range]]) -> Tensor:
         return torch.cat([context[piece.start : piece.stop] for _, piece in pieces])
 
-    proposer.reader.read(slots, tokens_of, len(slots) * len(context))
+    features_of = None
+    if proposer.reads_features:
+        features_of = partial(_zeros, proposer)
+    proposer.reader.read(slots, tokens_of, len(slots) * len(context), features_of)
+
+
+def _zeros(proposer: DraftProposer, pieces: list[tuple[int, range]]) -> Tensor:
+    """Features of what is read: [T, hidden_size]."""
+    count = sum(len(piece) for _, piece in pieces)
+    return proposer.blank_features(count)
 
 
 def _choose_for_two(proposer: DraftProposer, context: Tensor) -> None:
@@ -95,8 +105,12 @@ def _try_all(
     """Appends and drafts where slots have read all but the end of a context."""
     zeros, ends = torch.zeros_like(slots)[:, None], torch.full_like(slots, length)
     for width in widths:
+        features = None
+        if proposer.reads_features:
+            features = proposer.blank_features(len(slots) * width)
+            features = features.unflatten(0, (len(slots), width))
         proposer.append(
-            slots, zeros.expand(-1, width), ends - FIRST_WIDTH, validate=True
+            slots, zeros.expand(-1, width), ends - FIRST_WIDTH, features, validate=True
         )
     draws: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
     if proposer.config.draft_sample_method == "probabilistic":
@@ -104,5 +118,11 @@ def _try_all(
         draws += [(ones, None), (ones, torch.ones_like(slots))]
     for each in draws:
         proposer.draft(
-            slots, zeros.expand(-1, FIRST_WIDTH), ends, None, *each, validate=True
+            slots,
+            zeros.expand(-1, proposer.first_width),
+            ends,
+            None,
+            *each,
+            fed=proposer.blank_fed(len(slots)),
+            validate=True,
         )

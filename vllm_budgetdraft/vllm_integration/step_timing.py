@@ -93,8 +93,9 @@ def _draft_seconds(core: DraftProposer, size: int, length: int) -> float:
     slots = torch.full((size,), core.cache.spare_slot, device=core.device)
     end = min(core.cache.capacity, core.max_model_len) - core.max_drafts - 1
     ends = torch.full_like(slots, max(end, FIRST_WIDTH))
-    tokens = torch.zeros_like(slots)[:, None].expand(-1, FIRST_WIDTH)
-    return _seconds(lambda: core.draft(slots, tokens, ends, length).tokens)
+    tokens = torch.zeros_like(slots)[:, None].expand(-1, core.first_width)
+    fed = core.blank_fed(size)
+    return _seconds(lambda: core.draft(slots, tokens, ends, length, fed=fed).tokens)
 
 
 def _seconds(run: Callable[[], Tensor]) -> float:
