@@ -113,7 +113,7 @@ def parse_speculative_config(settings: dict[str, Any]) -> BudgetDraftConfig:
 def settle(
     config: BudgetDraftConfig,
     trained: Mapping[str, Any],
-    drafter_type: Literal["decoder", "flexdraft"] = "decoder",
+    drafter_type: Literal["decoder", "eagle3", "flexdraft"] = "decoder",
 ) -> SettledConfig:
     """The config with what it leaves out of the view as the drafter was trained.
 

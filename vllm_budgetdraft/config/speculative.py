@@ -29,11 +29,11 @@ class BudgetDraftConfig(ViewSettings):
         description="Folder of the drafter (Hugging Face layout), or the name of one "
         "in the hub's local cache."
     )
-    drafter_type: Literal["auto", "decoder", "flexdraft"] = Field(
+    drafter_type: Literal["auto", "decoder", "eagle3", "flexdraft"] = Field(
         "auto",
-        description="What that is: a decoder, which keeps a cache of its own, or "
-        "flexdraft, by which the target drafts from its own cache; auto is what the "
-        "folder says.",
+        description="What that is: a decoder, or an EAGLE-3 head, each with a cache of "
+        "its own, or flexdraft, by which the target drafts from its own cache; auto is "
+        "what the folder says.",
     )
     num_speculative_tokens: int = Field(
         ge=1, le=128, description="Most tokens drafted per step."
@@ -163,7 +163,7 @@ class SettledConfig(BudgetDraftConfig):
     Only what depends on the device, attention_backend and draft_dtype, may be "auto".
     """
 
-    drafter_type: Literal["decoder", "flexdraft"] = "decoder"
+    drafter_type: Literal["decoder", "eagle3", "flexdraft"] = "decoder"
     #: Most prompt tokens that one engine step reads, if the user set
     #: ``draft_prefill_chunk``. What training wrote of it is about its view alone.
     max_step_tokens: int | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from budgetdraft_kernels.reference_projections import linear_by
+from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.drafter.modeling import Drafter
 
 MATRICES = ("qkv", "o", "gate_up", "down")
@@ -34,6 +35,8 @@ def pack_matrices(drafter: Drafter) -> None:
     if not all(weight.half().isfinite().all() for weight in _matrices(drafter)):
         return
     _replace(drafter, "lm_head", _packed(drafter.head, None))
+    if isinstance(drafter, FeatureDrafter):
+        _replace(drafter, "fc_weight", _packed(drafter.fc_weight, None))
     for layer in drafter.layers:
         for name in MATRICES:
             weight, bias = f"{name}_weight", f"{name}_bias"
@@ -74,7 +77,8 @@ def weight_bytes(
 def _matrices(drafter: Drafter) -> list[Tensor]:
     """All that hidden states are multiplied with."""
     layers = (layer.parameters() for layer in drafter.layers)
-    return [drafter.head, *(p for layer in layers for p in layer if p.ndim == 2)]
+    own = [drafter.fc_weight] if isinstance(drafter, FeatureDrafter) else []
+    return [drafter.head, *own, *(p for each in layers for p in each if p.ndim == 2)]
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Any:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.drafter.feature_checkpoint import is_feature_drafter
 from vllm_budgetdraft.drafter.weights import StoredWeights
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft
@@ -39,7 +40,9 @@ def drafter_type(config: BudgetDraftConfig) -> str:
     """What the drafter's folder holds, where the config leaves that open."""
     if config.drafter_type != "auto":
         return config.drafter_type
-    return "flexdraft" if is_flexdraft(config.model) else "decoder"
+    if is_flexdraft(config.model):
+        return "flexdraft"
+    return "eagle3" if is_feature_drafter(config.model) else "decoder"
 
 
 def read_flexdraft_config(folder: str | Path) -> dict[str, Any]:

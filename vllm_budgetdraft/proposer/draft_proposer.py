@@ -1,8 +1,9 @@
 """Drafting with no engine in sight: fixed slots, tensors in, tensors out."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.page_pool import PagePool
 from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig, settle
 from vllm_budgetdraft.drafter.configuration import trained_view
+from vllm_budgetdraft.drafter.feature_checkpoint import is_feature_drafter
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.drafter.folder import load_for_drafting, read_config
 from vllm_budgetdraft.drafter.modeling import Drafter
@@ -158,7 +160,10 @@ class DraftProposer:
         operations = select_operations(config.attention_backend, device)
         drafter_config = read_config(config.model)
         drafter_config.vocab_size = vocab_size or drafter_config.vocab_size
-        settled = settle(config, trained_view(drafter_config))
+        kind: Literal["decoder", "eagle3"] = "decoder"
+        if is_feature_drafter(config.model):
+            kind = "eagle3"
+        settled = settle(config, trained_view(drafter_config), kind)
         plan = MemoryPlan.of(
             settled,
             drafter_config,
@@ -324,6 +329,26 @@ class DraftProposer:
                 # As far as it was, and on: there it is that one of them fails.
                 failed |= self.read([slot], tokens_of, num_seen + limit)
             return failed
+        return {}
+
+    def read_pieces(
+        self, tokens_of: TokensOf, features_of: TokensOf, ends: Mapping[int, int]
+    ) -> dict[int, Exception]:
+        """Reads what is at hand now of contexts that were started, and never again.
+
+        Args:
+            ends: of slots, where in their contexts that ends.
+
+        Returns:
+            Why slots failed. All of these did, if one: they are not read any more.
+        """
+        try:
+            total = self.reader.prompt.max_tokens
+            self.reader.read(list(ends), tokens_of, total, features_of, ends)
+        except Exception as error:
+            for slot in ends:
+                self.reader.stop(slot)
+            return dict.fromkeys(ends, error)
         return {}
 
     @torch.inference_mode()

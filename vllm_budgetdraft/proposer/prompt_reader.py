@@ -150,11 +150,13 @@ class PromptReader:
                 begin anew when their turn comes.
             limit: most tokens to read.
             features_of: for a drafter that reads features.
-            ends: of slots, where what can be read now ends; all of them if None.
+            ends: of slots, where what can be read now ends, if that is not all; others
+                keep their part of the buffer then.
         """
-        for slot, reading in self._readings.items():
-            if reading.segment is not None and slot not in slots:
-                self.restart(slot)
+        if ends is None:  # else what is lost cannot be read again
+            for slot, reading in self._readings.items():
+                if reading.segment is not None and slot not in slots:
+                    self.restart(slot)
         readings = [each for slot, each in self._readings.items() if slot in slots]
         readings.sort(key=lambda each: each.segment is None)  # those go on first
         while True:
@@ -179,7 +181,9 @@ class PromptReader:
         """What the next pass reads: of the first ones, as far as there is room."""
         limit = min(limit, self._pass_tokens)
         room = self.prompt.max_tokens - sum(
-            each.most_held for each in readings if each.segment is not None
+            each.most_held
+            for each in self._readings.values()
+            if each.segment is not None
         )
         pieces = []
         for reading in readings:

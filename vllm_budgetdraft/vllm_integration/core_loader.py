@@ -1,10 +1,15 @@
 """A ``DraftProposer`` for an engine: what both runners load, log and capture."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    VocabParallelEmbedding,
+)
 
 from vllm_budgetdraft.attention.backend import is_gpu
-from vllm_budgetdraft.drafter.configuration import range_warning, read_drafter_config
+from vllm_budgetdraft.drafter.configuration import range_warning
+from vllm_budgetdraft.drafter.folder import read_config
 from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -40,6 +45,7 @@ def load_core(
         batch_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         target_cost=_target_cost(vllm_config),
         tells_logits=tells_logits,
+        embedding=embedding_of(target, dtype),
     )
     warm_up(core)
     if is_gpu(device) and not vllm_config.model_config.enforce_eager:
@@ -50,13 +56,25 @@ def load_core(
     return core
 
 
+def embedding_of(target: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """The target's embeddings [vocab_size, hidden_size], the same memory if it can be.
+
+    None where ranks hold parts of them, or there are none.
+    """
+    for module in target.modules():
+        if isinstance(module, VocabParallelEmbedding) and module.tp_size == 1:
+            rows: Tensor = module.weight[: module.org_vocab_size]
+            return rows.detach().to(dtype)
+    return None
+
+
 def _target_cost(vllm_config: VllmConfig) -> float:
     """Of a token, in those that the drafter reads in that time, by their layers' sizes.
 
     Of experts a token meets few, so that their number is no measure.
     """
     target = vllm_config.model_config
-    drafter = read_drafter_config(vllm_config.speculative_config.settings.model)
+    drafter = read_config(vllm_config.speculative_config.settings.model)
     layers = target.get_total_num_hidden_layers()
     size = layers * target.get_hidden_size() ** 2
     size /= vllm_config.parallel_config.tensor_parallel_size

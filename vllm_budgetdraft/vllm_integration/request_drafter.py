@@ -42,6 +42,8 @@ class Request:
             being prefilled.
         max_drafts: most tokens to draft now; 0 if it keeps its cache, and no more.
         num_computed: tokens of the context that the target knew before this step.
+        num_scheduled: tokens that it computed in this step, drafts among them.
+        first_state: row of the first of them, among all that the step computed.
         block_tables: of each kind of the target's cache, where its pages are.
     """
 
@@ -53,6 +55,8 @@ class Request:
     max_drafts: int
     num_computed: int = 0
     block_tables: tuple[np.ndarray, ...] = ()
+    num_scheduled: int = 0
+    first_state: int = 0
 
 
 class RequestDrafter:
@@ -140,6 +144,10 @@ class RequestDrafter:
         only_drafted = not unread and not is_behind
         only_drafted &= len(drafting) == len(requests)
         self.has_only_drafted = only_drafted and len(drafts) == len(able)
+        self._count(requests, drafts)
+        return drafts
+
+    def _count(self, requests: list[Request], drafts: dict[int, list[int]]) -> None:
         for request in requests:
             if not request.sampled:
                 continue
@@ -147,7 +155,6 @@ class RequestDrafter:
                 self.statistics.count("drafts_skipped", label=self._why_not(request))
             if holding := self._holding(request):
                 self.statistics.count_wait(holding, bool(drafts.get(request.row)))
-        return drafts
 
     def _why_not(self, request: Request) -> str:
         """Why a request that sampled has no drafts."""
@@ -207,14 +214,18 @@ class RequestDrafter:
             sampling=sampling,
         )
         try:
-            holding.num_cached = _num_readable(request)
-            budget = settings.kv_budget
-            self._core.start_reading(holding.slot, holding.num_cached, budget)
+            self._begin(request, holding)
         except Exception:
             self._slots.release(request.request_id)
             raise
-        self.statistics.count_reading(holding.num_cached, request.num_computed)
         return holding
+
+    def _begin(self, request: Request, holding: Holding) -> None:
+        """Has the context be read, all but what the first draft feeds."""
+        holding.num_cached = _num_readable(request)
+        budget = holding.settings.kv_budget
+        self._core.start_reading(holding.slot, holding.num_cached, budget)
+        self.statistics.count_reading(holding.num_cached, request.num_computed)
 
     def _read(self, unread: list[tuple[Request, Holding]]) -> None:
         """Reads on in contexts, as far as this step may."""

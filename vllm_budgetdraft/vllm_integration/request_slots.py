@@ -24,6 +24,7 @@ class Holding:
             be read into it.
         fed: drafts that the cache holds after the context.
         num_waited: steps in which it sampled and had no drafts; None after the first.
+        origin: first position that the cache knows; see ``FeatureRequestDrafter``.
     """
 
     slot: int
@@ -35,6 +36,7 @@ class Holding:
     num_cached: int = 0
     fed: list[int] = field(default_factory=list)
     num_waited: int | None = 0
+    origin: int = 0
 
     def goes_on(self, context: Any, sampled: bool) -> bool:
         """Takes the drafts that ``context`` (token ids) begins with for cached.

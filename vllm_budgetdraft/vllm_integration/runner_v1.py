@@ -1,20 +1,24 @@
 """The proposer of model runner V1: lists and request ids to slots and tensors."""
 
 import time
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_budgetdraft.attention.backend import select_operations
+from vllm_budgetdraft.drafter.feature_checkpoint import read_feature_config
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import doublings, scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration.core_loader import load_core
 from vllm_budgetdraft.vllm_integration.faults import logger
+from vllm_budgetdraft.vllm_integration.feature_requests import FeatureRequestDrafter
 from vllm_budgetdraft.vllm_integration.patches import (
     runner_v1,
     statistics,
@@ -42,6 +46,8 @@ class BudgetDraftProposer:
         self._drafter: RequestDrafter | TargetDrafter
         self._core: DraftProposer | None = None
         self._runner: Any = None
+        self._num_scheduled: dict[str, int] = {}
+        self._states: list[Tensor] | None = None
         self._verified: dict[str, int] = {}
         self._last_batch: set[str] = set()
         self._probabilities: tuple[list[str], Tensor] | None = None
@@ -61,7 +67,18 @@ class BudgetDraftProposer:
 
     def _use(self, core: DraftProposer) -> None:
         self._core = core
-        self._drafter = RequestDrafter(core, self._num_slots)
+        kind = FeatureRequestDrafter if core.reads_features else RequestDrafter
+        self._drafter = kind(core, self._num_slots)
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether it is to be given what the target thought."""
+        return self._config.drafter_type == "eagle3"
+
+    @property
+    def aux_layers(self) -> list[int] | None:
+        """Of the target, see ``FeatureDrafter``."""
+        return read_feature_config(self._config.model).aux_layers
 
     def _target_drafter(self, target: nn.Module) -> TargetDrafter:
         device = next(target.parameters()).device
@@ -85,13 +102,23 @@ class BudgetDraftProposer:
         """Whether this rank drafts, for all of its tensor-parallel group."""
         return not self._is_parallel or get_tp_group().is_first_rank
 
-    def bind(self, runner: Any, verified: dict[str, list[int]]) -> None:
+    def bind(
+        self,
+        runner: Any,
+        verified: dict[str, list[int]],
+        num_scheduled: dict[str, int],
+        states: list[Tensor] | None,
+    ) -> None:
         """Names the runner whose batch the next ``propose`` is about.
 
         Args:
             verified: of this step, drafts by request id; negative for none.
+            num_scheduled: tokens that were computed, by request id.
+            states: of the target's layers, [num_tokens or more, hidden_size] each, for
+                a drafter that reads features.
         """
         self._runner = runner
+        self._num_scheduled, self._states = num_scheduled, states
         self._verified = {
             request_id: sum(token >= 0 for token in tokens)
             for request_id, tokens in verified.items()
@@ -195,12 +222,12 @@ class BudgetDraftProposer:
         counted.set("draft_length", length)
         live = self._runner.requests
         self._drafter.forget_ended(live)
-        if length == 0:
+        if length == 0 and not self.reads_features:
             num_sampled = sum(map(bool, sampled_token_ids))
             counted.count("drafts_skipped", num_sampled, "draft_length")
             self._drafter.probabilities = None
             return {}
-        counted.count("draft_steps")
+        counted.count("draft_steps", length > 0)
         # The target samples one more token after the last draft that it accepts.
         room = self._max_model_len - 1 - num_tokens
         batch = self._runner.input_batch
@@ -210,6 +237,8 @@ class BudgetDraftProposer:
         if self._adaptive is not None:
             limits = self._adaptive.limits()
         requests = []
+        num_scheduled = [self._num_scheduled[each] for each in ids]
+        first_states = [0, *accumulate(num_scheduled)]
         for row, sampled in enumerate(sampled_token_ids):
             state = live[ids[row]]
             why_not = ""
@@ -230,10 +259,17 @@ class BudgetDraftProposer:
                 # Who reads its prompt is not limited yet.
                 max_drafts=min(limits[row] if sampled else length, int(room[row])),
                 block_tables=tuple(table[row] for table in tables),
+                num_scheduled=num_scheduled[row],
+                first_state=first_states[row],
             )
             requests.append(request)
         is_trial = self._adaptive is not None and self._adaptive.is_trying
-        drafts = self._drafter.draft(requests, is_trial)
+        if isinstance(self._drafter, FeatureRequestDrafter) and self._states:
+            states = torch.cat([x[: first_states[-1]] for x in self._states], -1)
+            self._states = None
+            drafts = self._drafter.draft(requests, is_trial, states)
+        else:
+            drafts = self._drafter.draft(requests, is_trial)
         if self._adaptive is not None:
             self._adaptive.drafted(len(drafts), self._drafter.has_only_drafted)
         return drafts

@@ -29,6 +29,10 @@ from vllm_budgetdraft.drafter.configuration import (
     trained_view,
 )
 from vllm_budgetdraft.drafter.draft_vocabulary import read_draft_vocabulary
+from vllm_budgetdraft.drafter.feature_checkpoint import (
+    check_feature_weights,
+    read_feature_config,
+)
 from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
 from vllm_budgetdraft.errors import (
     ConfigurationError,
@@ -38,6 +42,7 @@ from vllm_budgetdraft.errors import (
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.flexdraft.checkpoint import drafter_type, read_flexdraft_config
 from vllm_budgetdraft.flexdraft.pages import PageSelector
+from vllm_budgetdraft.proposer.draft_proposer import MAX_WIDTH
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
 from vllm_budgetdraft.vllm_integration.faults import logger
@@ -103,8 +108,11 @@ def make_config(
     select_operations(
         ours.attention_backend, torch.device(current_platform.device_type)
     )
-    if drafter_type(ours) == "flexdraft":
+    kind = drafter_type(ours)
+    if kind == "flexdraft":
         settled = _check_flexdraft(ours, target_model_config, target_parallel_config)
+    elif kind == "eagle3":
+        settled = _check_eagle3(ours, target_model_config, target_parallel_config)
     else:
         settled = _check_decoder(ours, target_model_config)
     if settled.adaptive_draft_length == "auto" and (
@@ -153,6 +161,7 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
     config: SettledConfig = vllm_config.speculative_config.settings
     needs = {
         "budgetdraft's flexdraft drafters": config.drafter_type == "flexdraft",
+        "budgetdraft's EAGLE-3 heads": config.drafter_type == "eagle3",
         "budgetdraft's draft_confidence_threshold": config.draft_confidence_threshold,
         # Ranks would verify different numbers of drafts, and wait for each other.
         "budgetdraft's adaptive_draft_length with data parallelism": (
@@ -166,7 +175,7 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
 def _settle(
     config: BudgetDraftConfig,
     trained: dict[str, Any],
-    kind: Literal["decoder", "flexdraft"],
+    kind: Literal["decoder", "eagle3", "flexdraft"],
 ) -> SettledConfig:
     taken, different = compare_views(config, trained)
     if taken:
@@ -203,6 +212,43 @@ def _check_decoder(config: BudgetDraftConfig, target: Any) -> SettledConfig:
         dtype=resolve_dtype(config, current_platform.device_type, target.dtype),
     )
     check_weights(config.model, drafter)
+    return settled
+
+
+def _check_eagle3(
+    config: BudgetDraftConfig, target: Any, parallel: Any
+) -> SettledConfig:
+    head = read_feature_config(config.model)
+    settled = _settle(config, trained_view(head), "eagle3")
+    make_policy(settled)
+    for what, ours, theirs in (
+        ("states that it reads", head.target_hidden_size, target.get_hidden_size()),
+        ("vocabulary", head.vocab_size, target.get_vocab_size()),
+    ):
+        if ours != theirs:
+            raise UnsupportedDrafterError(
+                f"{config.model} is an EAGLE-3 head of another target: its {what} are "
+                f"{ours} wide, the target's {theirs}; give a head of this target"
+            )
+    if config.num_speculative_tokens >= MAX_WIDTH:
+        raise ConfigurationError(
+            f"num_speculative_tokens={config.num_speculative_tokens}: an EAGLE-3 head "
+            f"drafts up to {MAX_WIDTH - 1} tokens; use at most so many"
+        )
+    if parallel.tensor_parallel_size > 1:
+        raise UnsupportedVllmError(
+            f"tensor_parallel_size={parallel.tensor_parallel_size}: an EAGLE-3 head "
+            "drafts on one device; use 1, or a drafter that is a decoder"
+        )
+    MemoryPlan.of(
+        settled,
+        head,
+        num_slots=1,  # at least; how many there will be is not known here
+        max_model_len=target.max_model_len,
+        dtype=resolve_dtype(config, current_platform.device_type, target.dtype),
+    )
+    shares = head.hidden_size == target.get_hidden_size()
+    check_feature_weights(config.model, head, has_embedding=shares)
     return settled
 
 

@@ -1,5 +1,6 @@
 """Model runner V1: what the "custom_class" contract leaves out."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -31,13 +32,24 @@ def apply(proposer_class: type) -> None:
         back probabilities. Remove when the contract has both.
         """
 
+        signature = inspect.signature(original)
+
         def propose_draft_token_ids(
             self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
         ) -> Any:
             drafter = ours(self)
             if drafter is None:
                 return original(self, scheduler_output, *args, **kwargs)
-            drafter.bind(self, scheduler_output.scheduled_spec_decode_tokens)
+            states = None
+            if drafter.reads_features:
+                given = signature.bind(self, scheduler_output, *args, **kwargs)
+                states = given.arguments["aux_hidden_states"]
+            drafter.bind(
+                self,
+                scheduler_output.scheduled_spec_decode_tokens,
+                scheduler_output.num_scheduled_tokens,
+                states,
+            )
             drafts = original(self, scheduler_output, *args, **kwargs)
             if taken := drafter.take_probabilities():
                 self._draft_prob_req_ids, self._draft_probs = taken
@@ -109,6 +121,23 @@ def apply(proposer_class: type) -> None:
                 generators.update(hidden)
 
         return sample_tokens
+
+    def ask_for_states(original: Function) -> Function:
+        """Symptom: an EAGLE-3 head has nothing to read.
+
+        Reason: "custom_class" has no way to ask for what the target thinks, which vLLM
+        has for its own heads. Remove when the contract has one.
+        """
+
+        def _setup_eagle3_aux_hidden_state_outputs(self: Any) -> None:
+            drafter = ours(self)
+            if drafter is not None and drafter.reads_features:
+                self.use_aux_hidden_state_outputs = True
+            original(self)
+            if drafter is not None and drafter.reads_features and drafter.aux_layers:
+                self.model.set_aux_hidden_state_layers(tuple(drafter.aux_layers))
+
+        return _setup_eagle3_aux_hidden_state_outputs
 
     def build_every_processor(original: Function) -> Function:
         """Symptom, reason and removal: see ``rejection_sampler._apply_logit_bias``."""
@@ -207,6 +236,9 @@ def apply(proposer_class: type) -> None:
         return _dummy_sampler_run
 
     wrap_method(GPUModelRunner, "propose_draft_token_ids", bind_runner)
+    wrap_method(
+        GPUModelRunner, "_setup_eagle3_aux_hidden_state_outputs", ask_for_states
+    )
     wrap_method(GPUModelRunner, "_input_fits_in_drafter", per_request_limit)
     wrap_method(GPUModelRunner, "profile_run", profile_drafter)
     wrap_method(GPUModelRunner, "_dummy_sampler_run", verify_all_kinds)
