@@ -71,9 +71,9 @@ def test_env_names_the_gpu_and_what_runs_on_it(h100):
 
 
 def test_plain_vllm_is_measured_without_its_head_start_where_it_has_one(h100):
-    assert "vllm_sync" in default_kinds()
+    assert "vllm_sync" in default_kinds("models/books-9m-drafter")
     h100.setattr(torch.cuda, "is_available", lambda: False)
-    assert "vllm_sync" not in default_kinds()
+    assert "vllm_sync" not in default_kinds("models/books-9m-drafter")
 
 
 def test_results_of_a_gpu_do_not_speak_of_cpus(h100):

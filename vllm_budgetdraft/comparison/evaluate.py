@@ -176,7 +176,7 @@ def _evaluate(args: Namespace, output: Path) -> None:
             "positions (max_position_embeddings); use shorter ones"
         )
     methods = all_methods(
-        args.methods or default_kinds(),
+        args.methods or default_kinds(args.drafter),
         drafter=args.drafter,
         lengths=args.num_speculative_tokens,
         budgets=sorted(args.kv_budgets),

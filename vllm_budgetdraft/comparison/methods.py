@@ -9,7 +9,10 @@ from vllm_budgetdraft.errors import ConfigurationError
 
 PLAIN = "vllm"
 #: As ``--methods`` has them.
-KINDS = (PLAIN, "vllm_sync", "ngram", "suffix", "draft_model", "budgetdraft")
+KINDS = (
+    *(PLAIN, "vllm_sync", "ngram", "suffix"),
+    *("draft_model", "eagle3", "budgetdraft"),
+)
 #: Plain vLLM in the circumstances of budgetdraft: runner V1, which does not overlap
 #: scheduling with a step that drafts.
 SYNCHRONOUS: dict[str, Any] = {
@@ -18,7 +21,11 @@ SYNCHRONOUS: dict[str, Any] = {
 }
 #: How drafts are picked at a temperature, if ``draft_sample_method`` is not given: the
 #: default of vLLM, and ours.
-DRAFT_SAMPLE_METHODS = {"draft_model": "greedy", "budgetdraft": "probabilistic"}
+DRAFT_SAMPLE_METHODS = {
+    "draft_model": "greedy",
+    "eagle3": "greedy",
+    "budgetdraft": "probabilistic",
+}
 
 
 @dataclass(frozen=True)
@@ -63,11 +70,17 @@ def has_suffix() -> bool:
     return importlib.util.find_spec("arctic_inference") is not None
 
 
-def default_kinds() -> list[str]:
-    """All that can be measured here and are different."""
+def default_kinds(drafter: str) -> list[str]:
+    """All that can be measured here with a drafter, and are different.
+
+    vLLM has a method for decoders, and another one for EAGLE-3 heads.
+    """
     import torch
 
-    left_out = set() if has_suffix() else {"suffix"}
+    from vllm_budgetdraft.drafter.feature_checkpoint import is_feature_drafter
+
+    left_out = {"draft_model" if is_feature_drafter(drafter) else "eagle3"}
+    left_out |= set() if has_suffix() else {"suffix"}
     if not torch.cuda.is_available():  # where plain vLLM is synchronous by itself
         left_out.add("vllm_sync")
     return [kind for kind in KINDS if kind not in left_out]
@@ -110,7 +123,7 @@ def _peer(kind: str, drafter: str, length: int) -> Method:
     config: dict[str, Any] = {"method": kind, "num_speculative_tokens": length}
     if kind == "ngram":
         config |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
-    if kind == "draft_model":
+    if kind in ("draft_model", "eagle3"):
         config |= {"model": drafter}
     return Method(kind, length, engine_args={"speculative_config": config})
 

@@ -92,7 +92,7 @@ def _coverage(vllm_config: Any, rounds: list[dict[str, Any]]) -> str | None:
     from vllm_budgetdraft.diagnosis.drafted_tokens import measure
 
     config = vllm_config.speculative_config.settings
-    if config.drafter_type == "flexdraft":
+    if config.drafter_type != "decoder":  # whose output matrix might be smaller
         return None
     written = [each["runs"][PLAIN]["token_ids"] for each in rounds]
     return measure(config, written, vllm_config.model_config)
@@ -107,10 +107,8 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
     from vllm_budgetdraft.attention.backend import default_device
     from vllm_budgetdraft.diagnosis import drafted_tokens
     from vllm_budgetdraft.diagnosis.memory import describe
-    from vllm_budgetdraft.drafter.configuration import (
-        range_warning,
-        read_drafter_config,
-    )
+    from vllm_budgetdraft.drafter.configuration import range_warning
+    from vllm_budgetdraft.drafter.folder import read_config
     from vllm_budgetdraft.vllm_integration.speculative_config import (
         compare_vocabularies,
     )
@@ -121,10 +119,11 @@ def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
     if config.drafter_type == "flexdraft":
         facts["positions"] = "the target's"
     else:
-        if note := compare_vocabularies(drafter, model):
-            facts["vocabulary"] = note
+        if config.drafter_type == "decoder":
+            note = compare_vocabularies(drafter, model)
+            facts["vocabulary"] = note or facts["vocabulary"]
         facts["drafted"] = drafted_tokens.describe(config, model.get_vocab_size())
-        found = read_drafter_config(drafter)
+        found = read_config(drafter)
         facts["positions"] = range_warning(config, found, model.max_model_len) or (
             f"{config.position_mode}, within the {found.max_position_embeddings} "
             "tokens that the drafter was made for"

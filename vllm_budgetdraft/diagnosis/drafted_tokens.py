@@ -10,6 +10,7 @@ from vllm_budgetdraft.attention.backend import default_device
 from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.drafter.draft_vocabulary import FILE, read_draft_vocabulary
+from vllm_budgetdraft.drafter.folder import read_config
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -28,7 +29,9 @@ def describe(config: SettledConfig, vocab_size: int) -> str:
     Raises:
         UnsupportedDrafterError: see ``read_draft_vocabulary``.
     """
-    drafter = read_drafter_config(config.model)
+    drafter = read_config(config.model)
+    if config.drafter_type == "eagle3":
+        return f"{drafter.draft_vocab_size} of {vocab_size} tokens (d2t)"
     ids = read_draft_vocabulary(
         config.model, drafter, config.draft_vocabulary_size, vocab_size
     )

@@ -156,6 +156,7 @@ def load_feature_drafter(
     drafter.load_state_dict(state)
     drafter.draft_ids = draft_ids(stored, config)
     drafter = drafter.to(device=device, dtype=dtype).eval()
+    drafter.shares_embedding = is_shared
     if is_shared:
         assert embedding is not None
         drafter.embedding = nn.Parameter(embedding, requires_grad=False)

@@ -51,6 +51,7 @@ class FeatureDrafter(Drafter):
     """An EAGLE-3 head, with embeddings that may be its target's.
 
     Attributes:
+        shares_embedding: whether its embeddings are its target's.
         aux_layers: how many of the target's layers were passed before each state that
             it reads, ascending; None for those that vLLM takes by itself.
     """
@@ -64,6 +65,7 @@ class FeatureDrafter(Drafter):
         first = FeatureLayer(config)
         self.layers[0] = first
         hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.shares_embedding = False
         self.aux_layers: list[int] | None = config.aux_layers
         count, width = config.num_aux_layers, config.target_hidden_size
         self.fc_weight = new_matrix(hidden, count * width)

@@ -53,16 +53,22 @@ def weight_bytes(
     dtype: torch.dtype,
     is_packed: bool,
     draft_ids: Tensor | None = None,
+    shares_embedding: bool = False,
 ) -> int:
     """What a drafter's weights take in memory, packed or in ``dtype``.
 
     Args:
+        config: of a decoder, or of an EAGLE-3 head.
         draft_ids: see ``Drafter.keep_rows``.
+        shares_embedding: whether that is the target's.
     """
+    is_head = hasattr(config, "num_aux_layers")
     with torch.device("meta"):
-        drafter = Drafter(config, 1)
+        drafter = FeatureDrafter(config, 1) if is_head else Drafter(config, 1)
         if draft_ids is not None:
             drafter.keep_rows(draft_ids.to("meta"))
+        if shares_embedding:
+            drafter.embedding = nn.Parameter(torch.empty(0))
     parameters = {id(p): p.numel() * dtype.itemsize for p in drafter.parameters()}
     if not is_packed:
         return sum(parameters.values())

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.drafter.configuration import range_warning
+from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.drafter.folder import read_config
 from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
@@ -99,6 +100,12 @@ def capture_graphs(core: DraftProposer, capture: Capture) -> None:
 
 def _log_memory(core: DraftProposer) -> None:
     drafter, dtype = core.drafter, core.cache.pool.keys.dtype
-    weights = weight_bytes(drafter.config, dtype, drafter.is_packed, drafter.draft_ids)
+    weights = weight_bytes(
+        drafter.config,
+        dtype,
+        drafter.is_packed,
+        drafter.draft_ids,
+        isinstance(drafter, FeatureDrafter) and drafter.shares_embedding,
+    )
     bill = core.plan.describe(weights=weights, scratch=core.scratch_bytes)
     logger.info("BudgetDraft memory: %s", bill)
