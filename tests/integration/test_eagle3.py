@@ -1,0 +1,203 @@
+"""EAGLE-3 heads in vLLM: the drafts are those of vLLM's own ``eagle3``, where the
+budget holds everything, and whatever happens the output is the target's.
+
+Weights are random, so that a draft is seldom right: what is compared are drafts.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.test_sampling import check
+from tests.support import models
+from tests.support.distributions import (
+    next_logits,
+    sampling_engine,
+    write_tokenizer,
+)
+from tests.support.engines import ENGINE_ARGS
+from tests.support.heads import target_config, write_head
+from tests.support.tiny_pair import (
+    LETTERS,
+    NUM_SAMPLES,
+    NUM_TOKENS,
+    PROMPT,
+    SIZES,
+    distribution,
+    job,
+)
+from tests.support.tiny_pair import engine_args as tiny_engine_args
+
+pytestmark = pytest.mark.vllm
+
+MAX_MODEL_LEN, NUM_DRAFTS = 400, 4
+SHAPE: dict[str, Any] = {"max_position_embeddings": 512, "head_dim": 32}
+#: Context lengths, of 50 prompts.
+LENGTHS = [5 + 6 * index for index in range(50)]
+NEW_TOKENS = 12
+
+#: Of each request, drafts in the order in which they were made.
+Drafts = dict[str, list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    models.write_model(folder / "target", target_config(**SHAPE), seed=1)
+    write_head(folder / "head", **SHAPE)
+    return folder
+
+
+def run(
+    pair: Path,
+    speculation: dict[str, Any] | None,
+    prompts: list[list[int]],
+    **engine_args: Any,
+) -> tuple[list[list[int]], Drafts]:
+    """Tokens of each prompt, and drafts of each, in a process of its own."""
+    args = {
+        "model": str(pair / "target"),
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 8,
+        "speculative_config": speculation,
+        **engine_args,
+    }
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as processes:
+        return processes.submit(_run, args, prompts).result()
+
+
+def _run(
+    engine_args: dict[str, Any], prompts: list[list[int]]
+) -> tuple[list[list[int]], Drafts]:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    from vllm import LLM, SamplingParams
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    llm = LLM(**{**ENGINE_ARGS, "skip_tokenizer_init": True, **engine_args})
+    noted: Drafts = {}
+    propose: Callable[..., Any] = GPUModelRunner.propose_draft_token_ids
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> Any:
+        drafts = propose(self, *args, **kwargs)
+        lists = drafts if isinstance(drafts, list) else drafts.tolist()
+        for request_id, row in zip(self.input_batch.req_ids, lists, strict=False):
+            if any(token >= 0 for token in row):
+                noted.setdefault(request_id.split("-")[0], []).append(row)
+        return drafts
+
+    GPUModelRunner.propose_draft_token_ids = note  # type: ignore[method-assign]
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(
+            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
+        ),
+        use_tqdm=False,
+    )
+    return [list(each.outputs[0].token_ids) for each in outputs], noted
+
+
+def ours(pair: Path, **settings: Any) -> dict[str, Any]:
+    return {
+        "method": "budgetdraft",
+        "model": str(pair / "head"),
+        "num_speculative_tokens": NUM_DRAFTS,
+        "adaptive_draft_length": False,
+        "draft_dtype": "float32",
+        "kv_budget": MAX_MODEL_LEN,
+        **settings,
+    }
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return [models.random_tokens(n, seed=n).tolist() for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def plain(pair: Path, prompts: list[list[int]]) -> list[list[int]]:
+    return run(pair, None, prompts)[0]
+
+
+@pytest.fixture(scope="module")
+def drafted(pair: Path, prompts: list[list[int]]) -> tuple[list[list[int]], Drafts]:
+    return run(pair, ours(pair), prompts, enable_prefix_caching=False)
+
+
+def test_drafts_are_those_of_vllms_own(pair, prompts, plain, drafted):
+    own = {
+        "method": "eagle3",
+        "model": str(pair / "head"),
+        "num_speculative_tokens": NUM_DRAFTS,
+    }
+    args = {"enable_prefix_caching": False, "async_scheduling": False}
+    tokens, expected = run(pair, own, prompts, **args)
+    assert drafted[0] == tokens == plain
+    found = drafted[1]
+    assert found.keys() == expected.keys() and len(found) == len(prompts)
+    for request_id, drafts in expected.items():
+        # Ours ends where nothing more is to be verified.
+        assert found[request_id] == drafts[: len(found[request_id])]
+        assert len(found[request_id]) >= len(drafts) - 1
+
+
+@pytest.mark.parametrize(
+    "engine_args",
+    [
+        {"max_num_batched_tokens": 64},
+        # For three requests of the longest: others are preempted, and begin anew.
+        {"num_gpu_blocks_override": 80, "block_size": 16},
+    ],
+    ids=["chunked_prefill", "preemption"],
+)
+def test_drafts_are_the_same_however_prompts_come(
+    pair, prompts, plain, drafted, engine_args
+):
+    tokens, drafts = run(
+        pair, ours(pair), prompts, enable_prefix_caching=False, **engine_args
+    )
+    assert tokens == plain
+    if "max_num_batched_tokens" in engine_args:
+        assert drafts == drafted[1]
+    else:
+        assert drafts.keys() == drafted[1].keys()
+
+
+@pytest.mark.parametrize("policy", ["chunk_retrieval", "sink_window", "heavy_hitter"])
+def test_a_small_budget_changes_drafts_alone(pair, prompts, plain, drafted, policy):
+    settings = {"kv_budget": 64, "recent_window": 48, "eviction_policy": policy}
+    tokens, drafts = run(pair, ours(pair, **settings), prompts[-8:])
+    assert tokens == plain[-8:]
+    assert len(drafts) == 8 and all(drafts.values())
+    assert list(drafts.values()) != [drafted[1][str(n)] for n in range(42, 50)]
+
+
+def test_after_a_cached_prefix_it_drafts_from_what_is_new(pair, prompts, plain):
+    """Of which it knows the last tokens at least: vLLM computes these."""
+    twice = [prompts[40], prompts[41], prompts[40], prompts[41]]
+    tokens, drafts = run(
+        pair, ours(pair), twice, enable_prefix_caching=True, max_num_seqs=1
+    )
+    assert tokens == [plain[40], plain[41]] * 2
+    assert len(drafts) == 4
+    first, again = drafts["0"], drafts["2"]
+    assert len(first) == len(again) and first != again
+
+
+def test_samples_have_the_targets_distribution(tmp_path):
+    shape = {**SIZES, "num_hidden_layers": 4}
+    target = models.write_model(tmp_path / "target", models.llama(**shape), seed=2)
+    write_tokenizer(target, LETTERS)
+    head = {k: v for k, v in SIZES.items() if k not in ("bos_token_id", "eos_token_id")}
+    folder = write_head(tmp_path / "head", **head, draft_vocab_size=5)
+    logits = next_logits(models.read_model(target), PROMPT, NUM_TOKENS)
+    with sampling_engine(tiny_engine_args(target, folder)) as engine:
+        sampled = engine.sample(job(NUM_SAMPLES, temperature=1.0))
+    check(sampled, distribution(logits))
