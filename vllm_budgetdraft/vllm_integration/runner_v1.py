@@ -106,19 +106,20 @@ class BudgetDraftProposer:
         self,
         runner: Any,
         verified: dict[str, list[int]],
-        num_scheduled: dict[str, int],
-        states: list[Tensor] | None,
+        num_scheduled: dict[str, int] | None = None,
+        states: list[Tensor] | None = None,
     ) -> None:
         """Names the runner whose batch the next ``propose`` is about.
 
         Args:
             verified: of this step, drafts by request id; negative for none.
-            num_scheduled: tokens that were computed, by request id.
-            states: of the target's layers, [num_tokens or more, hidden_size] each, for
-                a drafter that reads features.
+            num_scheduled: tokens that were computed, by request id, for a drafter that
+                reads features.
+            states: of them, of the target's layers, [num_tokens or more, hidden_size]
+                each, for such a drafter.
         """
         self._runner = runner
-        self._num_scheduled, self._states = num_scheduled, states
+        self._num_scheduled, self._states = num_scheduled or {}, states
         self._verified = {
             request_id: sum(token >= 0 for token in tokens)
             for request_id, tokens in verified.items()
@@ -237,7 +238,7 @@ class BudgetDraftProposer:
         if self._adaptive is not None:
             limits = self._adaptive.limits()
         requests = []
-        num_scheduled = [self._num_scheduled[each] for each in ids]
+        num_scheduled = [self._num_scheduled.get(each, 0) for each in ids]
         first_states = [0, *accumulate(num_scheduled)]
         for row, sampled in enumerate(sampled_token_ids):
             state = live[ids[row]]
