@@ -74,7 +74,7 @@ def make_head(
         drafter = load_feature_drafter(
             folder, max_positions=window, embedding=embedding
         )
-        layers = read_layers(features.aux_layers or config.aux_layers, target.config)
+        layers = read_layers(config.aux_layers, target.config)
         drafter.aux_layers = drafter.config.aux_layers = layers
     drafter.train().requires_grad_(True)
     drafter.embedding.requires_grad_(False)
@@ -182,11 +182,12 @@ def check_head(
             f"{arguments.target_layers}: an EAGLE-3 head has a layer of its own, and "
             "its folder no embeddings; leave both out"
         )
-    if arguments.drafter and arguments.draft_vocabulary is not None:
+    chosen = arguments.draft_vocabulary, features.aux_layers
+    if arguments.drafter and chosen != (None, None):
         raise ConfigurationError(
-            f"draft_vocabulary={arguments.draft_vocabulary!r}: an EAGLE-3 head has "
-            f"logits of its own tokens alone, here those of {arguments.drafter}; leave "
-            "the option out, or begin a new head"
+            f"draft_vocabulary={chosen[0]!r} and aux_layers={chosen[1]}: an EAGLE-3 "
+            f"head drafts the tokens and reads the layers that it was made for, as "
+            f"{arguments.drafter} says; leave both out, or begin a new head"
         )
     if objective.teacher_cache is not None:
         raise ConfigurationError(
