@@ -1,6 +1,7 @@
 """What training an EAGLE-3 head begins with, and what it cannot do."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from transformers import (
 
 from vllm_budgetdraft.drafter.checkpoint import (
     EMBEDDING,
-    LM_HEAD,
     WEIGHTS,
     embeddings_of,
+    load_drafter,
 )
 from vllm_budgetdraft.drafter.configuration import check_drafter_config, head_dim
 from vllm_budgetdraft.drafter.feature_checkpoint import (
@@ -112,8 +113,8 @@ def _new_head(
 ) -> FeatureDrafter:
     """One layer of the target's sizes.
 
-    Its features begin as the mean of the target's states, its output matrix and last
-    norm as the target's own.
+    It begins with the target's last layer, over the latest of the states that it reads,
+    and with its last norm and output matrix.
     """
     target = model.config
     check_drafter_config(target, arguments.target)
@@ -144,13 +145,24 @@ def _new_head(
     initialise(drafter)
     drafter.embedding = nn.Parameter(embedding)
     drafter.draft_ids = ids
-    rows = embeddings_of(model)[LM_HEAD].cpu()
-    mean = torch.eye(target.hidden_size).repeat(1, len(layers)) / len(layers)
+    end = load_drafter(
+        arguments.target,
+        max_positions=1,
+        layers=[target.num_hidden_layers - 1],
+        embeddings=embeddings_of(model),
+    )
     with torch.no_grad():
         assert drafter.lm_head is not None
-        drafter.lm_head.copy_(rows if ids is None else rows[ids])
-        drafter.fc_weight.copy_(mean)
-        drafter.norm.copy_(model.base_model.norm.weight)
+        drafter.lm_head.copy_(end.head if ids is None else end.head[ids])
+        drafter.norm.copy_(end.norm)
+        drafter.fc_weight.zero_()
+        drafter.fc_weight[:, -target.hidden_size :].fill_diagonal_(1.0)
+        own: Any = drafter.layers[0]
+        last: Any = end.layers[0]
+        own.hidden_norm.copy_(last.input_norm)
+        own.qkv_weight[:, -target.hidden_size :].copy_(last.qkv_weight)
+        for name in ("o_weight", "mlp_norm", "gate_up_weight", "down_weight"):
+            getattr(own, name).copy_(getattr(last, name))
     return drafter
 
 
