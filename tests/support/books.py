@@ -17,7 +17,8 @@ WORDS = [f"w{index:02}" for index in range(models.VOCAB_SIZE)]
 
 def write_target(folder: Path, **sizes: Any) -> Path:
     """Folder of a random model with a tokenizer of one token per word."""
-    models.write_model(folder, models.llama(num_hidden_layers=1, **sizes), seed=1)
+    sizes = {"num_hidden_layers": 1, **sizes}
+    models.write_model(folder, models.llama(**sizes), seed=1)
     vocabulary = {word: index for index, word in enumerate(WORDS)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=WORDS[0]))
     tokenizer.pre_tokenizer = Whitespace()

@@ -26,6 +26,8 @@ from transformers.utils import logging
 
 from vllm_budgetdraft.command_line import told, when_interrupted, with_homes
 from vllm_budgetdraft.config import ViewSettings, valid
+from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
+from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.errors import ConfigurationError, short
 from vllm_budgetdraft.files import claimed, write_text
 from vllm_budgetdraft.flexdraft.checkpoint import fingerprint
@@ -33,6 +35,7 @@ from vllm_budgetdraft.training.arguments import (
     AcceptanceArguments,
     DataArguments,
     DrafterArguments,
+    FeatureArguments,
     FlexDraftArguments,
     ObjectiveArguments,
     ViewArguments,
@@ -46,7 +49,9 @@ from vllm_budgetdraft.training.drafters import (
     make_flexdraft,
     read_target,
 )
+from vllm_budgetdraft.training.eagle3 import FeatureModel
 from vllm_budgetdraft.training.flexdraft import FlexDraftModel
+from vllm_budgetdraft.training.heads import check_head, make_head
 from vllm_budgetdraft.training.held_out import held_out_acceptance
 from vllm_budgetdraft.training.inputs import (
     cut_windows,
@@ -67,6 +72,7 @@ logger = logging.get_logger(__name__)
 PARTS = (
     DrafterArguments,
     FlexDraftArguments,
+    FeatureArguments,
     DataArguments,
     ViewArguments,
     ObjectiveArguments,
@@ -119,6 +125,7 @@ def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
     (
         drafter_args,
         flexdraft,
+        features,
         data,
         views,
         objective,
@@ -149,6 +156,9 @@ def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
             f"max_steps={arguments.max_steps}: windows are drawn without end; say "
             "after how many steps to stop"
         )
+    is_head = drafter_args.drafter_type == "eagle3"
+    if is_head:
+        check_head(drafter_args, features, data, objective, acceptance, arguments)
     # All of the data is looked at before anything large is loaded.
     inputs = read_inputs(data, tokenizer, target_config.vocab_size)
     windows = cut_windows(inputs, data, arguments)
@@ -192,16 +202,34 @@ def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
             settings,
         )
     else:
-        drafter = make_drafter(drafter_args, target, window)
+        has_embedding = False
+        drafter: Drafter
+        if is_head:
+            drafter, has_embedding = make_head(
+                drafter_args, features, checkpoint, target, draft_ids, window
+            )
+        else:
+            drafter = make_drafter(drafter_args, target, window)
         if view.position_mode == "absolute":  # those of the whole window are learnt
             native = drafter.config.max_position_embeddings
             drafter.config.max_position_embeddings = max(native, window)
         _check_native_range(drafter.config.max_position_embeddings, data, views, view)
         drafter.config.budgetdraft = learnt
-        cache = _cache(objective, drafter_args, data, arguments, target.config)
-        model = MultiViewModel(
-            drafter, target, views, objective, view, cache, draft_ids
-        )
+        if isinstance(drafter, FeatureDrafter):
+            model = FeatureModel(
+                drafter,
+                target,
+                views,
+                objective,
+                view,
+                features,
+                with_embedding=has_embedding,
+            )
+        else:
+            cache = _cache(objective, drafter_args, data, arguments, target.config)
+            model = MultiViewModel(
+                drafter, target, views, objective, view, cache, draft_ids
+            )
     held_out = held_out_acceptance(
         target,
         tokenizer,
@@ -241,7 +269,7 @@ def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
             learnt["target"],
             options | run,
             trainer.state,
-            None if draft_ids is None else len(draft_ids),
+            model.num_drafted,
         )
         write_text(output / "README.md", card)
 

@@ -14,9 +14,9 @@ class DrafterArguments:
     drafter_type: str = field(
         default="decoder",
         metadata={
-            "help": "A decoder of its own, or flexdraft: attention of the target's "
-            "last layers for mask tokens.",
-            "choices": ["decoder", "flexdraft"],
+            "help": "A decoder of its own; flexdraft, attention of the target's last "
+            "layers for mask tokens; or eagle3, a layer that reads its states.",
+            "choices": ["decoder", "flexdraft", "eagle3"],
         },
     )
     drafter: str | None = field(
@@ -50,11 +50,11 @@ class DrafterArguments:
             "0 is all. By default those of the drafter's folder, if it names some."
         },
     )
-    hidden_size: int = field(default=192, metadata={"help": "Of a new drafter."})
-    intermediate_size: int = field(default=416, metadata={"help": "Of a new drafter."})
-    num_hidden_layers: int = field(default=2, metadata={"help": "Of a new drafter."})
-    num_attention_heads: int = field(default=6, metadata={"help": "Of a new drafter."})
-    num_key_value_heads: int = field(default=2, metadata={"help": "Of a new drafter."})
+    hidden_size: int = field(default=192, metadata={"help": "Of a new decoder."})
+    intermediate_size: int = field(default=416, metadata={"help": "Of a new decoder."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "Of a new decoder."})
+    num_attention_heads: int = field(default=6, metadata={"help": "Of a new decoder."})
+    num_key_value_heads: int = field(default=2, metadata={"help": "Of a new decoder."})
 
 
 @dataclass
@@ -92,6 +92,29 @@ class FlexDraftArguments:
     selection_page_size: int = field(
         default=16,
         metadata={"help": "Tokens per page that a sparse view keeps or drops."},
+    )
+
+
+@dataclass
+class FeatureArguments:
+    """Of drafter_type eagle3."""
+
+    ttt_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Tokens of each draft that is made in training (training-time "
+            "test): the first reads the target's states, the others the head's own."
+        },
+    )
+    ttt_decay: float = field(
+        default=0.8, metadata={"help": "Weight of each step's loss in the last one's."}
+    )
+    aux_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that the target has passed when its states are read; of a "
+            "new head those that vLLM takes by itself: 2, half of them, all but 3."
+        },
     )
 
 

@@ -42,6 +42,11 @@ class DrafterTraining(nn.Module, ABC):
         self._objective = objective
         self._last: tuple[list[str], ViewMeans] | None = None
 
+    @property
+    def num_drafted(self) -> int | None:
+        """Tokens of its draft vocabulary; None if all tokens are drafted."""
+        return None
+
     @abstractmethod
     def save_drafter(
         self,
@@ -78,20 +83,30 @@ class DrafterTraining(nn.Module, ABC):
         teacher: Teacher,
         counted: Tensor,
         names: list[str],
+        decay: float = 1.0,
     ) -> Tensor:
         """Equation 4, of views [V, ..., width] whose names ``metrics`` will have.
 
         Args:
+            hidden: of V views, or of K * V: those of K steps of a draft, one after
+                another.
             head: of the tokens that are drafted, see ``multi_view_loss``.
+            counted: see ``multi_view_loss``.
+            decay: of the weights of steps.
         """
         sparse = self._views.sparse_weight / max(1, self._views.views_per_step)
         weights = torch.full((len(names),), sparse, device=hidden.device)
         weights[0] = 1.0
+        steps = torch.arange(len(hidden) // len(names), device=hidden.device)
+        weights = (decay ** steps[:, None] * weights).flatten()
+        names = names + [
+            f"{name}_step_{step}" for step in range(1, len(steps)) for name in names
+        ]
         loss, means = multi_view_loss(
             hidden.flatten(1, -2),
             head,
             teacher,
-            counted.flatten(),
+            counted,
             weights,
             self._objective,
             self._objective.loss_chunk_tokens,

@@ -210,7 +210,7 @@ def choose_draft_vocabulary(
     """Token ids [n] int64, the likeliest first; None for the whole vocabulary.
 
     Args:
-        checkpoint: that the run goes on from, if any.
+        checkpoint: that the run goes on from, if any; with an EAGLE-3 head it has them.
         vocab_size: the target's.
 
     Raises:
@@ -225,6 +225,8 @@ def choose_draft_vocabulary(
                 "output matrix, all of it; leave the option out"
             )
         return None
+    if arguments.drafter_type == "eagle3" and (checkpoint or arguments.drafter):
+        return None  # the folder's weights are of them alone
     if asked is None:
         folder = checkpoint or arguments.drafter
         if folder is None or not (Path(folder) / FILE).is_file():

@@ -126,7 +126,8 @@ class FlexDraftModel(DrafterTraining):
         if self.drafter.calibration_rank:
             found = F.pad(found, (0, 1), value=1.0)
             head = torch.cat([head, self.drafter.calibration_out_bias[:, None]], -1)
-        loss = self._loss(found, head, teacher, counted[:, predicting], names)
+        is_counted = counted[:, predicting].flatten()
+        loss = self._loss(found, head, teacher, is_counted, names)
         return {"loss": loss}
 
     def _seen(

@@ -61,7 +61,7 @@ def view_losses(
     Args:
         logits: [V, n, number of tokens that are drafted], of V views.
         rows: which of the teacher's positions they are.
-        counted: [n] bool, those that count.
+        counted: [n] bool, those that count; or [V, n], of each view.
 
     Returns:
         [NUM_SUMS, V] in the order of ``ViewMeans``; the losses are differentiable.
@@ -74,8 +74,8 @@ def view_losses(
         temperatures = teacher.temperatures[rows, None]
         logits = logits / temperatures.where(temperatures > 0, 1)
     log_q = logits.log_softmax(-1)
-    labels = teacher.labels(rows).where(counted, IGNORED)
-    all_labels = labels.expand(log_q.shape[:-1])
+    labels = teacher.labels(rows)
+    all_labels = labels.where(counted, IGNORED).expand(log_q.shape[:-1])
     alphas = coverages = log_q.new_zeros(log_q.shape[:-1])
     is_drafted = all_labels != OUTSIDE
     if settings.objective == "ce":
@@ -145,11 +145,14 @@ def multi_view_loss(
     Logits of teacher and views are held of ``chunk_tokens`` positions at a time:
     gradients are computed together with the loss, and kept instead.
 
+    Where views differ in the positions that count, the first has the most, and the
+    sums of all are divided by how many these are.
+
     Args:
         hidden: [V, N, hidden_size], of V views.
         head: [number of tokens that are drafted, hidden_size], the drafter's output
             matrix, or those of its rows.
-        counted: [N] bool, the positions that count.
+        counted: [N] bool, the positions that count; or [V, N], of each view.
         view_weights: [V] float32.
         chunk_tokens: a multiple of ``draft_tokens``, which divides N; 0 is all at once,
             by plain autograd.
@@ -158,28 +161,31 @@ def multi_view_loss(
         A scalar, and means by view. Those of the objectives ``OF_DRAFTED_LABELS`` are
         over the positions that count and have such a label.
     """
-    size = counted.sum().clamp_min(1)
+    sizes = counted.expand(len(hidden), -1).sum(-1).clamp_min(1)
 
-    def loss_size(sums: Tensor) -> Tensor:
-        """[], how many positions the losses are the sums of; the same for each view."""
+    def loss_sizes(sums: Tensor) -> Tensor:
+        """[V], how many positions the losses are the sums of."""
         if settings.objective in OF_DRAFTED_LABELS:
-            return sums.detach()[DRAFTED, 0].clamp_min(1)
-        return size
+            return sums.detach()[DRAFTED].clamp_min(1)
+        return sizes
+
+    def size_of(sums: Tensor) -> Tensor:
+        return loss_sizes(sums)[0]
 
     def sums_of(piece: Tensor, head: Tensor, rows: slice) -> Tensor:
         logits = F.linear(piece, head)
-        return view_losses(logits, teacher, rows, counted[rows], settings)
+        return view_losses(logits, teacher, rows, counted[..., rows], settings)
 
     if chunk_tokens:
         apply: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLoss.apply
-        loss, sums = apply(hidden, head, view_weights, sums_of, loss_size, chunk_tokens)
+        loss, sums = apply(hidden, head, view_weights, sums_of, size_of, chunk_tokens)
     else:
         sums = sums_of(hidden, head, slice(0, hidden.shape[1]))
-        loss = (sums[0] * view_weights / loss_size(sums)).sum()
-    losses = sums[0].detach() / loss_size(sums)
-    _, agreements, acceptances, label_coverage, coverage = sums.detach() / size
+        loss = (sums[0] * view_weights / size_of(sums)).sum()
+    losses = sums[0].detach() / loss_sizes(sums)
+    _, agreements, acceptances, label_coverage, coverage = sums.detach() / sizes
     means = ViewMeans(losses, agreements, acceptances, None, None)
-    if teacher.vocabulary is not None:  # the same for each view
+    if teacher.vocabulary is not None:  # the same for each view, or nearly so
         means = means._replace(label_coverage=label_coverage[0])
         if settings.objective != "ce":
             means = means._replace(coverage=coverage[0])

@@ -1,5 +1,6 @@
 """What is trained: the drafter, through its loss on several views of a window."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ from vllm_budgetdraft.training.teacher import (
     last_hidden,
 )
 from vllm_budgetdraft.training.teacher_cache import TeacherCache
-from vllm_budgetdraft.training.views import PrefixViews, View, continuation_hidden
+from vllm_budgetdraft.training.views import (
+    PrefixViews,
+    Read,
+    View,
+    continuation_hidden,
+)
 
 
 class MultiViewModel(DrafterTraining):
@@ -57,6 +63,10 @@ class MultiViewModel(DrafterTraining):
         self._policy = make_policy(view)
         self._checkpoints = False
 
+    @property
+    def num_drafted(self) -> int | None:
+        return None if self._vocabulary is None else len(self._vocabulary.ids)
+
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """As ``Trainer`` asks for it with ``gradient_checkpointing``."""
         self._checkpoints = True
@@ -80,30 +90,13 @@ class MultiViewModel(DrafterTraining):
         Returns:
             ``loss``, a scalar. A view whose budget holds the prefix adds nothing.
         """
-        needs_labels_only = self._objective.objective == "ce"
-        is_enough = needs_labels_only or (
-            top_ids is not None and self._objective.teacher == "stored"
+        teacher = self._teacher(
+            lambda: self._target_hidden(window, prefix_ids, continuation_ids),
+            temperatures,
+            next_ids,
+            top_ids,
+            top_logprobs,
         )
-        drawn_at = None
-        if temperatures is not None and self._matches_temperature:
-            drawn_at = temperatures.flatten()
-        teacher: Teacher
-        if next_ids is not None and is_enough:
-            ids, logprobs = (
-                x if x is None else x.flatten(0, 1) for x in (top_ids, top_logprobs)
-            )
-            teacher = StoredTeacher(
-                next_ids.flatten(), ids, logprobs, drawn_at, self._vocabulary
-            )
-        else:
-            hidden = self._target_hidden(window, prefix_ids, continuation_ids)
-            teacher = LiveTeacher(
-                hidden.flatten(0, 1),
-                self._target[0].get_output_embeddings(),
-                drawn_at,
-                self._vocabulary,
-            )
-
         views, names = self._views_of(prefix_ids, continuation_ids.shape[1])
         hidden = continuation_hidden(
             self.drafter, continuation_ids, views, checkpoints=self._checkpoints
@@ -111,7 +104,7 @@ class MultiViewModel(DrafterTraining):
         head = self.drafter.head
         if self._vocabulary is not None:
             head = head.index_select(0, self._vocabulary.ids)
-        loss = self._loss(hidden, head, teacher, counted, names)
+        loss = self._loss(hidden, head, teacher, counted.flatten(), names)
         return {"loss": loss}
 
     def save_drafter(
@@ -138,6 +131,40 @@ class MultiViewModel(DrafterTraining):
         stored = load_drafter(folder, max_positions=max_positions)
         self.drafter.load_state_dict(stored.state_dict())
 
+    def _teacher(
+        self,
+        hidden: Callable[[], Tensor],
+        temperatures: Tensor | None,
+        next_ids: Tensor | None,
+        top_ids: Tensor | None,
+        top_logprobs: Tensor | None,
+    ) -> Teacher:
+        """What is stored of the target, if that is enough; or the target itself.
+
+        Args:
+            hidden: gives the target's hidden states, [B, C, hidden_size].
+        """
+        needs_labels_only = self._objective.objective == "ce"
+        is_enough = needs_labels_only or (
+            top_ids is not None and self._objective.teacher == "stored"
+        )
+        drawn_at = None
+        if temperatures is not None and self._matches_temperature:
+            drawn_at = temperatures.flatten()
+        if next_ids is not None and is_enough:
+            ids, logprobs = (
+                x if x is None else x.flatten(0, 1) for x in (top_ids, top_logprobs)
+            )
+            return StoredTeacher(
+                next_ids.flatten(), ids, logprobs, drawn_at, self._vocabulary
+            )
+        return LiveTeacher(
+            hidden().flatten(0, 1),
+            self._target[0].get_output_embeddings(),
+            drawn_at,
+            self._vocabulary,
+        )
+
     def _target_hidden(
         self, window: Tensor, prefix: Tensor, continuation: Tensor
     ) -> Tensor:
@@ -152,9 +179,13 @@ class MultiViewModel(DrafterTraining):
         return hidden
 
     def _views_of(
-        self, prefix: Tensor, continuation_tokens: int
+        self, prefix: Tensor, continuation_tokens: int, read: Read | None = None
     ) -> tuple[list[View], list[str]]:
-        """The full view first."""
+        """The full view first.
+
+        Args:
+            read: see ``PrefixViews``.
+        """
         settings = self._views
         with torch.set_grad_enabled(
             settings.prefix_gradient and torch.is_grad_enabled()
@@ -165,6 +196,7 @@ class MultiViewModel(DrafterTraining):
                 prefix,
                 self._view,
                 continuation_tokens=continuation_tokens,
+                read=read,
             )
             views, names = [found.full()], ["full"]
             for budget in self._draw_budgets():

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import TrainerState
 
+from vllm_budgetdraft.drafter.draft_vocabulary import FILE
+from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.evaluation.acceptance import case_name
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft
@@ -44,10 +46,17 @@ FlexDraft of {millions:.2f} M parameters, for speculative decoding with
 vllm-budgetdraft: attention projections for mask tokens in the target's last {layers}
 layers, and a calibration of rank {rank}. It works with no other target."""
 
+HEAD = """\
+An EAGLE-3 head of {millions:.2f} M parameters ({layers} layers, width {width}), for
+speculative decoding with vllm-budgetdraft. It reads the target's states after {states}
+layers, and uses its embeddings: it works with no other target. vLLM's own `eagle3`
+loads it, too. It learnt drafts of {steps} tokens, each with {decay:g} of the weight of
+the one before."""
+
 DRAFTED = """
 
 It drafts {drafted:,} of the {all:,} tokens of the vocabulary, and no others:
-`draft_vocabulary.safetensors` names them."""
+{where} names them."""
 
 
 def model_card(
@@ -81,7 +90,7 @@ def model_card(
         sparse = f" and {options['sparse_weight']:g} of sparse views ({budgets} tokens)"
     return CARD.format(
         target=target,
-        about=_about(drafter) + _drafted(drafter, num_drafted, state),
+        about=_about(drafter, options) + _drafted(drafter, num_drafted, state),
         budget=options["budgets"][-1],
         data="; ".join(sources),
         steps=state.global_step,
@@ -100,8 +109,17 @@ def model_card(
     )
 
 
-def _about(drafter: Drafter | FlexDraft) -> str:
+def _about(drafter: Drafter | FlexDraft, options: dict[str, Any]) -> str:
     millions = sum(p.numel() for p in drafter.parameters()) / 1e6
+    if isinstance(drafter, FeatureDrafter):
+        return HEAD.format(
+            millions=millions - drafter.embedding.numel() / 1e6,
+            layers=drafter.num_layers,
+            width=drafter.config.hidden_size,
+            states=", ".join(map(str, drafter.aux_layers or ())),
+            steps=options["ttt_steps"],
+            decay=options["ttt_decay"],
+        )
     if isinstance(drafter, FlexDraft):
         return FLEXDRAFT.format(
             millions=millions,
@@ -122,7 +140,12 @@ def _drafted(
     """What a draft vocabulary is, and how much of the target's choices it had last."""
     if num_drafted is None:
         return ""
-    text = DRAFTED.format(drafted=num_drafted, all=drafter.config.vocab_size)
+    is_head = isinstance(drafter, FeatureDrafter)
+    text = DRAFTED.format(
+        drafted=num_drafted,
+        all=drafter.config.vocab_size,
+        where="`d2t` of its weights" if is_head else f"`{FILE}`",
+    )
     seen = [entry for entry in state.log_history if "label_coverage" in entry]
     if seen:
         text += f"\nIn training it last had {seen[-1]['label_coverage']:.1%} of the "

@@ -4,7 +4,9 @@ Letters in shapes: V views, B sequences, T tokens, H query heads, G KV heads, D 
 size, P prefix tokens, C continuation tokens, n tokens kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor
 from budgetdraft_kernels.reference import accumulated_attention, rotate
 from budgetdraft_kernels.reference_projections import Norms, normed_heads
 from vllm_budgetdraft.config import ViewSettings
-from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.drafter.modeling import Attend, Drafter
 from vllm_budgetdraft.eviction.base import (
     EvictionPolicy,
     PromptStates,
@@ -21,6 +23,9 @@ from vllm_budgetdraft.eviction.base import (
     take_positions,
 )
 from vllm_budgetdraft.eviction.reading import ReadingPlan
+
+#: Reads tokens [B, T], or what stands for them, as a drafter does.
+Read = Callable[[Tensor, Attend], Any]
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,21 @@ class PrefixStates:
     """
 
     def __init__(
-        self, drafter: Drafter, policy: EvictionPolicy, *, is_relative: bool
+        self,
+        drafter: Drafter,
+        policy: EvictionPolicy,
+        *,
+        is_relative: bool,
+        read: Read | None = None,
     ) -> None:
         """
         Args:
             is_relative: whether positions are indices in the cache, and keys are
                 stored as they are and rotated when read.
+            read: what is done with tokens; the drafter itself by default.
         """
         self._drafter, self._policy = drafter, policy
+        self._read = read or drafter
         self._is_relative = is_relative
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -88,10 +100,10 @@ class PrefixStates:
             queries = rotate(unrotated, *rotary)
             stored = unrotated if self._is_relative else queries
             keys = keys if self._is_relative else rotate(keys, *rotary)
-            keys = _extend(self._keys, layer, keys)
-            values = _extend(self._values, layer, values)
+            keys = extend(self._keys, layer, keys)
+            values = extend(self._values, layer, values)
             if window := policy.observation_tokens:
-                last = _extend(self._queries, layer, stored)[:, :, -window:]
+                last = extend(self._queries, layer, stored)[:, :, -window:]
                 self._queries[layer] = last
             is_last = layer == drafter.num_layers - 1
             if is_last and not policy.accumulates_attention:
@@ -111,7 +123,7 @@ class PrefixStates:
             )
             return attended.transpose(1, 2)
 
-        drafter(tokens, attend)
+        self._read(tokens, attend)
 
     def skip_to(self, position: int) -> None:
         """What of each prefix comes before is never read, if it has not been."""
@@ -123,7 +135,12 @@ class PrefixStates:
         Raises:
             ValueError: the policy's choice is none.
         """
-        other = PrefixStates(self._drafter, self._policy, is_relative=self._is_relative)
+        other = PrefixStates(
+            self._drafter,
+            self._policy,
+            is_relative=self._is_relative,
+            read=self._read,
+        )
         other._num_seen, other._queries = self._num_seen, list(self._queries)
         for layer, (keys, values) in enumerate(
             zip(self._keys, self._values, strict=True)
@@ -187,12 +204,15 @@ class PrefixViews:
         view: ViewSettings,
         *,
         continuation_tokens: int,
+        read: Read | None = None,
     ) -> None:
         """
         Args:
             prefix: [B, P] int64.
             continuation_tokens: C.
+            read: see ``PrefixStates``.
         """
+        self._read = read
         self._drafter, self._policy, self._prefix = drafter, policy, prefix
         self._view = view
         self._is_relative = view.position_mode == "cache_relative"
@@ -231,42 +251,53 @@ class PrefixViews:
         return states.view()
 
     def _empty(self) -> PrefixStates:
-        return PrefixStates(self._drafter, self._policy, is_relative=self._is_relative)
+        return PrefixStates(
+            self._drafter,
+            self._policy,
+            is_relative=self._is_relative,
+            read=self._read,
+        )
 
 
-def continuation_hidden(
-    drafter: Drafter,
-    tokens: Tensor,
-    views: list[View],
-    *,
-    checkpoints: bool = False,
-) -> Tensor:
-    """Hidden states of continuations that see a view of their prefix and themselves.
+class ViewAttention:
+    """Attention of continuations to a view of their prefix each, and to their own.
 
-    All views go through the drafter together.
-
-    Args:
-        tokens: [B, C] int64.
-        checkpoints: whether activations are computed again for the gradients.
-
-    Returns:
-        [V, B, C, hidden_size].
+    All views go through the drafter together, as one batch of V * B.
     """
-    batch, length = tokens.shape
-    ones = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-    masks = [F.pad(ones, (view.num_tokens, 0), value=True) for view in views]
-    offsets = torch.arange(length, device=tokens.device)
-    positions = torch.stack([view.first_position + offsets for view in views])
-    cos, sin = (x[:, None, None] for x in drafter.rotary(positions))  # [V, 1, 1, C, D]
-    sizes = (drafter.num_heads, drafter.num_kv_heads, drafter.num_kv_heads)
 
-    def attend(layer: int, qkv: Tensor, norms: Norms) -> Tensor:
-        qkv = normed_heads(qkv, drafter.num_kv_heads, norms)
-        heads_first = qkv.unflatten(0, (len(views), batch)).transpose(2, 3)
-        queries, keys, values = heads_first.split(sizes, 2)
-        queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+    def __init__(
+        self, drafter: Drafter, views: list[View], batch: int, length: int
+    ) -> None:
+        """
+        Args:
+            batch: B.
+            length: C.
+        """
+        self._views, self._batch = views, batch
+        self._sizes = (drafter.num_heads, drafter.num_kv_heads, drafter.num_kv_heads)
+        offsets = torch.arange(length, device=drafter.rotary_table.device)
+        positions = torch.stack([view.first_position + offsets for view in views])
+        cos, sin = drafter.rotary(positions)
+        self._rotary = cos[:, None, None], sin[:, None, None]  # [V, 1, 1, C, D]
+
+    def heads(self, qkv: Tensor, norms: Norms) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [V, B, heads, C, D], rotated, of [V * B, C, ...]"""
+        qkv = normed_heads(qkv, self._sizes[1], norms)
+        heads_first = qkv.unflatten(0, (len(self._views), self._batch)).transpose(2, 3)
+        queries, keys, values = heads_first.split(self._sizes, 2)
+        return rotate(queries, *self._rotary), rotate(keys, *self._rotary), values
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+    ) -> Tensor:
+        """[V * B, C, H, D].
+
+        Args:
+            keys, values: the continuations' own, [V, B, G, m, D].
+            mask: [C, m] bool, which of these a query sees; of its prefix, all.
+        """
         attended = []
-        for index, (view, mask) in enumerate(zip(views, masks, strict=True)):
+        for index, view in enumerate(self._views):
             own_keys, own_values = keys[index], values[index]
             if view.num_tokens:
                 own_keys = torch.cat([view.keys[layer].to(own_keys.dtype), own_keys], 2)
@@ -278,21 +309,45 @@ def continuation_hidden(
                     queries[index],
                     own_keys,
                     own_values,
-                    attn_mask=mask,
+                    attn_mask=F.pad(mask, (view.num_tokens, 0), value=True),
                     enable_gqa=True,
                 )
             )
         return torch.stack(attended).transpose(2, 3).flatten(0, 1)
+
+
+def continuation_hidden(
+    drafter: Drafter,
+    tokens: Tensor,
+    views: list[View],
+    *,
+    checkpoints: bool = False,
+) -> Tensor:
+    """Hidden states of continuations that see a view of their prefix and themselves.
+
+    Args:
+        tokens: [B, C] int64.
+        checkpoints: whether activations are computed again for the gradients.
+
+    Returns:
+        [V, B, C, hidden_size].
+    """
+    batch, length = tokens.shape
+    mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+    attention = ViewAttention(drafter, views, batch, length)
+
+    def attend(layer: int, qkv: Tensor, norms: Norms) -> Tensor:
+        return attention.attend(layer, *attention.heads(qkv, norms), mask)
 
     hidden = drafter(tokens.repeat(len(views), 1), attend, checkpoints=checkpoints)
     by_view: Tensor = hidden.unflatten(0, (len(views), batch))
     return by_view
 
 
-def _extend(layers: list[Tensor], layer: int, states: Tensor) -> Tensor:
-    """What a layer has of [B, heads, T, D], with what comes after it."""
+def extend(layers: list[Tensor], layer: int, states: Tensor) -> Tensor:
+    """What a layer has of [..., heads, T, D], with what comes after it."""
     if layer < len(layers):
-        layers[layer] = torch.cat([layers[layer], states], 2)
+        layers[layer] = torch.cat([layers[layer], states], -2)
     else:
         layers.append(states)
     return layers[layer]
