@@ -153,7 +153,7 @@ def test_drafts_are_those_of_vllms_own(pair, prompts, plain, drafted):
     [
         {"max_num_batched_tokens": 64},
         # For three requests of the longest: others are preempted, and begin anew.
-        {"num_gpu_blocks_override": 80, "block_size": 16},
+        {"num_gpu_blocks_override": 40, "block_size": 32},
     ],
     ids=["chunked_prefill", "preemption"],
 )
