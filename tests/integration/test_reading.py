@@ -29,9 +29,9 @@ def read_per_step(monkeypatch) -> list[int]:
     counts: list[int] = []
     original = PromptReader._pass
 
-    def read(self, pieces, tokens):
+    def read(self, pieces, tokens, features):
         counts[-1] += len(tokens)
-        return original(self, pieces, tokens)
+        return original(self, pieces, tokens, features)
 
     monkeypatch.setattr(PromptReader, "_pass", read)
     return counts

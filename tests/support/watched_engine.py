@@ -190,13 +190,15 @@ class WatchedEngine(Engine):
         self.half_read[name] = ListTwin(self.core, budget, twin.num_tokens)
         return num_seen
 
-    def _pass(self, original: Callable, pieces: list, tokens: Tensor) -> None:
+    def _pass(
+        self, original: Callable, pieces: list, tokens: Tensor, features: None
+    ) -> None:
         self._num_read += len(tokens)
         given = iter(tokens.tolist())
         for reading, piece in pieces:
             context = self.tokens[self._name_of(reading.slot)]
             assert [next(given) for _ in piece] == context[piece.start : piece.stop]
-        original(pieces, tokens)
+        original(pieces, tokens, features)
         for reading, piece in pieces:
             name = self._name_of(reading.slot)
             self.half_read[name].read(self.tokens[name], len(piece))

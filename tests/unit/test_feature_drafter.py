@@ -1,11 +1,15 @@
 """EAGLE-3 heads: what they compute, in both layouts of the field."""
 
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support import models
@@ -15,12 +19,19 @@ from tests.support.heads import (
     write_head,
     write_speculators_head,
 )
+from vllm_budgetdraft.comparison.methods import default_kinds
+from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.diagnosis.memory import describe
 from vllm_budgetdraft.drafter.feature_checkpoint import (
     is_feature_drafter,
     load_feature_drafter,
+    read_feature_config,
     save_feature_drafter,
 )
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
+from vllm_budgetdraft.drafter.folder import load_for_drafting
+from vllm_budgetdraft.drafter.packing import can_pack, pack_matrices, weight_bytes
+from vllm_budgetdraft.errors import UnsupportedDrafterError
 
 NUM_TOKENS, HIDDEN = 9, models.llama().hidden_size
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -147,3 +158,121 @@ def test_what_is_written_is_read_again(tmp_path, embedding):
 def test_a_decoder_is_no_head(tmp_path):
     models.write_model(tmp_path, models.llama())
     assert not is_feature_drafter(tmp_path)
+
+
+def test_the_bill_leaves_out_what_is_the_targets(tmp_path, embedding):
+    config = read_feature_config(write_head(tmp_path))
+    drafter = load_feature_drafter(tmp_path, max_positions=8, embedding=embedding)
+    own = sum(p.nbytes for p in drafter.parameters()) - embedding.nbytes
+    size = partial(weight_bytes, config, torch.float32, shares_embedding=True)
+    assert size(is_packed=False, draft_ids=drafter.draft_ids) == own
+    settings = BudgetDraftConfig(model=str(tmp_path), num_speculative_tokens=4)
+    bill = describe(
+        settings,
+        max_model_len=256,
+        max_num_seqs=2,
+        target_dtype=torch.bfloat16,
+        device_type="cuda",
+        vocab_size=97,
+    )
+    assert bill.startswith(f"drafter weights {own / 2 / 2**20:.1f} MiB, draft cache")
+
+
+@pytest.mark.skipif(not can_pack(), reason="x86")
+def test_packed_matrices_compute_the_same_within_rounding(tmp_path, embedding):
+    write_head(tmp_path)
+    load = partial(load_feature_drafter, tmp_path, max_positions=32)
+    plain, packed = load(embedding=embedding), load(embedding=embedding)
+    pack_matrices(packed)
+    assert packed.is_packed
+    states = torch.randn(NUM_TOKENS, 3 * HIDDEN)
+    tokens = torch.arange(NUM_TOKENS)
+    features = plain.combined(states)
+    torch.testing.assert_close(packed.combined(states), features, rtol=0.02, atol=0.02)
+    found, expected = (
+        each.step(tokens, features, causal(each, NUM_TOKENS))
+        for each in (packed, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+
+
+def spoil_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop(folder: Path, *names: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name in names:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors")
+
+
+SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another_kind": (
+        lambda folder: spoil_config(folder, architectures=["LlamaForCausalLM"]),
+        "is of no EAGLE-3 head: architectures=",
+    ),
+    "eagle_1": (
+        lambda folder: spoil_config(
+            folder, eagle_config={"use_aux_hidden_state": False}
+        ),
+        "heads that read the target's last state alone",
+    ),
+    "no_size": (
+        lambda folder: spoil_config(folder, draft_vocab_size=-3),
+        "draft_vocab_size=-3 is no size",
+    ),
+    "no_layers": (
+        lambda folder: spoil_config(
+            folder, eagle_config={"eagle_aux_hidden_state_layer_ids": ["a"]}
+        ),
+        "is no valid config",
+    ),
+    "no_d2t": (lambda folder: drop(folder, "d2t"), "lacks d2t, which says which"),
+    "no_fc": (lambda folder: drop(folder, "fc.weight"), "lacks the weights fc.weight"),
+    "other_width": (
+        lambda folder: spoil_config(folder, target_hidden_size=32),
+        "fc.weight has shape",
+    ),
+    "other_count": (
+        lambda folder: spoil_config(folder, draft_vocab_size=39),
+        "lm_head.weight has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), SPOILT.values(), ids=SPOILT)
+def test_heads_that_are_none_are_refused(spoil, said, tmp_path, embedding):
+    spoil(write_head(tmp_path))
+    with pytest.raises(UnsupportedDrafterError) as caught:
+        load_feature_drafter(tmp_path, max_positions=8, embedding=embedding)
+    assert said in str(caught.value)
+
+
+def test_without_anybodys_embeddings_a_head_is_refused(tmp_path):
+    with pytest.raises(UnsupportedDrafterError, match="lacks the weights embed_tokens"):
+        load_feature_drafter(write_head(tmp_path), max_positions=8)
+
+
+def test_a_head_drafts_the_tokens_that_it_has(tmp_path, embedding):
+    with pytest.raises(UnsupportedDrafterError, match="is an EAGLE-3 head, which has"):
+        load_for_drafting(
+            write_head(tmp_path),
+            draft_vocabulary_size=5,
+            max_positions=8,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            vocab_size=97,
+            embedding=embedding,
+        )
+
+
+def test_vllms_own_method_for_a_drafter_is_measured_beside_ours(tmp_path):
+    models.write_model(tmp_path / "decoder", models.llama())
+    decoder, head = (
+        default_kinds(str(folder))
+        for folder in (tmp_path / "decoder", write_head(tmp_path / "head"))
+    )
+    assert "draft_model" in decoder and "eagle3" not in decoder
+    assert "eagle3" in head and "draft_model" not in head

@@ -109,9 +109,9 @@ def watch(reader: PromptReader) -> list[int]:
     """How many prompts each pass takes."""
     counts, original = [], reader._pass
 
-    def counted(pieces, tokens):
+    def counted(pieces, tokens, features):
         counts.append(len(pieces))
-        original(pieces, tokens)
+        original(pieces, tokens, features)
 
     reader._pass = counted
     return counts

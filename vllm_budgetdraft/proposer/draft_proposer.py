@@ -1,6 +1,6 @@
 """Drafting with no engine in sight: fixed slots, tensors in, tensors out."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import partial
 from types import ModuleType
 from typing import Literal
@@ -308,48 +308,8 @@ class DraftProposer:
     def read(
         self, slots: Collection[int], tokens_of: TokensOf, limit: int
     ) -> dict[int, Exception]:
-        """Reads on in contexts that were started: see ``PromptReader.read``.
-
-        One of them may be at fault where reading fails: then each is read by itself.
-
-        Returns:
-            Why slots failed. They are not being read any more, nor are those that are
-            read to their ends.
-        """
-        try:
-            self.reader.read(slots, tokens_of, limit)
-        except Exception as error:
-            unread = [slot for slot in slots if self.reader.is_reading(slot)]
-            if len(unread) == 1:
-                self.reader.stop(unread[0])
-                return {unread[0]: error}
-            failed: dict[int, Exception] = {}
-            seen = [self.reader.restart(slot) for slot in unread]
-            for slot, num_seen in zip(unread, seen, strict=True):
-                # As far as it was, and on: there it is that one of them fails.
-                failed |= self.read([slot], tokens_of, num_seen + limit)
-            return failed
-        return {}
-
-    def read_pieces(
-        self, tokens_of: TokensOf, features_of: TokensOf, ends: Mapping[int, int]
-    ) -> dict[int, Exception]:
-        """Reads what is at hand now of contexts that were started, and never again.
-
-        Args:
-            ends: of slots, where in their contexts that ends.
-
-        Returns:
-            Why slots failed. All of these did, if one: they are not read any more.
-        """
-        try:
-            total = self.reader.prompt.max_tokens
-            self.reader.read(list(ends), tokens_of, total, features_of, ends)
-        except Exception as error:
-            for slot in ends:
-                self.reader.stop(slot)
-            return dict.fromkeys(ends, error)
-        return {}
+        """See ``PromptReader.read_each``."""
+        return self.reader.read_each(slots, tokens_of, limit)
 
     @torch.inference_mode()
     def append(
@@ -429,8 +389,7 @@ class DraftProposer:
             return None
         shape = batch, self.first_width
         features = self.blank_features(batch * self.first_width).unflatten(0, shape)
-        counts = torch.ones(batch, dtype=torch.int64, device=self.device)
-        return Fed(features, counts)
+        return Fed(features, torch.ones_like(features[:, 0, 0], dtype=torch.int64))
 
     def capture_graphs(self, capture: Capture) -> int:
         """From now on drafts replay graphs, which ``capture`` makes.

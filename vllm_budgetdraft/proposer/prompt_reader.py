@@ -170,6 +170,52 @@ class PromptReader:
             self._pass(pieces, tokens, features_of(asked) if features_of else None)
             limit -= len(tokens)
 
+    def read_each(
+        self, slots: Collection[int], tokens_of: TokensOf, limit: int
+    ) -> dict[int, Exception]:
+        """Reads on in contexts that were started: see ``read``.
+
+        One of them may be at fault where reading fails: then each is read by itself.
+
+        Returns:
+            Why slots failed. They are not being read any more, nor are those that are
+            read to their ends.
+        """
+        try:
+            self.read(slots, tokens_of, limit)
+        except Exception as error:
+            unread = [slot for slot in slots if self.is_reading(slot)]
+            if len(unread) == 1:
+                self.stop(unread[0])
+                return {unread[0]: error}
+            failed: dict[int, Exception] = {}
+            seen = [self.restart(slot) for slot in unread]
+            for slot, num_seen in zip(unread, seen, strict=True):
+                # As far as it was, and on: there it is that one of them fails.
+                failed |= self.read_each([slot], tokens_of, num_seen + limit)
+            return failed
+        return {}
+
+    def read_pieces(
+        self, tokens_of: TokensOf, features_of: TokensOf, ends: Mapping[int, int]
+    ) -> dict[int, Exception]:
+        """Reads what is at hand now of contexts that were started, and never again.
+
+        Args:
+            ends: of slots, where in their contexts that ends.
+
+        Returns:
+            Why slots failed. All of these did, if one: they are not read any more.
+        """
+        try:
+            total = self.prompt.max_tokens
+            self.read(list(ends), tokens_of, total, features_of, ends)
+        except Exception as error:
+            for slot in ends:
+                self.stop(slot)
+            return dict.fromkeys(ends, error)
+        return {}
+
     def lacks(self, slot: int, end: int) -> bool:
         """Whether a slot has yet to read something before ``end`` of its context."""
         reading = self._readings.get(slot)

@@ -140,7 +140,7 @@ class FeatureRequestDrafter(RequestDrafter):
                 rows += range(shift + piece.start, shift + piece.stop)
             return self._features[self._tensor(rows)]
 
-        failed = self._core.read_pieces(tokens_of, features_of, ends)
+        failed = self._core.reader.read_pieces(tokens_of, features_of, ends)
         finished = set()
         for slot, (request, holding) in by_slot.items():
             if error := failed.get(slot):
