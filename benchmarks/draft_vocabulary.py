@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--repeats", type=int, default=40, help="of a draft")
     args = parser.parse_args()
+    if 0 not in args.speed_sizes:
+        parser.error("--speed-sizes lacks 0, which the others are compared with")
 
     prepare_environment()
     prompts: dict[int | str, list[list[int]]] = {}

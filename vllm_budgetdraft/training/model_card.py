@@ -1,5 +1,6 @@
 """The card of a trained drafter: what it learnt from, how, and how it does."""
 
+import statistics
 from typing import Any
 
 from transformers import TrainerState
@@ -46,8 +47,9 @@ layers, and a calibration of rank {rank}. It works with no other target."""
 
 DRAFTED = """
 
-It drafts {drafted:,} of the {all:,} tokens of the vocabulary, and no others:
-`draft_vocabulary.safetensors` names them."""
+It drafts {drafted:,} of the {all:,} tokens of the vocabulary:
+`draft_vocabulary.safetensors` names them. Of the others it has learnt nothing, which
+software that does not read this file will see."""
 
 
 def model_card(
@@ -119,16 +121,20 @@ def _about(drafter: Drafter | FlexDraft) -> str:
 def _drafted(
     drafter: Drafter | FlexDraft, num_drafted: int | None, state: TrainerState
 ) -> str:
-    """What a draft vocabulary is, and how much of the target's choices it had last."""
+    """What a draft vocabulary is, and how much of the target's choices it had."""
     if num_drafted is None:
         return ""
     text = DRAFTED.format(drafted=num_drafted, all=drafter.config.vocab_size)
-    seen = [entry for entry in state.log_history if "label_coverage" in entry]
-    if seen:
-        text += f"\nIn training it last had {seen[-1]['label_coverage']:.1%} of the "
-        text += "tokens that the target chose"
-        if "coverage" in seen[-1]:
-            text += f", and {seen[-1]['coverage']:.1%} of its probability"
+    means = {
+        name: statistics.fmean(seen)
+        for name in ("label_coverage", "coverage")
+        if (seen := [entry[name] for entry in state.log_history if name in entry])
+    }
+    if means:
+        text += f"\nIn training these were {means['label_coverage']:.1%} of the tokens "
+        text += "that the target chose"
+        if "coverage" in means:
+            text += f", and {means['coverage']:.1%} of its probability"
         text += "."
     return text
 
