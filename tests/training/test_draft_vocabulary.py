@@ -151,6 +151,9 @@ def test_layers_alone_have_the_file_and_so_does_what_is_joined(inputs, tmp_path)
     main(command.split())
     assert ids_of(joined) == ids_of(layers)
     assert drafts_of(joined) <= set(ids_of(layers))
+    (layers / FILE).unlink()
+    main(command.split())
+    assert not (joined / FILE).exists(), "it is of the drafter that was there"
 
 
 @pytest.mark.parametrize("objective", ["ce", *OBJECTIVES])

@@ -81,9 +81,7 @@ def join(target: str, layers: Path, output: Path) -> None:
         if has_vocabulary := (layers / FILE).is_file():
             shutil.copyfile(layers / FILE, made / FILE)
         tokenizer.save_pretrained(made)
-    if (
-        not has_vocabulary
-    ):  # an earlier drafter's would be read as if it were this one's
+    if not has_vocabulary:  # but perhaps the drafter that was there before
         (output / FILE).unlink(missing_ok=True)
 
 

@@ -1,5 +1,6 @@
 """Which tokens of a vocabulary a target writes most."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,15 +45,13 @@ def kept_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     added = tokenizer.added_tokens_decoder
     control: set[int] = set()
-    if isinstance(
-        added, dict
-    ):  # it is a method of tokenizers that are not Hugging Face's
+    if isinstance(added, dict):  # not of tokenizers of other libraries
         control = {id for id, token in added.items() if token.special}
-    vocabulary = tokenizer.get_vocab()
-    pieces = tokenizer.batch_decode([[id] for id in vocabulary.values()])
-    named = zip(vocabulary.values(), pieces, strict=True)
-    named = ((id, piece.strip()) for id, piece in named)
-    numbers = {id for id, piece in named if piece.isascii() and piece.isdigit()}
+    ids = list(tokenizer.get_vocab().values())
+    pieces = tokenizer.batch_decode([[id] for id in ids])
+    texts = [piece.strip() for piece in pieces]
+    is_number = [text.isascii() and text.isdigit() for text in texts]
+    numbers = set(itertools.compress(ids, is_number))
     return sorted(control | set(tokenizer.all_special_ids) | numbers)
 
 
