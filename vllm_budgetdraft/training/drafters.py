@@ -246,7 +246,8 @@ def choose_draft_vocabulary(
         counts += count_tokens(rows, column, vocab_size)
     if size is None:
         ids = read_token_ids(Path(asked), vocab_size)
-        # Those of an EAGLE-3 head are in no order.
-        return ids[counts[ids].sort(descending=True, stable=True).indices]
+        if (ids.diff() > 0).all():  # as EAGLE-3 heads have them: it says nothing
+            ids = ids[counts[ids].sort(descending=True, stable=True).indices]
+        return ids
     kept = [token for token in kept_tokens(tokenizer) if token < vocab_size]
     return likeliest_tokens(counts, kept, size)

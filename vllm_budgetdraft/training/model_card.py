@@ -125,10 +125,11 @@ def _drafted(
     if num_drafted is None:
         return ""
     text = DRAFTED.format(drafted=num_drafted, all=drafter.config.vocab_size)
+    steps = [entry for entry in state.log_history if "loss" in entry]
     means = {
         name: statistics.fmean(seen)
         for name in ("label_coverage", "coverage")
-        if (seen := [entry[name] for entry in state.log_history if name in entry])
+        if (seen := [entry[name] for entry in steps if name in entry])
     }
     if means:
         text += f"\nIn training these were {means['label_coverage']:.1%} of the tokens "
