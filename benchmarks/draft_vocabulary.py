@@ -67,7 +67,16 @@ def main() -> None:
     parser.add_argument("--kv-budget", type=int, default=512)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--repeats", type=int, default=40, help="of a draft")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="to be measured; those that the output has already stay there",
+    )
     args = parser.parse_args()
+    if 0 not in args.speed_sizes:
+        parser.error("--speed-sizes lacks 0, which the others are compared with")
 
     prepare_environment()
     prompts: dict[int | str, list[list[int]]] = {}
@@ -81,20 +90,24 @@ def main() -> None:
         uses_template=True,
     ):
         prompts.setdefault(prompt.task, []).append(prompt.token_ids)
-    document = {
-        "provenance": provenance.collect({**vars(args), "output": str(args.output)}),
-        "drafts": draft_times(args),
-        "acceptance": acceptance(args, prompts),
-    }
-    document["speed"] = speed(args, prompts)
-    document |= best_of(document["speed"])
+    document: dict[str, Any] = {"provenance": {}}
+    if args.output.is_file():
+        document = json.loads(args.output.read_text(encoding="utf-8"))
+    for part in args.parts:
+        begun = provenance.collect({**vars(args), "output": str(args.output)})
+        document[part] = PARTS[part](args, prompts)
+        document["provenance"][part] = begun
+        if part == "speed":
+            document = best_of(document[part]) | document
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(document, indent=1)
+        args.output.write_text(text + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in document.items() if "best" in k}))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, indent=1)
-    args.output.write_text(text + "\n", encoding="utf-8")
 
 
-def draft_times(args: argparse.Namespace) -> list[dict[str, Any]]:
+def draft_times(
+    args: argparse.Namespace, prompts: dict[int | str, list[list[int]]]
+) -> list[dict[str, Any]]:
     """Medians of drafts of the longest length, by size, batch and temperature."""
     num_drafts, proposers = max(args.lengths), {}
     generator = torch.Generator().manual_seed(0)
@@ -355,6 +368,8 @@ def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "speed_over_plain_by_size": {str(k): v[0] for k, v in sorted(found.items())},
     }
 
+
+PARTS = {"drafts": draft_times, "acceptance": acceptance, "speed": speed}
 
 if __name__ == "__main__":
     main()

@@ -20,7 +20,12 @@ from typing import Any, NamedTuple
 
 from vllm_budgetdraft import environment
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.pretrained.source import SOURCES, download, unpack
+from vllm_budgetdraft.pretrained.source import (
+    SOURCES,
+    VOCABULARY,
+    download,
+    unpack,
+)
 
 #: In a pair's folder: what it was made of, and the sizes of its files.
 RECORD = "made-of.json"
@@ -120,7 +125,8 @@ def _record(made: Path, wanted: dict[str, Any]) -> None:
     files = {
         file.relative_to(made).as_posix(): file.stat().st_size
         for file in sorted(made.rglob("*"))
-        if file.is_file()
+        # Whoever counts other text may write another one there.
+        if file.is_file() and file.name != VOCABULARY
     }
     record = json.dumps(wanted | {"files": files}, indent=1)
     (made / RECORD).write_text(record + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer
 
 from tests.support import books, models
@@ -41,6 +41,43 @@ def test_tokens_are_counted_in_every_row():
     rows = Dataset.from_dict({"ids": [[3, 1, 3], [], [0, 3]]}).select([2, 0, 1])
     assert count_tokens(rows, "ids", 5).tolist() == [1, 1, 0, 3, 0]
     assert count_tokens(rows.select([1]), "ids", 5).tolist() == [0, 1, 0, 2, 0]
+
+
+def test_nothing_is_counted_where_there_is_nothing():
+    empty = Dataset.from_dict({"ids": [[], []]})
+    assert count_tokens(empty, "ids", 3).tolist() == [0, 0, 0]
+
+
+def test_counting_leaves_no_copies_in_the_cache(tmp_path):
+    """Of what else the rows hold, which may be far more."""
+    rows = {"ids": [[1, 2]] * 50, "other": [[0.5] * 100] * 50}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
+    part = load_from_disk(tmp_path / "rows").select(range(0, 50, 10))
+    before = set((tmp_path / "rows").iterdir())
+    assert count_tokens(part, "ids", 3).tolist() == [0, 5, 5]
+    assert set((tmp_path / "rows").iterdir()) == before
+
+
+def test_ids_beyond_the_vocabulary_are_refused():
+    rows = Dataset.from_dict({"ids": [[3, 5]]})
+    with pytest.raises(ConfigurationError, match="token id 5 occurs in 'ids', and the"):
+        count_tokens(rows, "ids", 5)
+
+
+def test_a_tokenizer_that_is_not_hugging_faces_has_control_tokens_too():
+    class Other:
+        all_special_ids = [2]
+
+        def added_tokens_decoder(self):
+            raise AssertionError("it is no property there")
+
+        def get_vocab(self):
+            return {"a": 0, "b": 1, "</s>": 2, " 17": 3}
+
+        def batch_decode(self, tokens):
+            return [["a", "b", "</s>", " 17"][token] for (token,) in tokens]
+
+    assert kept_tokens(Other()) == [2, 3]
 
 
 def test_the_likeliest_come_first_and_then_by_their_ids():

@@ -20,7 +20,7 @@ from vllm_budgetdraft.drafter.draft_vocabulary import (
 )
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.drafter.packing import can_pack, weight_bytes
-from vllm_budgetdraft.errors import UnsupportedDrafterError
+from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError
 from vllm_budgetdraft.proposer.draft_loop import Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.drawn_logits import NEVER, DrawnLogits
@@ -166,6 +166,49 @@ def test_what_was_certain_of_other_tokens_is_not_in_the_next_draft():
         logits.store(slots, step, torch.zeros(2, 2))
     assert (stored[slots][..., ids] == 0).all()
     assert (stored[slots][..., [0, 2, 4, 5]] == NEVER).all()
+
+
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_in_every_draft_what_is_told_is_what_was_drawn_from(tmp_path, has_graphs):
+    """Whatever came in between: last tokens that are not drafted, shorter drafts."""
+    folder, slots = write_drafter(tmp_path), [2, 0, 3]
+    told = build_proposer(folder, num_slots=NUM_SLOTS, tells_logits=True)
+    twin = build_proposer(folder, num_slots=NUM_SLOTS)
+    others = [token for token in range(models.VOCAB_SIZE) if token not in IDS]
+    temperatures = torch.tensor([1.0, 0.7, 0.3])
+    everyone = []
+    for proposer in (told, twin):
+        if has_graphs:
+            proposer.capture_graphs(FakeGraph)
+        everyone.append(Requests(proposer))
+        for slot in slots:
+            everyone[-1].start(slot, 30 + slot, seed=slot)
+    for turn, length in enumerate([4, 2, 3, 1, 4, 2]):
+        last = torch.tensor(others[3 * turn : 3 * turn + 3])[:, None].expand(-1, 4)
+        if turn % 2 == 0:
+            told.drawn_logits.store_certain(torch.tensor(slots), last)
+        drafts, expected = (
+            each.drafts(slots, length, temperatures.tolist()) for each in everyone
+        )
+        assert torch.equal(drafts.tokens, expected.tokens)
+        logits = told.drawn_logits.logits[slots, :length]
+        found = (logits / temperatures[:, None, None]).softmax(-1)
+        torch.testing.assert_close(found, expected.probabilities)
+        where = torch.tensor([[turn % 3 == row] for row in range(3)])
+        told.drawn_logits.make_certain(torch.tensor(slots), last[:, :length], where)
+
+
+def test_a_file_that_cannot_be_written_is_said(tmp_path):
+    folder = write_drafter(tmp_path, size=None)
+    (folder / FILE).with_suffix(".unfinished").mkdir()
+    with pytest.raises(ConfigurationError, match="draft_vocabulary"):
+        write_draft_vocabulary(folder, IDS)
+
+
+def test_whoever_may_read_the_config_may_read_the_file(tmp_path):
+    folder = write_drafter(tmp_path)
+    modes = {(folder / name).stat().st_mode for name in (FILE, "config.json")}
+    assert len(modes) == 1
 
 
 def test_the_setting_cuts_the_file_to_its_likeliest(tmp_path):

@@ -41,14 +41,17 @@ def describe(config: SettledConfig, vocab_size: int) -> str:
         model = Drafter(drafter, 1)
     head = model.head.numel()
     layers = sum(p.numel() for p in model.layers.parameters())
+    count, share = min(vocab_size, drafter.vocab_size), head / (head + layers)
     return (
-        f"all {vocab_size} tokens: the output matrix is {head / (head + layers):.0%} "
+        f"all {count} tokens: the output matrix is {share:.0%} "
         "of what a draft multiplies with, and budgetdraft vocabulary makes it smaller"
     )
 
 
 def measure(config: SettledConfig, written: list[list[int]], target: Any) -> str | None:
     """The share of a text that may be drafted, and the time of drafts with all tokens.
+
+    On a GPU drafts are timed without CUDA graphs: they take longer than in serving.
 
     Args:
         written: token ids, by the target.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -26,6 +26,8 @@ IDS, OFFSETS = "ids", "d2t"
 
 def read_token_ids(file: Path, vocab_size: int) -> Tensor:
     """Token ids [n] int64 as a file has them, the likeliest first.
+
+    Those of an EAGLE-3 head are in no such order, but in that of its logits.
 
     Args:
         file: one that ``budgetdraft vocabulary`` wrote, or the weights of an EAGLE-3
@@ -115,8 +117,8 @@ def write_draft_vocabulary(folder: Path, ids: Tensor) -> None:
     Raises:
         ConfigurationError: it cannot be written.
     """
-    tensors = {IDS: ids.contiguous()}
-    replace(folder / FILE, lambda path: save_file(tensors, path))
+    content = save({IDS: ids.contiguous()})
+    replace(folder / FILE, lambda path: path.write_bytes(content))
 
 
 def _is_whole(x: Tensor) -> bool:

@@ -78,9 +78,11 @@ def join(target: str, layers: Path, output: Path) -> None:
     )
     with whole_folder(output) as made:
         save_drafter(drafter, made, dtype=dtype)
-        if (layers / FILE).is_file():
+        if has_vocabulary := (layers / FILE).is_file():
             shutil.copyfile(layers / FILE, made / FILE)
         tokenizer.save_pretrained(made)
+    if not has_vocabulary:  # but perhaps the drafter that was there before
+        (output / FILE).unlink(missing_ok=True)
 
 
 def of_target(target: str, load: Callable[..., Any], **options: Any) -> Any:

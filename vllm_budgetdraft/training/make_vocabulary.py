@@ -39,7 +39,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--chat-template", help="in place of the target's")
     parser.add_argument("--text-column", default="text")
     parser.add_argument(
-        "--size", type=at_least(1), default=16384, help="tokens of the vocabulary"
+        "--size",
+        type=at_least(1),
+        default=16384,
+        help="tokens of the vocabulary, or all if there are fewer",
     )
 
 
@@ -64,13 +67,15 @@ def run(args: Namespace) -> None:
 
     disable_progress_bars()
     folder = folder_of(args.drafter)
-    vocab_size = of_target(args.target, AutoConfig.from_pretrained).vocab_size
+    config = of_target(args.target, AutoConfig.from_pretrained)
+    vocab_size = config.get_text_config().vocab_size
     tokenizer = of_target(args.target, AutoTokenizer.from_pretrained)
     check_vocabulary(folder, vocab_size, args.target)
     vocab_size = min(vocab_size, read_drafter_config(folder).vocab_size)
     rows, column = _rows(args, tokenizer, vocab_size)
     kept = [token for token in kept_tokens(tokenizer) if token < vocab_size]
     counts = count_tokens(rows, column, vocab_size)
+    args.size = min(args.size, vocab_size)
     ids = likeliest_tokens(counts, kept, args.size)
     write_draft_vocabulary(Path(folder), ids)
 

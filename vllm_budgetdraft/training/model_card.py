@@ -1,5 +1,6 @@
 """The card of a trained drafter: what it learnt from, how, and how it does."""
 
+import statistics
 from typing import Any
 
 from transformers import TrainerState
@@ -55,8 +56,8 @@ the one before."""
 
 DRAFTED = """
 
-It drafts {drafted:,} of the {all:,} tokens of the vocabulary, and no others:
-{where} names them."""
+It drafts {drafted:,} of the {all:,} tokens of the vocabulary: {where} names them. Of the
+others it has learnt nothing."""
 
 
 def model_card(
@@ -137,7 +138,7 @@ def _about(drafter: Drafter | FlexDraft, options: dict[str, Any]) -> str:
 def _drafted(
     drafter: Drafter | FlexDraft, num_drafted: int | None, state: TrainerState
 ) -> str:
-    """What a draft vocabulary is, and how much of the target's choices it had last."""
+    """What a draft vocabulary is, and how much of the target's choices it had."""
     if num_drafted is None:
         return ""
     is_head = isinstance(drafter, FeatureDrafter)
@@ -146,12 +147,17 @@ def _drafted(
         all=drafter.config.vocab_size,
         where="`d2t` of its weights" if is_head else f"`{FILE}`",
     )
-    seen = [entry for entry in state.log_history if "label_coverage" in entry]
-    if seen:
-        text += f"\nIn training it last had {seen[-1]['label_coverage']:.1%} of the "
-        text += "tokens that the target chose"
-        if "coverage" in seen[-1]:
-            text += f", and {seen[-1]['coverage']:.1%} of its probability"
+    steps = [entry for entry in state.log_history if "loss" in entry]
+    means = {
+        name: statistics.fmean(seen)
+        for name in ("label_coverage", "coverage")
+        if (seen := [entry[name] for entry in steps if name in entry])
+    }
+    if means:
+        text += f"\nIn training these were {means['label_coverage']:.1%} of the tokens "
+        text += "that the target chose"
+        if "coverage" in means:
+            text += f", and {means['coverage']:.1%} of its probability"
         text += "."
     return text
 

@@ -131,10 +131,8 @@ class StoredTeacher:
         if self.vocabulary is not None:
             places = self.vocabulary.labels(places)
             is_drafted = places != OUTSIDE
-            p = log_p.exp()
-            inside = p.where(is_drafted, 0).sum(-1)
             # What is unknown may be drafted: KL leaves it where it was.
-            share = inside.maximum(1 - p.where(~is_drafted, 0).sum(-1))
+            share = 1 - log_p.exp().where(~is_drafted, 0).sum(-1)
             # Of another token's q, which min(p, q) = 0 leaves without a gradient.
             places = places.clamp_min(0)
             log_p = log_p.where(is_drafted, -torch.inf)

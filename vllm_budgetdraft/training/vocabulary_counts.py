@@ -1,8 +1,11 @@
 """Which tokens of a vocabulary a target writes most."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -10,14 +13,28 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_budgetdraft.errors import ConfigurationError
 
+#: Rows that are counted at once.
+BATCH = 10_000
+
 
 def count_tokens(rows: Dataset, column: str, vocab_size: int) -> Tensor:
-    """How often each token occurs in lists of token ids: [vocab_size] int64."""
-    # In Arrow's own memory: books as Python lists would take tens of gigabytes.
-    lists = rows.flatten_indices().data.column(column)
+    """How often each token occurs in lists of token ids: [vocab_size] int64.
+
+    Raises:
+        ConfigurationError: there are ids beyond the vocabulary.
+    """
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for chunk in lists.chunks:
-        counts += np.bincount(chunk.flatten().to_numpy(), minlength=vocab_size)
+    # In Arrow's own memory: books as Python lists would take tens of gigabytes.
+    batches = rows.select_columns([column]).with_format("arrow").iter(BATCH)
+    for batch in batches:
+        tokens = pc.list_flatten(batch.column(column)).cast(pa.int64())
+        found = np.bincount(tokens.to_numpy(), minlength=vocab_size)
+        if len(found) > vocab_size:
+            raise ConfigurationError(
+                f"token id {len(found) - 1} occurs in {column!r}, and the vocabulary "
+                f"has ids to {vocab_size - 1}; use a tokenizer, or text, of this target"
+            )
+        counts += found
     return torch.from_numpy(counts)
 
 
@@ -26,12 +43,15 @@ def kept_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     Control tokens end texts and turns, and are what templates are made of.
     """
-    added = tokenizer.added_tokens_decoder.items()
-    control = {id for id, token in added if token.special}
-    vocabulary = tokenizer.get_vocab()
-    pieces = tokenizer.batch_decode([[id] for id in vocabulary.values()])
-    named = zip(vocabulary.values(), pieces, strict=True)
-    numbers = {id for id, piece in named if piece.isascii() and piece.isdigit()}
+    added = tokenizer.added_tokens_decoder
+    control: set[int] = set()
+    if isinstance(added, dict):  # not of tokenizers of other libraries
+        control = {id for id, token in added.items() if token.special}
+    ids = list(tokenizer.get_vocab().values())
+    pieces = tokenizer.batch_decode([[id] for id in ids])
+    texts = [piece.strip() for piece in pieces]
+    is_number = [text.isascii() and text.isdigit() for text in texts]
+    numbers = set(itertools.compress(ids, is_number))
     return sorted(control | set(tokenizer.all_special_ids) | numbers)
 
 
