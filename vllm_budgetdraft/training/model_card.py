@@ -56,8 +56,8 @@ the one before."""
 
 DRAFTED = """
 
-It drafts {drafted:,} of the {all:,} tokens of the vocabulary: {where} names them. Of the
-others it has learnt nothing."""
+It drafts {drafted:,} of the {all:,} tokens of the vocabulary: {where} names them.
+Of the others it has learnt nothing."""
 
 
 def model_card(
