@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from tests.support.distributions import (
     sampling_engine,
     write_tokenizer,
 )
-from tests.support.engines import ENGINE_ARGS
+from tests.support.engines import ENGINE_ARGS, nothing
 from tests.support.heads import target_config, write_head
+from tests.support.runner_v2 import schedule_ahead
 from tests.support.tiny_pair import (
     LETTERS,
     NUM_SAMPLES,
@@ -32,6 +34,8 @@ from tests.support.tiny_pair import (
     job,
 )
 from tests.support.tiny_pair import engine_args as tiny_engine_args
+from vllm_budgetdraft.comparison.engines import check_engine
+from vllm_budgetdraft.errors import UnsupportedDrafterError
 
 pytestmark = pytest.mark.vllm
 
@@ -57,9 +61,14 @@ def run(
     pair: Path,
     speculation: dict[str, Any] | None,
     prompts: list[list[int]],
+    prepare: Callable[[], None] = nothing,
     **engine_args: Any,
 ) -> tuple[list[list[int]], Drafts]:
-    """Tokens of each prompt, and drafts of each, in a process of its own."""
+    """Tokens of each prompt, and drafts of each, in a process of its own.
+
+    Args:
+        prepare: what the process does first.
+    """
     args = {
         "model": str(pair / "target"),
         "max_model_len": MAX_MODEL_LEN,
@@ -69,12 +78,15 @@ def run(
     }
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as processes:
-        return processes.submit(_run, args, prompts).result()
+        return processes.submit(_run, args, prompts, prepare).result()
 
 
 def _run(
-    engine_args: dict[str, Any], prompts: list[list[int]]
+    engine_args: dict[str, Any],
+    prompts: list[list[int]],
+    prepare: Callable[[], None],
 ) -> tuple[list[list[int]], Drafts]:
+    prepare()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -93,7 +105,18 @@ def _run(
                 noted.setdefault(request_id.split("-")[0], []).append(row)
         return drafts
 
+    def note_v2(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        drafts = original(*args, **kwargs)
+        lists = drafts.tolist()
+        for request_id, row in zip(args[0].req_ids, lists, strict=True):
+            if request_id in speculator.drafted:
+                noted.setdefault(request_id.split("-")[0], []).append(row)
+        return drafts
+
     GPUModelRunner.propose_draft_token_ids = note  # type: ignore[method-assign]
+    runner: Any = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    if speculator := getattr(runner, "speculator", None):
+        speculator.propose = partial(note_v2, speculator.propose)
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(
@@ -170,6 +193,30 @@ def test_drafts_are_the_same_however_prompts_come(
         assert drafts.keys() == drafted[1].keys()
 
 
+@pytest.mark.parametrize("max_num_batched_tokens", [8, 512])
+def test_model_runner_v2_drafts_the_same(
+    pair, prompts, plain, drafted, max_num_batched_tokens
+):
+    """In the interpreter, so that there are few; prompts come whole, or in pieces."""
+    few = [2, 0, 4]
+    tokens, drafts = run(
+        pair,
+        ours(pair),
+        [prompts[index] for index in few],
+        schedule_ahead,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=3,
+    )
+    assert tokens == [plain[index] for index in few]
+    assert len(drafts) == len(few)
+    for place, index in enumerate(few):
+        expected = drafted[1][str(index)]
+        found = drafts[str(place)]
+        assert found[: len(expected)] == expected[: len(found)]
+        assert len(found) >= len(expected) - 1
+
+
 @pytest.mark.parametrize("policy", ["chunk_retrieval", "heavy_hitter"])
 def test_a_small_budget_changes_drafts_alone(pair, prompts, plain, drafted, policy):
     settings = {"kv_budget": 64, "recent_window": 48, "eviction_policy": policy}
@@ -189,6 +236,47 @@ def test_after_a_cached_prefix_it_drafts_from_what_is_new(pair, prompts, plain):
     assert len(drafts) == 4
     first, again = drafts["0"], drafts["2"]
     assert len(first) == len(again) and first != again
+
+
+def test_what_a_head_asks_of_the_target_tells_compiled_graphs_apart(pair, tmp_path):
+    """And nothing else that is set: each other budget would compile anew."""
+    decoder = models.write_model(tmp_path / "decoder", target_config(**SHAPE))
+    layers = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+    other = write_head(tmp_path / "other", **SHAPE, eagle_config=layers)
+
+    def hash_of(**settings: Any) -> str:
+        args = {"model": str(pair / "target"), "max_model_len": MAX_MODEL_LEN}
+        speculation = ours(pair, **settings)
+        config = check_engine({**args, "speculative_config": speculation})
+        return str(config.speculative_config.compute_hash())
+
+    head = hash_of()
+    assert head == hash_of(kv_budget=64)
+    assert len({head, hash_of(model=str(decoder)), hash_of(model=str(other))}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"target_hidden_size": 64},
+            "is an EAGLE-3 head of another target: its states",
+        ),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}},
+            "of 3 layers of its target, [1, 2, 9], and this target has 4",
+        ),
+        ({"eagle_config": {}}, "of 3 layers of its target, [2, 2, 1], and this"),
+    ],
+)
+def test_heads_of_other_targets_are_refused_before_weights_load(
+    pair, tmp_path, changes, said
+):
+    head = write_head(tmp_path, **SHAPE, **changes)
+    args = {"model": str(pair / "target"), "max_model_len": MAX_MODEL_LEN}
+    with pytest.raises(UnsupportedDrafterError) as caught:
+        check_engine({**args, "speculative_config": ours(pair, model=str(head))})
+    assert said in str(caught.value)
 
 
 def test_samples_have_the_targets_distribution(tmp_path):

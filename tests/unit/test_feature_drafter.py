@@ -250,6 +250,26 @@ def test_heads_that_are_none_are_refused(spoil, said, tmp_path, embedding):
     assert said in str(caught.value)
 
 
+def test_a_token_that_is_named_twice_is_refused(tmp_path, embedding):
+    """Else what drafts are drawn from would not be what is told of them."""
+    weights = load_file(write_head(tmp_path) / "model.safetensors")
+    weights["d2t"][1] = weights["d2t"][0] - 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedDrafterError, match="of which 39 are different"):
+        load_feature_drafter(tmp_path, max_positions=8, embedding=embedding)
+
+
+def test_a_head_has_an_output_matrix_whatever_was_copied_of_its_target(
+    tmp_path, embedding
+):
+    write_head(tmp_path, tie_word_embeddings=True)
+    drafter = load_feature_drafter(tmp_path, max_positions=8, embedding=embedding)
+    assert drafter.logits(torch.zeros(1, HIDDEN)).shape == (1, NUM_DRAFTED)
+    drop(tmp_path, "lm_head.weight")
+    with pytest.raises(UnsupportedDrafterError, match="lacks the weights lm_head"):
+        load_feature_drafter(tmp_path, max_positions=8, embedding=embedding)
+
+
 def test_without_anybodys_embeddings_a_head_is_refused(tmp_path):
     with pytest.raises(UnsupportedDrafterError, match="lacks the weights embed_tokens"):
         load_feature_drafter(write_head(tmp_path), max_positions=8)

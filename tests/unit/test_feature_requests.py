@@ -16,7 +16,7 @@ from tests.support import models
 from tests.support.adapter import Request as State
 from tests.support.heads import write_head
 from tests.unit.test_feature_drafter import causal
-from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.config import BudgetDraftConfig, speculative
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 
@@ -217,6 +217,76 @@ def test_a_small_budget_keeps_its_memory_and_goes_on(tmp_path):
             engine.step()
     slot = engine.drafter._slots.get(name, engine.states[name]).slot
     core.cache.check_slot(slot)
+
+
+def step(engine: Simulated, **requests: tuple[int, int, bool]) -> dict[int, list[int]]:
+    """A step by hand: of each request, tokens known before, computed, and sampled."""
+    from vllm_budgetdraft.vllm_integration.request_drafter import Request
+
+    made, states, first = [], [], 0
+    for row, (name, (start, count, sampled)) in enumerate(requests.items()):
+        context = engine.contexts[name]
+        states.append(states_of(context[start : start + count], start))
+        made.append(
+            Request(
+                row,
+                name,
+                engine.states.setdefault(name, State()),
+                context=np.array(context, dtype=np.int32),
+                sampled=sampled,
+                max_drafts=NUM_DRAFTS,
+                num_computed=start,
+                num_scheduled=count,
+                first_state=first,
+            )
+        )
+        first += count
+    return engine.drafter.draft(made, states=torch.cat(states))
+
+
+@pytest.mark.parametrize("reading", ["full", "streaming"])
+def test_prompts_of_one_step_are_read_in_it(tmp_path, monkeypatch, reading):
+    """However many passes that takes: what is not read then is lost."""
+    monkeypatch.setattr(speculative, "MAX_PASS_TOKENS", 32)
+    settings = {"draft_prefill": reading, "kv_budget": 64, "draft_prefill_chunk": 16}
+    core = build(write_head(tmp_path, max_position_embeddings=512), **settings)
+    engine = Simulated(core, 0)
+    for name in "abc":
+        engine.contexts[name] = models.random_tokens(101, seed=ord(name)).tolist()
+    drafts = step(engine, a=(0, 100, True), b=(0, 100, True), c=(0, 60, False))
+    assert sorted(drafts) == [0, 1] and all(drafts.values())
+    engine.contexts["c"].append(3)
+    assert step(engine, c=(60, 41, True))
+
+
+def test_a_session_that_goes_on_otherwise_begins_anew(tmp_path):
+    """As vLLM's streaming inputs do: the last sampled token is thrown away."""
+    core = build(write_head(tmp_path, max_position_embeddings=512))
+    engine = Simulated(core, 0)
+    engine.contexts["a"] = [*range(20), 5]
+    assert step(engine, a=(0, 20, True))[0] == expected_drafts(
+        core.drafter, engine.contexts["a"], 0
+    )
+    engine.contexts["a"][20:] = [7, *range(30, 50)]
+    assert not step(engine, a=(20, 10, False))
+    engine.contexts["a"].append(8)
+    found = step(engine, a=(30, 11, True))
+    expected = expected_drafts(core.drafter, engine.contexts["a"], 20)
+    assert found[0] == expected
+
+
+def test_a_request_that_asks_for_nothing_does_not_hide_who_drafts(tmp_path):
+    core = build(write_head(tmp_path, max_position_embeddings=512))
+    engine = Simulated(core, 0)
+    for name in "ab":
+        engine.contexts[name] = [*range(20), 5]
+    engine.states["b"] = State(num_speculative_tokens=0)
+    step(engine, a=(0, 20, True), b=(0, 20, True))
+    assert not engine.drafter.has_only_drafted, "one of them had to read"
+    for name in "ab":
+        engine.contexts[name].append(6)
+    step(engine, a=(20, 1, True), b=(20, 1, True))
+    assert engine.drafter.has_only_drafted
 
 
 def test_requests_that_ask_for_nothing_get_nothing(tmp_path):

@@ -47,18 +47,18 @@ def describe(
     """
     if drafter_type(config) == "flexdraft":
         return "no draft cache: FlexDraft reads the target's own"
+    dtype = resolve_dtype(config, device_type, target_dtype)
     drafter, draft_ids, shares_embedding = read_config(config.model), None, False
     kind: Literal["decoder", "eagle3"] = "decoder"
     if is_feature_drafter(config.model):
         kind = "eagle3"
         stored = check_feature_weights(config.model, drafter, has_embedding=True)
-        shares_embedding = stored.lacks(EMBEDDING)
+        shares_embedding = stored.lacks(EMBEDDING) and dtype == target_dtype
     else:
         draft_ids = read_draft_vocabulary(
             config.model, drafter, config.draft_vocabulary_size, vocab_size
         )
     drafter.vocab_size = vocab_size or drafter.vocab_size
-    dtype = resolve_dtype(config, device_type, target_dtype)
     plan = MemoryPlan.of(
         settle(config, trained_view(drafter), kind),
         drafter,

@@ -98,6 +98,7 @@ def read_feature_config(folder: str | Path) -> PretrainedConfig:
         settings = {k: v for k, v in layer.items() if k not in names}
         family = layer.get("model_type", "llama")
         config = AutoConfig.for_model(family, **settings)
+        config.tie_word_embeddings = False  # whatever was copied from the target
         for key, value in defaults.items():
             setattr(config, key, bool(said.get(key, value)))
         config.draft_vocab_size = said.get("draft_vocab_size") or config.vocab_size
@@ -198,11 +199,12 @@ def draft_ids(stored: StoredWeights, config: PretrainedConfig) -> Tensor | None:
     offsets = stored.read(OFFSETS).long()
     ids = offsets + torch.arange(len(offsets))
     known = (ids >= 0) & (ids < config.vocab_size)
-    if ids.shape != (config.draft_vocab_size,) or not known.all():
+    different = len(ids[known].unique())
+    if not len(ids) == different == config.draft_vocab_size:
         raise UnsupportedDrafterError(
-            f"{OFFSETS} has {len(ids)} tokens, of which {int(known.sum())} are in the "
-            f"vocabulary; config.json says {config.draft_vocab_size} (draft_vocab_size)"
-            f" of {config.vocab_size}: download or copy both anew"
+            f"{OFFSETS} has {len(ids)} tokens, of which {different} are different ones "
+            f"of the vocabulary; config.json says {config.draft_vocab_size} "
+            f"(draft_vocab_size) of {config.vocab_size}: download or copy both anew"
         )
     return ids
 

@@ -131,8 +131,8 @@ class Drafter(nn.Module):
     ``attend``.
 
     Attributes:
-        draft_ids: [draft_vocab_size] int64, sorted, the tokens that have logits; None
-            if these are all ids below ``draft_vocab_size``.
+        draft_ids: [draft_vocab_size] int64, all different, the token of each logit;
+            None if these are all ids below ``draft_vocab_size``.
     """
 
     def __init__(self, config: PretrainedConfig, max_positions: int) -> None:

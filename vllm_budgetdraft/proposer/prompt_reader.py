@@ -208,7 +208,7 @@ class PromptReader:
             Why slots failed. All of these did, if one: they are not read any more.
         """
         try:
-            total = self.prompt.max_tokens
+            total = sum(ends.values())  # at most
             self.read(list(ends), tokens_of, total, features_of, ends)
         except Exception as error:
             for slot in ends:
@@ -240,7 +240,9 @@ class PromptReader:
                 continue
             if reading.segment is None:
                 if reading.most_held > room:
-                    break
+                    if ends is None:
+                        break
+                    continue  # a shorter one may find room, for none can wait
                 room -= reading.most_held
                 reading.segment = self.prompt.open()
             limit -= len(piece)

@@ -46,12 +46,14 @@ def load_core(
         batch_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         target_cost=_target_cost(vllm_config),
         tells_logits=tells_logits,
-        embedding=embedding_of(target, dtype),
+        embedding=(
+            embedding_of(target, dtype) if config.drafter_type == "eagle3" else None
+        ),
     )
     warm_up(core)
     if is_gpu(device) and not vllm_config.model_config.enforce_eager:
         capture_graphs(core, CudaGraphCapture())
-    _log_memory(core)
+    _log_memory(core, vllm_config.model_config.dtype)
     if warning := range_warning(core.config, core.drafter.config, max_model_len):
         logger.warning(warning)
     return core
@@ -60,12 +62,13 @@ def load_core(
 def embedding_of(target: nn.Module, dtype: torch.dtype) -> Tensor | None:
     """The target's embeddings [vocab_size, hidden_size], the same memory if it can be.
 
-    None where ranks hold parts of them, or there are none.
+    None where ranks hold parts of them, or there are none that are numbers.
     """
     for module in target.modules():
         if isinstance(module, VocabParallelEmbedding) and module.tp_size == 1:
-            rows: Tensor = module.weight[: module.org_vocab_size]
-            return rows.detach().to(dtype)
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.is_floating_point():
+                return weight[: module.org_vocab_size].detach().to(dtype)
     return None
 
 
@@ -98,14 +101,16 @@ def capture_graphs(core: DraftProposer, capture: Capture) -> None:
         logger.info("BudgetDraft captured %d CUDA graphs of its drafts", num_graphs)
 
 
-def _log_memory(core: DraftProposer) -> None:
+def _log_memory(core: DraftProposer, target_dtype: torch.dtype) -> None:
     drafter, dtype = core.drafter, core.cache.pool.keys.dtype
     weights = weight_bytes(
         drafter.config,
         dtype,
         drafter.is_packed,
         drafter.draft_ids,
-        isinstance(drafter, FeatureDrafter) and drafter.shares_embedding,
+        isinstance(drafter, FeatureDrafter)
+        and drafter.shares_embedding
+        and dtype == target_dtype,
     )
     bill = core.plan.describe(weights=weights, scratch=core.scratch_bytes)
     logger.info("BudgetDraft memory: %s", bill)

@@ -34,8 +34,9 @@ from vllm_budgetdraft.vllm_integration.sampling import as_tensors
 class FeatureRequestDrafter(RequestDrafter):
     """Drafts for requests that hold slots of a ``DraftProposer`` of features.
 
-    Of a ``Holding``, ``origin`` is the first position that its cache knows, and
-    ``num_cached`` the position that comes next.
+    Of a ``Holding``, ``origin`` is the first position that its cache knows,
+    ``num_cached`` the position that comes next, ``last_token`` the context's token
+    there, and ``num_tokens`` the position up to which a prompt is read.
     """
 
     def draft(
@@ -78,17 +79,20 @@ class FeatureRequestDrafter(RequestDrafter):
             for request, holding in ready
         }
         drafting = [each for each in ready if max_drafts(each[0], each[1].settings)]
-        others = [each for each in ready if each not in drafting]
+        others = [each for each in ready if not max_drafts(each[0], each[1].settings)]
         drafts = self._fed(drafting, firsts) if drafting else {}
         if others:
             self._fed(others, firsts, num_drafts=0)
+        del self._features
         for request, holding in able:
             holding.num_cached = request.num_computed + request.num_scheduled
             if request.sampled:
                 holding.num_cached = len(request.context) - 1
+            last = min(holding.num_cached, len(request.context) - 1)
+            holding.last_token = int(request.context[last])
         if drafts:
             self._faults.drafted()
-        self.has_only_drafted = not reading and len(drafts) == len(requests)
+        self.has_only_drafted = not reading and len(drafts) == len(able)
         self._count(requests, drafts)
         return drafts
 
@@ -103,13 +107,28 @@ class FeatureRequestDrafter(RequestDrafter):
         """A slot whose cache goes on with this step's tokens, or begins with them."""
         holding = self._holding(request)
         if holding is not None:
-            if holding.num_cached == request.num_computed:
+            if self._goes_on(request, holding):
                 return holding
             self._release(request.request_id)
         return self._start(request, batch)
 
+    def _goes_on(self, request: Request, holding: Holding) -> bool:
+        """Whether a cache is of this context, and its next position comes now.
+
+        Not so after a preemption, nor where a session goes on with other tokens than
+        were sampled.
+        """
+        first = request.num_computed
+        if holding.num_cached != first or holding.last_token != request.context[first]:
+            return False
+        if not holding.is_read:
+            return holding.num_tokens == _last_read(request)
+        new = len(request.context) - 1 - first
+        return request.sampled and new <= self._core.first_width
+
     def _begin(self, request: Request, holding: Holding) -> None:
         holding.origin = holding.num_cached = request.num_computed
+        holding.num_tokens = _last_read(request)
         num_tokens = _last_read(request) - holding.origin
         budget = holding.settings.kv_budget
         self._core.start_reading(holding.slot, num_tokens, budget)

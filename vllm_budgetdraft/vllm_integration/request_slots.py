@@ -24,7 +24,7 @@ class Holding:
             be read into it.
         fed: drafts that the cache holds after the context.
         num_waited: steps in which it sampled and had no drafts; None after the first.
-        origin: first position that the cache knows; see ``FeatureRequestDrafter``.
+        origin, last_token: see ``FeatureRequestDrafter``.
     """
 
     slot: int
@@ -37,6 +37,7 @@ class Holding:
     fed: list[int] = field(default_factory=list)
     num_waited: int | None = 0
     origin: int = 0
+    last_token: int = -1
 
     def goes_on(self, context: Any, sampled: bool) -> bool:
         """Takes the drafts that ``context`` (token ids) begins with for cached.

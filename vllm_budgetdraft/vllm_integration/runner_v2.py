@@ -38,6 +38,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         drafted: ids of the requests that drafted in the last step.
     """
 
+    #: Whether it is to be given what the target thought.
+    reads_features = False
     # A vLLM module, attention layers, and whatever hangs on them: there are none.
     model = None
     supports_mm_inputs = False
@@ -147,10 +149,12 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
                 sampling = draft_sampling(params)
                 self._temperatures[index], self._top_k[index] = sampling
                 progress.is_cut = sampling.top_k > 0
-            budget = settings.kv_budget
-            num_tokens = progress.num_to_read
-            self._core.start_reading(index, num_tokens, budget)
-            self._statistics.count_reading(num_tokens, request.num_computed_tokens)
+            self._start_reading(index, progress, request.num_computed_tokens)
+
+    def _start_reading(self, index: int, progress: Progress, num_computed: int) -> None:
+        num_tokens = progress.num_to_read
+        self._core.start_reading(index, num_tokens, progress.kv_budget)
+        self._statistics.count_reading(num_tokens, num_computed)
 
     @torch.inference_mode()
     def propose(

@@ -1,5 +1,6 @@
 """The SpeculativeConfig that carries our settings to every process."""
 
+import hashlib
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
@@ -64,6 +65,18 @@ class BudgetDraftSpeculativeConfig(SpeculativeConfig):
     @property
     def settings(self) -> SettledConfig:
         return SettledConfig(**self.budgetdraft)
+
+    def compute_hash(self) -> str:
+        """Of what the target's compiled graph depends on: what a head asks of it, too.
+
+        vLLM adds that for its own heads, by the names of methods.
+        """
+        found = super().compute_hash()
+        settings = self.settings
+        if settings.drafter_type != "eagle3":
+            return found
+        layers = read_feature_config(settings.model).aux_layers
+        return hashlib.sha256(f"{found} {layers}".encode()).hexdigest()
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.budgetdraft.items())
@@ -161,7 +174,6 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
     config: SettledConfig = vllm_config.speculative_config.settings
     needs = {
         "budgetdraft's flexdraft drafters": config.drafter_type == "flexdraft",
-        "budgetdraft's EAGLE-3 heads": config.drafter_type == "eagle3",
         "budgetdraft's draft_confidence_threshold": config.draft_confidence_threshold,
         # Ranks would verify different numbers of drafts, and wait for each other.
         "budgetdraft's adaptive_draft_length with data parallelism": (
@@ -230,6 +242,15 @@ def _check_eagle3(
                 f"{config.model} is an EAGLE-3 head of another target: its {what} are "
                 f"{ours} wide, the target's {theirs}; give a head of this target"
             )
+    has = target.get_total_num_hidden_layers()
+    layers = head.aux_layers or [2, has // 2, has - 3]  # vLLM's
+    if not 0 <= min(layers) <= max(layers) <= has or (
+        len(set(layers)) != head.num_aux_layers
+    ):
+        raise UnsupportedDrafterError(
+            f"{config.model} is an EAGLE-3 head of {head.num_aux_layers} layers of its "
+            f"target, {layers}, and this target has {has}; give a head of this target"
+        )
     if config.num_speculative_tokens >= MAX_WIDTH:
         raise ConfigurationError(
             f"num_speculative_tokens={config.num_speculative_tokens}: an EAGLE-3 head "

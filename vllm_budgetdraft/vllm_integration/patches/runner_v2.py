@@ -67,6 +67,9 @@ def _make_ours(original: Function) -> Function:
 
         from vllm_budgetdraft.vllm_integration.adaptive_schedule import every_length
         from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
+        from vllm_budgetdraft.vllm_integration.runner_v2_features import (
+            FeatureSpeculator,
+        )
 
         config = vllm_config.speculative_config
         if config.settings.adaptive_draft_length:
@@ -74,14 +77,37 @@ def _make_ours(original: Function) -> Function:
             config.num_speculative_tokens_per_batch_size = every_length(
                 config.num_speculative_tokens
             )
+        wrap_method(GPUModelRunner, "load_model", _ask_for_states)
         wrap_method(GPUModelRunner, "add_requests", _announce)
         wrap_method(GPUModelRunner, "take_draft_token_ids", _leave_out)
         statistics.apply_to_worker()
         step_timing.apply_to_worker()
         logprobs.apply_to_runner_v2()
-        return BudgetDraftSpeculator(vllm_config, device, req_states)
+        kind = BudgetDraftSpeculator
+        if config.settings.drafter_type == "eagle3":
+            kind = FeatureSpeculator
+        return kind(vllm_config, device, req_states)
 
     return init_speculator
+
+
+def _ask_for_states(original: Function) -> Function:
+    """Symptom: an EAGLE-3 head has nothing to read.
+
+    Reason: the runner asks the target for its states by the names of methods. Remove
+    when a speculator can ask.
+    """
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        wants = _is_ours(self.vllm_config) and self.speculator is not None
+        wants = wants and self.speculator.reads_features
+        if wants:
+            self.use_aux_hidden_state_outputs = True
+        original(self, *args, **kwargs)
+        if wants and self.speculator.aux_layers:
+            self.model.set_aux_hidden_state_layers(tuple(self.speculator.aux_layers))
+
+    return load_model
 
 
 def _announce(original: Function) -> Function:
