@@ -217,6 +217,24 @@ def test_model_runner_v2_drafts_the_same(
         assert len(found) >= len(expected) - 1
 
 
+@pytest.mark.parametrize("prepare", [nothing, schedule_ahead], ids=["v1", "v2"])
+def test_who_finds_no_pages_begins_later_with_what_is_new(
+    pair, prompts, plain, prepare
+):
+    """Of three requests at a time two have pages: 416 tokens of 512 bytes each."""
+    few = [2, 0, 4, 1, 3]
+    tokens, drafts = run(
+        pair,
+        ours(pair, pool_memory_gib=2.1 * 416 * 512 / 2**30),
+        [prompts[index] for index in few],
+        prepare,
+        max_num_batched_tokens=24,  # so that they do not end together
+        max_num_seqs=3,
+    )
+    assert tokens == [plain[index] for index in few]
+    assert len(drafts) >= 4 and all(drafts.values())
+
+
 @pytest.mark.parametrize("policy", ["chunk_retrieval", "heavy_hitter"])
 def test_a_small_budget_changes_drafts_alone(pair, prompts, plain, drafted, policy):
     settings = {"kv_budget": 64, "recent_window": 48, "eviction_policy": policy}
@@ -279,13 +297,22 @@ def test_heads_of_other_targets_are_refused_before_weights_load(
     assert said in str(caught.value)
 
 
-def test_samples_have_the_targets_distribution(tmp_path):
+@pytest.mark.parametrize(
+    ("prepare", "num_samples"),
+    [
+        (nothing, NUM_SAMPLES),
+        # In the interpreter sampling takes long.
+        pytest.param(schedule_ahead, 1_000, marks=pytest.mark.slow),
+    ],
+    ids=["v1", "v2"],
+)
+def test_samples_have_the_targets_distribution(tmp_path, prepare, num_samples):
     shape = {**SIZES, "num_hidden_layers": 4}
     target = models.write_model(tmp_path / "target", models.llama(**shape), seed=2)
     write_tokenizer(target, LETTERS)
     head = {k: v for k, v in SIZES.items() if k not in ("bos_token_id", "eos_token_id")}
     folder = write_head(tmp_path / "head", **head, draft_vocab_size=5)
     logits = next_logits(models.read_model(target), PROMPT, NUM_TOKENS)
-    with sampling_engine(tiny_engine_args(target, folder)) as engine:
-        sampled = engine.sample(job(NUM_SAMPLES, temperature=1.0))
+    with sampling_engine(tiny_engine_args(target, folder), prepare) as engine:
+        sampled = engine.sample(job(num_samples, temperature=1.0))
     check(sampled, distribution(logits))
