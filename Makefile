@@ -18,8 +18,9 @@ setup: ## Make .venv: vLLM for this machine, and this package.
 demo: setup ## Compare vLLM with and without BudgetDraft on a small chat model.
 	@$(BIN)/budgetdraft demo $(ARGS)
 
-# Two processes, each with whole files: the tests of a file share engines.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes, each with whole files: the tests of a file share engines. In the order
+# of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup ## Run the tests, without the slow ones.
 	$(PYTEST) $(ARGS)

@@ -1,6 +1,7 @@
 """What tests see of the machine, and fixtures shared by all of them."""
 
 import os
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LONG_FILES = {"test_device_path_v1", "test_device_path_v2"}
 KERNEL_TESTS = Path(__file__).parent / "kernel_parity"
 
 # Threads that wait for each other actively crawl where anything else runs.
@@ -42,7 +44,13 @@ def may_see_gpu(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engines of tests are set up for vLLM on a CPU, which its build for GPUs lacks."""
+    """Files of few tests that take minutes come first, and then those of most tests.
+
+    Last, one process would wait for the other. Engines of tests are set up for vLLM on
+    a CPU, which its build for GPUs lacks.
+    """
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONG_FILES, -sizes[item.path]))
     try:
         vllm = version("vllm")
     except PackageNotFoundError:

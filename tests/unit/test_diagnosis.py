@@ -189,7 +189,8 @@ def test_engines_without_room_for_both_are_compared_all_the_same(
     monkeypatch.setattr(room, "memory_at_hand", lambda: memory)
     args = SimpleNamespace(target=TARGET, new_tokens=8, seconds=0.0)
     speculative_config = {"method": "budgetdraft", "model": DRAFTER}
-    row, races = check._measure(args, {"model": TARGET}, speculative_config, 50)
+    row, rounds = check._measure(args, {"model": TARGET}, speculative_config, 50)
+    races = [race for each in rounds for race in each["races"].values()]
     assert (row["kind"], row["num_runs"]) == ("budgetdraft", 1)
     assert (row["output_identical"], row["output_ties"]) == (0, 1)
     assert [race["position"] for race in races] == [3]

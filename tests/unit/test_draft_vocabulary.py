@@ -1,6 +1,7 @@
 """Drafters that draft some of their tokens alone."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from budgetdraft_kernels import fused, reference
 from tests.support import models
 from tests.support.drafting import Requests, build_proposer
 from tests.support.fake_graph import FakeGraph
+from vllm_budgetdraft.config import BudgetDraftConfig, settle
+from vllm_budgetdraft.diagnosis import drafted_tokens
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.drafter.draft_vocabulary import (
     FILE,
@@ -293,3 +296,27 @@ def test_the_bill_has_the_rows_that_are_kept(tmp_path, tied, is_packed):
     if not is_packed:
         drafter = build_proposer(write_drafter(tmp_path, tied)).drafter
         assert fewer == sum(p.nbytes for p in drafter.parameters())
+
+
+def test_check_says_what_is_drafted_covers_and_saves(tmp_path):
+    folder = write_drafter(tmp_path)
+    config = settle(BudgetDraftConfig(model=str(folder), num_speculative_tokens=3), {})
+    target = SimpleNamespace(
+        get_vocab_size=lambda: models.VOCAB_SIZE, dtype=torch.float32
+    )
+    assert (
+        drafted_tokens.describe(config, models.VOCAB_SIZE)
+        == f"20 of 97 tokens ({FILE})"
+    )
+    others = [token for token in range(models.VOCAB_SIZE) if token not in IDS]
+    written = [IDS[:3].tolist(), [int(IDS[0]), *others[:4]]]
+    said = drafted_tokens.measure(config, written, target)
+    assert said.startswith(
+        "50.0% of the 8 tokens that the target wrote may be drafted; "
+    )
+    assert "3 drafts take" in said and "with all 97 tokens" in said
+    every = config.model_copy(update={"draft_vocabulary_size": 0})
+    assert drafted_tokens.measure(every, written, target) is None
+    assert drafted_tokens.describe(every, models.VOCAB_SIZE).startswith(
+        "all 97 tokens: "
+    )
