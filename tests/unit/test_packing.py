@@ -137,4 +137,4 @@ def test_check_bills_what_will_be_packed(
         device_type=device_type,
     )
     assert bill.startswith("drafter weights 1.0 MiB")
-    assert [of[1:] for of in asked] == [(torch.float32, is_packed, None)]
+    assert [of[1:] for of in asked] == [(torch.float32, is_packed, None, False)]

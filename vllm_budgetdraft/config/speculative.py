@@ -90,6 +90,7 @@ class BudgetDraftConfig(ViewSettings):
     )
     draft_vocabulary_size: int | None = Field(
         None,
+        strict=True,  # for False is no 0
         ge=0,
         le=4194304,
         description="Most tokens of the vocabulary that are drafted, the likeliest of "
