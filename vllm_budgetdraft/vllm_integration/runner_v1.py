@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.drafter.feature_checkpoint import read_feature_config
+from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import doublings, scheduled_length
@@ -60,6 +62,11 @@ class BudgetDraftProposer:
         """Allocates everything: only what lives after this does vLLM count as used."""
         if not self._is_leader:
             return
+        if self.reads_features and not runner_v1.can_ask_for_states():
+            raise UnsupportedVllmError(
+                f"vLLM {vllm.__version__}: its model runner V1 asks no target for what "
+                "an EAGLE-3 head reads; use a newer vLLM, or a drafter that is a decoder"
+            )
         if self._config.drafter_type == "flexdraft":
             self._drafter = self._target_drafter(target)
         else:

@@ -8,6 +8,16 @@ import torch
 from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 
+#: Has the target tell what its layers think.
+ASKS_FOR_STATES = "_setup_eagle3_aux_hidden_state_outputs"
+
+
+def can_ask_for_states() -> bool:
+    """Whether this vLLM has a place where a target is asked what its layers think."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    return hasattr(GPUModelRunner, ASKS_FOR_STATES)
+
 
 def apply(proposer_class: type) -> None:
     """Patches the runner class. Call it in the worker, where that class is loaded."""
@@ -236,9 +246,8 @@ def apply(proposer_class: type) -> None:
         return _dummy_sampler_run
 
     wrap_method(GPUModelRunner, "propose_draft_token_ids", bind_runner)
-    wrap_method(
-        GPUModelRunner, "_setup_eagle3_aux_hidden_state_outputs", ask_for_states
-    )
+    if hasattr(GPUModelRunner, ASKS_FOR_STATES):  # which heads alone need
+        wrap_method(GPUModelRunner, ASKS_FOR_STATES, ask_for_states)
     wrap_method(GPUModelRunner, "_input_fits_in_drafter", per_request_limit)
     wrap_method(GPUModelRunner, "profile_run", profile_drafter)
     wrap_method(GPUModelRunner, "_dummy_sampler_run", verify_all_kinds)
