@@ -64,8 +64,8 @@ class BudgetDraftProposer:
             return
         if self.reads_features and not runner_v1.can_ask_for_states():
             raise UnsupportedVllmError(
-                f"vLLM {vllm.__version__}: its model runner V1 asks no target for what an "
-                "EAGLE-3 head reads; use a newer vLLM, or a drafter that is a decoder"
+                f"vLLM {vllm.__version__}: its model runner V1 asks no target for what "
+                "an EAGLE-3 head reads; use a newer vLLM, or a decoder"
             )
         if self._config.drafter_type == "flexdraft":
             self._drafter = self._target_drafter(target)
