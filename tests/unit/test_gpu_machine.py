@@ -100,6 +100,7 @@ def test_engines_are_left_out_where_vllm_has_no_cpu(monkeypatch, version, is_lef
 
     def item(name: str, marker: object) -> SimpleNamespace:
         return SimpleNamespace(
+            path=Path(f"test_{name}.py"),
             get_closest_marker=lambda wanted: marker if wanted == "vllm" else None,
             add_marker=lambda mark: marks[name].append(mark.kwargs["reason"]),
         )
