@@ -55,19 +55,7 @@ class FeatureRequestDrafter(RequestDrafter):
         self.probabilities = None
         self._batch = requests
         batch = {request.request_id for request in requests}
-        able = []
-        for request in requests:
-            if self._slots.why_given_up(request.request_id, request.state):
-                continue
-            try:
-                holding = self._up_to_date(request, batch)
-            except Exception as error:
-                self._drop(request, error)
-                continue
-            if holding is None:
-                self._slots.give_up(request.request_id, request.state, "off")
-            else:
-                able.append((request, holding))
+        able = self._able(requests, batch)
         self._features = self._combined(states)
         reading = [each for each in able if not each[1].is_read]
         just_read = self._read_pieces(reading)

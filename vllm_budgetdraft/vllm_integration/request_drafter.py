@@ -119,20 +119,8 @@ class RequestDrafter:
         self.probabilities = None
         self._batch = requests
         batch = {request.request_id for request in requests}
-        able = []
         drafting = [request for request in requests if request.max_drafts]
-        for request in drafting:
-            if self._slots.why_given_up(request.request_id, request.state):
-                continue
-            try:
-                holding = self._up_to_date(request, batch)
-            except Exception as error:
-                self._drop(request, error)
-                continue
-            if holding is None:
-                self._slots.give_up(request.request_id, request.state, "off")
-            else:
-                able.append((request, holding))
+        able = self._able(drafting, batch)
         unread = [each for each in able if not each[1].is_read]
         if unread and (not is_trial or len(unread) == len(able)):
             self._read(unread)
@@ -146,6 +134,29 @@ class RequestDrafter:
         self.has_only_drafted = only_drafted and len(drafts) == len(able)
         self._count(requests, drafts)
         return drafts
+
+    def _able(
+        self, requests: list[Request], batch: set[str]
+    ) -> list[tuple[Request, Holding]]:
+        """Those that may draft, each with a slot that belongs to its context.
+
+        Args:
+            batch: ids of all of them, and of others that keep their slots.
+        """
+        able = []
+        for request in requests:
+            if self._slots.why_given_up(request.request_id, request.state):
+                continue
+            try:
+                holding = self._up_to_date(request, batch)
+            except Exception as error:
+                self._drop(request, error)
+                continue
+            if holding is None:
+                self._slots.give_up(request.request_id, request.state, "off")
+            else:
+                able.append((request, holding))
+        return able
 
     def _count(self, requests: list[Request], drafts: dict[int, list[int]]) -> None:
         for request in requests:
