@@ -51,7 +51,7 @@ def test_a_pair_that_fits_is_described_and_measured() -> None:
         assert f"{engine} is ready after" in done.stdout
     assert "vllm, budgetdraft: loading and compiling" in done.stdout
     assert said["measuring"].startswith("prompt ")
-    assert said["drafted"].startswith("all 4096 tokens: the output matrix is 4")
+    assert said["drafted"].startswith("all 4096 tokens: the output matrix is 54%")
     assert said["vocabulary"] == "4096 tokens in both, of equal tokenizers"
     assert said["positions"].startswith("absolute, within the 16384 tokens")
     assert "(8 requests x 784 tokens" in said["memory"]
