@@ -247,7 +247,9 @@ def apply(proposer_class: type) -> None:
 
     wrap_method(GPUModelRunner, "propose_draft_token_ids", bind_runner)
     if hasattr(GPUModelRunner, ASKS_FOR_STATES):  # which heads alone need
-        wrap_method(GPUModelRunner, ASKS_FOR_STATES, ask_for_states)
+        wrap_method(
+            GPUModelRunner, "_setup_eagle3_aux_hidden_state_outputs", ask_for_states
+        )
     wrap_method(GPUModelRunner, "_input_fits_in_drafter", per_request_limit)
     wrap_method(GPUModelRunner, "profile_run", profile_drafter)
     wrap_method(GPUModelRunner, "_dummy_sampler_run", verify_all_kinds)
