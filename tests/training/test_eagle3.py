@@ -308,6 +308,22 @@ def test_a_run_writes_a_head_and_goes_on_where_it_was_stopped(inputs, tmp_path):
     assert torch.equal(rows["lm_head.weight"], target.lm_head.weight)
 
 
+def test_its_acceptance_is_measured_while_it_is_trained(inputs, tmp_path):
+    asked = f"""
+        --eval_strategy steps --eval_steps 2 --eval_texts {inputs / "song.jsonl"}
+        --eval_contexts 30 --eval_prompts 2 --eval_budgets 16 --eval_temperatures 0 1
+        --eval_new_tokens 8 --eval_draft_tokens 2
+    """
+    train(inputs, tmp_path, *asked.split())
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    found = [row for row in state["log_history"] if "eval_acceptance_length" in row]
+    assert [row["step"] for row in found] == [2, 4]
+    names = {name for row in found for name in row if "context_30" in name}
+    assert len(names) == 2  # of one budget at two temperatures
+    assert all(1 <= row[name] <= 3 for row in found for name in names)
+    assert "Not measured" not in (tmp_path / "README.md").read_text()
+
+
 def test_the_loss_of_every_step_falls(inputs, tmp_path):
     quiet = ("--save_steps", "60", "--objective", "ce")
     train(inputs, tmp_path, *quiet, steps=60)
@@ -320,8 +336,6 @@ def test_the_loss_of_every_step_falls(inputs, tmp_path):
     ("more", "message"),
     [
         (["--teacher_cache", "states"], "those of other layers"),
-        (["--eval_texts", "x.jsonl"], "not measured while it is trained"),
-        (["--eval_strategy", "steps"], "not measured while it is trained"),
         (["--layers_alone", "true"], "a layer of its own"),
         (["--target_layers", "1"], "a layer of its own"),
         (["--position_weights", "dpace"], "ttt_decay ** i"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from vllm_budgetdraft.drafter.modeling import (
     Attend,
@@ -119,3 +119,32 @@ class FeatureDrafter(Drafter):
                 return None
         normed = torch.rms_norm(x, self.norm.shape, self.norm, self._eps)
         return normed, normed if self._tells_normed else x
+
+
+def default_aux_layers(num_layers: int) -> list[int]:
+    """The layers of a target that vLLM takes by itself: early, half way and late."""
+    return [2, num_layers // 2, num_layers - 3]
+
+
+@torch.no_grad()
+def target_thoughts(
+    target: PreTrainedModel,
+    tokens: Tensor,
+    layers: list[int],
+    cache: DynamicCache | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Final hidden states [B, T, size], and those after some layers [B, T, N * size].
+
+    Args:
+        tokens: [B, T] int64.
+        layers: how many were passed before each, as vLLM counts them.
+        cache: of what comes before the tokens; it grows.
+    """
+    output = target.base_model(
+        tokens,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        output_hidden_states=True,
+    )
+    states = [output.hidden_states[layer] for layer in layers]
+    return output.last_hidden_state, torch.cat(states, -1)

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.evaluation.target_reader import TargetReader
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.memory import resolve_dtype
@@ -290,7 +291,7 @@ class HeldOutAcceptance:
             self.settings | {"model": str(drafter), "kv_budget": self._budgets[-1]}
         )
         device = self._target.device
-        return DraftProposer.build(
+        proposer = DraftProposer.build(
             config,
             num_slots=1,
             max_model_len=self._longest,
@@ -298,7 +299,11 @@ class HeldOutAcceptance:
             device=device,
             vocab_size=self._target.config.vocab_size,
             seed=self._seed,
+            embedding=self._target.get_input_embeddings().weight.detach(),
         )
+        if proposer.reads_features:
+            return TargetReader(proposer, self._target)
+        return proposer
 
 
 def case_name(context: int | str, budget: int, temperature: float) -> str:

@@ -22,7 +22,10 @@ from vllm_budgetdraft.drafter.feature_checkpoint import (
     load_feature_drafter,
     save_feature_drafter,
 )
-from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
+from vllm_budgetdraft.drafter.feature_modeling import (
+    FeatureDrafter,
+    target_thoughts,
+)
 from vllm_budgetdraft.drafter.modeling import Attend
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.training.arguments import (
@@ -161,21 +164,6 @@ class FeatureModel(MultiViewModel):
             embedding=self.drafter.embedding.detach(),
         )
         self.drafter.load_state_dict(stored.state_dict())
-
-
-@torch.no_grad()
-def target_thoughts(
-    target: PreTrainedModel, tokens: Tensor, layers: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Final hidden states [B, T, size], and those after some layers [B, T, N * size].
-
-    Args:
-        tokens: [B, T] int64.
-        layers: how many were passed before each, as vLLM counts them.
-    """
-    output = target.base_model(tokens, use_cache=False, output_hidden_states=True)
-    states = [output.hidden_states[layer] for layer in layers]
-    return output.last_hidden_state, torch.cat(states, -1)
 
 
 def drafted_hidden(

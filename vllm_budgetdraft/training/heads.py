@@ -9,7 +9,6 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
-    TrainingArguments,
 )
 
 from vllm_budgetdraft.drafter.checkpoint import (
@@ -25,12 +24,14 @@ from vllm_budgetdraft.drafter.feature_checkpoint import (
     read_feature_config,
 )
 from vllm_budgetdraft.drafter.feature_checkpoint import EMBEDDING as OWN_EMBEDDING
-from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
+from vllm_budgetdraft.drafter.feature_modeling import (
+    FeatureDrafter,
+    default_aux_layers,
+)
 from vllm_budgetdraft.drafter.modeling import initialise
 from vllm_budgetdraft.drafter.weights import StoredWeights
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.training.arguments import (
-    AcceptanceArguments,
     DataArguments,
     DrafterArguments,
     FeatureArguments,
@@ -94,7 +95,7 @@ def read_layers(asked: list[int] | None, target: PretrainedConfig) -> list[int]:
         ConfigurationError: there are not as many, or one is named twice.
     """
     has = target.num_hidden_layers
-    layers = sorted(asked or (2, has // 2, has - 3))
+    layers = sorted(asked or default_aux_layers(has))
     if not 0 < layers[0] <= layers[-1] < has or len(set(layers)) < len(layers):
         raise ConfigurationError(
             f"aux_layers={layers}: an EAGLE-3 head reads different layers, of which "
@@ -184,8 +185,6 @@ def check_head(
     features: FeatureArguments,
     data: DataArguments,
     objective: ObjectiveArguments,
-    acceptance: AcceptanceArguments,
-    trainer: TrainingArguments,
 ) -> None:
     """Raises ConfigurationError for options that an EAGLE-3 head does not follow."""
     if arguments.layers_alone or arguments.target_layers:
@@ -220,10 +219,4 @@ def check_head(
         raise ConfigurationError(
             f"ttt_steps={features.ttt_steps} is not within 1 and continuation_tokens="
             f"{data.continuation_tokens}; change one of them"
-        )
-    is_measured = acceptance.eval_texts or acceptance.eval_conversations
-    if is_measured or trainer.eval_strategy != "no":
-        raise ConfigurationError(
-            "eval_strategy, eval_texts and eval_conversations: the acceptance of an "
-            "EAGLE-3 head is not measured while it is trained; leave them out"
         )
