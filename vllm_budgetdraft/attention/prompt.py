@@ -96,6 +96,25 @@ class PromptAttention:
         self._segments.append(segment)
         return segment
 
+    def load(
+        self, segment: Segment, keys: Tensor, values: Tensor, received: Tensor | None
+    ) -> None:
+        """Begins an empty segment with what a cache holds.
+
+        Args:
+            keys, values: [num_layers, T, num_kv_heads, head_dim], as they are stored.
+            received: [T] float32, of all layers and heads, if that is counted.
+        """
+        num_tokens = keys.shape[1]
+        self._arrange([(segment, num_tokens)])
+        segment.num_held = num_tokens
+        self.keys[:, segment.cells] = keys
+        self.values[:, segment.cells] = values
+        if self.received is not None:
+            assert received is not None
+            shares = self.received.shape[:2].numel()
+            self.received[..., segment.cells] = received / shares
+
     def close(self, segment: Segment) -> None:
         self._segments.remove(segment)
 

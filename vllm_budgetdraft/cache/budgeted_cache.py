@@ -1,5 +1,6 @@
 """The draft cache: a fixed number of tokens per slot, however long the context."""
 
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -9,6 +10,39 @@ from budgetdraft_kernels import reference
 from vllm_budgetdraft.cache.page_pool import PagePool
 from vllm_budgetdraft.cache.page_table import PageTable
 from vllm_budgetdraft.cache.ranges import packed_ranges
+
+
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """Pages that no slot holds any more, and what is in them.
+
+    Attributes:
+        held: their numbers.
+        order: [n] int64, the same in the order of tokens, on the device.
+        received: [n] float32, what each has received; None unless eviction goes by it.
+        whole_at, num_evicted_then: from which position on every token was held when
+            the slot began, and how many it had evicted by then.
+        num_protected: first tokens, of whole pages, that were never evicted.
+    """
+
+    held: list[int]
+    order: Tensor
+    received: Tensor | None
+    whole_at: int
+    num_evicted_then: int
+    num_protected: int
+
+    def whole_from(self, num_evicted: int, end: int) -> int:
+        """From which position on all up to ``end`` are held, as far as is known.
+
+        Args:
+            num_evicted: positions below ``end`` that are not held.
+        """
+        if num_evicted == self.num_evicted_then:
+            return self.whole_at
+        if self.received is not None:  # any page may have been evicted
+            return end
+        return max(self.whole_at, self.num_protected + num_evicted)
 
 
 class BudgetedCache:
@@ -74,6 +108,9 @@ class BudgetedCache:
         if evicts_by_attention:
             self.attention = torch.zeros(shape, device=device)
         self._held: dict[int, list[int]] = {}
+        #: Of slots, ``whole_at``, ``num_evicted_then`` and ``num_protected``.
+        self._began: dict[int, tuple[int, int, int]] = {}
+        self._kept: set[int] = set()  # pages that were detached
 
     @property
     def bytes_per_token(self) -> int:
@@ -102,12 +139,14 @@ class BudgetedCache:
         slot: int,
         capacity: int | None = None,
         protected_tokens: int | None = None,
+        pages: Pages | None = None,
     ) -> None:
         """Gives an idle slot its pages; its cache is empty.
 
         Args:
             capacity: tokens, a multiple of the page size; the cache's if None.
             protected_tokens: first tokens that are never evicted; the cache's if None.
+            pages: that are to be its, with what is in them: see ``begin_with``.
 
         Raises:
             PagePoolExhaustedError: too few pages are free.
@@ -118,9 +157,15 @@ class BudgetedCache:
         if protected_tokens is None:
             protected_tokens = self._protected_tokens
         num_pages = capacity // self.page_size
-        pages = self.pool.take(num_pages)
-        self._held[slot] = pages
-        self.page_table.assign(slot, pages)
+        if pages is None:
+            held = self.pool.take(num_pages)
+            self.page_table.assign(slot, held)
+        else:
+            held = pages.held
+            assert len(held) == num_pages, (len(held), num_pages)
+            self._kept.difference_update(held)
+            self.page_table.pages[slot, :num_pages] = pages.order
+        self._held[slot] = held
         self._past_evictions += self.num_evicted[slot]
         self.num_evicted[slot] = 0
         self._capacities[slot] = capacity
@@ -128,9 +173,117 @@ class BudgetedCache:
         end = num_pages
         if self.attention is not None:
             self.attention[slot] = 0
+            if pages is not None:
+                self.attention[slot, :num_pages] = pages.received
             end = first + max((end - first) // 2, self._num_recycled)
+        self._began[slot] = 0, 0, first * self.page_size
         self._evictable[slot] = (self._places >= first) & (self._places < end)
         self._unused[slot] = self._places >= num_pages
+
+    def pages_of(self, slot: int) -> Pages:
+        """What a slot has now."""
+        held, received = self._held[slot], self.attention
+        return Pages(
+            held,
+            self.page_table.pages[slot, : len(held)].clone(),
+            None if received is None else received[slot, : len(held)].clone(),
+            *self._began[slot],
+        )
+
+    def detach(self, slot: int) -> Pages:
+        """Takes a slot's pages off it, as they are; ``give_back`` frees them."""
+        pages = self.pages_of(slot)
+        del self._held[slot]
+        self._kept.update(pages.held)
+        return pages
+
+    def give_back(self, pages: Pages) -> None:
+        """Frees pages that no slot holds, and zeroes them: see ``scrub``."""
+        for states in (self.pool.keys, self.pool.values):
+            states.index_fill_(1, pages.order, 0)
+        self._kept.difference_update(pages.held)
+        self.pool.give_back(pages.held)
+
+    def copy_pages(self, slot: int, pages: Pages) -> None:
+        """Fills an empty slot's pages with what others hold: see ``begin_with``."""
+        count = min(len(self._held[slot]), len(pages.held))
+        mine, theirs = self.page_table.pages[slot, :count], pages.order[:count]
+        for states in (self.pool.keys, self.pool.values):
+            states[:, mine] = states[:, theirs]
+        if self.attention is not None:
+            assert pages.received is not None
+            self.attention[slot, :count] = pages.received[:count]
+
+    def begin_with(
+        self, slot: int, whole_from: int, num_seen: int, num_held: int
+    ) -> None:
+        """Says of an empty slot what the pages that it was given hold.
+
+        Args:
+            whole_from: position from which on every token is held.
+            num_seen: positions that count as read.
+            num_held: of them, those that are held.
+        """
+        num_evicted = num_seen - num_held
+        self.num_evicted[slot] = num_evicted
+        self._began[slot] = whole_from, num_evicted, self._began[slot][2]
+
+    def fill_pages(
+        self,
+        num_pages: int,
+        keys: Tensor,
+        values: Tensor,
+        attention: Tensor | None,
+        rows: Tensor,
+        num_seen: int,
+    ) -> Pages:
+        """Pages of no slot, with some rows of a context's beginning.
+
+        Args:
+            keys, values, attention, rows: see ``load_prompts``.
+            num_seen: tokens of that beginning.
+
+        Raises:
+            PagePoolExhaustedError: too few pages are free.
+        """
+        held = self.pool.take(num_pages)
+        self._kept.update(held)
+        order = torch.tensor(held, device=self.num_evicted.device)
+        index = torch.arange(rows.shape[2], device=order.device)
+        places = index // self.page_size
+        self._operations.page_compaction(
+            keys,
+            values,
+            rows,
+            self.pool.keys,
+            self.pool.values,
+            order[places] * self.page_size + index % self.page_size,
+            validate=False,
+        )
+        received = None
+        if attention is not None:
+            received = torch.zeros(num_pages, device=order.device)
+            received.index_add_(0, places, attention.gather(2, rows).sum((0, 1)))
+        num_evicted = num_seen - rows.shape[2]
+        return Pages(held, order, received, num_seen, num_evicted, 0)
+
+    def states_of(self, slot: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of a slot's first tokens, and what each has received.
+
+        Returns:
+            [num_layers, count, num_kv_heads, head_dim] twice, and [count] float32 if
+            eviction goes by it: of each page its mean.
+        """
+        index = torch.arange(count, device=self.num_evicted.device)
+        row = self.page_table.pages[slot]
+        cells = row[index // self.page_size] * self.page_size + index % self.page_size
+        keys, values = (
+            x.flatten(1, 2)[:, cells] for x in (self.pool.keys, self.pool.values)
+        )
+        received = None
+        if self.attention is not None:
+            received = self.attention[slot, index // self.page_size] / self.page_size
+        return keys, values, received
 
     def release_request(self, slot: int) -> None:
         """Takes a slot's pages back."""
@@ -185,9 +338,10 @@ class BudgetedCache:
             validate=False,
         )
         for each, num_seen, num_kept in zip(slots, seen, lengths, strict=True):
-            self.num_evicted[each] = num_seen - num_kept
+            self.begin_with(each, num_seen, num_seen, num_kept)
         if self.attention is not None:
             assert attention is not None
+            self.attention[slots] = 0
             received = attention.gather(2, rows).sum((0, 1))
             places = slot, index // self.page_size
             self.attention.index_put_(places, received, accumulate=True)
@@ -227,7 +381,7 @@ class BudgetedCache:
     def check_invariants(self) -> None:
         """Raises AssertionError if a page leaked, is held twice, or left its slot."""
         held = [page for pages in self._held.values() for page in pages]
-        everything = sorted(held + self.pool.free_pages())
+        everything = sorted([*held, *self._kept, *self.pool.free_pages()])
         assert everything == list(range(self.pool.num_pages)), "a page leaked or split"
         for slot in self._held:
             self.check_slot(slot)

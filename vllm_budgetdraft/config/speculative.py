@@ -9,7 +9,7 @@ from vllm_budgetdraft.errors import ConfigurationError, short
 
 #: What a drafter without a cache of its own leaves nothing for.
 CACHE_SETTINGS = (
-    *("page_size", "pool_memory_gib", "position_mode"),
+    *("page_size", "pool_memory_gib", "snapshot_memory_gib", "position_mode"),
     *("draft_prefill", "draft_prefill_chunk", "draft_dtype"),
     "draft_vocabulary_size",
 )
@@ -87,6 +87,15 @@ class BudgetDraftConfig(ViewSettings):
         allow_inf_nan=False,
         description="Memory of the draft cache in GiB, if not what max_num_seqs "
         "requests take; a request that finds no room in it goes on without drafts.",
+    )
+    snapshot_memory_gib: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Memory in GiB, beside what requests take, to keep draft caches "
+        "of those that are over, so that a conversation's next turn is read from "
+        "where the last one ended; by default what no request needs of the draft cache "
+        "is used, 0 keeps none.",
     )
     draft_vocabulary_size: int | None = Field(
         None,

@@ -1,10 +1,11 @@
 """Drafting with no engine in sight: fixed slots, tensors in, tensors out."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from functools import partial
 from types import ModuleType
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.attention.prompt import PromptAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.page_pool import PagePool
+from vllm_budgetdraft.cache.snapshots import Match, SnapshotStore, States
 from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig, settle
 from vllm_budgetdraft.drafter.configuration import trained_view
 from vllm_budgetdraft.drafter.feature_checkpoint import is_feature_drafter
@@ -33,8 +35,15 @@ from vllm_budgetdraft.proposer.draft_loop import (
 )
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.memory import BATCH_TOKENS, MemoryPlan, packs_matrices
-from vllm_budgetdraft.proposer.prompt_reader import PromptReader, TokensOf
+from vllm_budgetdraft.proposer.prompt_reader import (
+    Begun,
+    Mark,
+    PromptReader,
+    TokensOf,
+)
 
+#: Of a beginning that contexts share, for a snapshot of it: about what a pass takes.
+MIN_SHARED_TOKENS = 64
 #: Most tokens of a request that ``paged_sparse_attention`` takes at once.
 MAX_WIDTH = 32
 
@@ -47,6 +56,7 @@ class DraftProposer:
         reader: of contexts that are being read.
         step_tokens: most tokens of them that one step of an engine is to read.
         plan: what was allocated.
+        snapshots: of contexts that are over; None if none are kept.
         max_drafts: k.
         max_append: most tokens of a request that one ``append`` takes.
         reads_features: whether the drafter is fed what the target thought.
@@ -82,6 +92,9 @@ class DraftProposer:
         # What the target verified in the last step, and its own token after it.
         self.first_width = self.max_append if self.reads_features else FIRST_WIDTH
         self.plan = plan
+        self.snapshots: SnapshotStore | None = None
+        if config.snapshot_memory_gib != 0:
+            self.snapshots = SnapshotStore(cache, lag=int(self.reads_features))
         self.step_tokens = step_tokens
         self.reader = PromptReader(
             drafter,
@@ -249,34 +262,110 @@ class DraftProposer:
         Raises:
             PagePoolExhaustedError: too few pages are free.
         """
-        budget = min(kv_budget or self.kv_budget, self.kv_budget)
-        protected = self.policy.protected_tokens(budget)
-        self.cache.start_request(slot, self._capacity(kv_budget), protected)
+        capacity, protected = self._sizes(kv_budget)
+        if self.snapshots is not None:
+            self.snapshots.make_room(capacity // self.cache.page_size)
+        self.cache.start_request(slot, capacity, protected)
 
     def start_reading(
-        self, slot: int, num_tokens: int, kv_budget: int | None = None
+        self,
+        slot: int,
+        num_tokens: int,
+        kv_budget: int | None = None,
+        mark: Mark | None = None,
     ) -> None:
         """Gives a slot its pages, and has ``read`` fill them.
 
         Args:
             num_tokens: of its context, less what the first ``draft`` feeds.
             kv_budget: see ``start_request``.
+            mark: see ``mark``.
 
         Raises:
             PagePoolExhaustedError: too few pages are free.
         """
         self.start_request(slot, kv_budget)
+        self._read_from(slot, num_tokens, kv_budget, Begun(), mark)
+
+    def go_on_reading(
+        self,
+        slot: int,
+        num_tokens: int,
+        kv_budget: int | None,
+        match: Match,
+        mark: Mark | None = None,
+    ) -> bool:
+        """``start_reading`` after what a snapshot knows, if there is room.
+
+        Args:
+            match: of ``snapshots``, with the beginning of the context.
+
+        Returns:
+            Whether the slot has begun.
+        """
+        assert self.snapshots is not None
+        begun = Begun(match.num_seen, match.num_held)
+        budget = min(kv_budget or self.kv_budget, self.kv_budget)
+        if not (
+            self.reader.can_begin_with(begun, num_tokens, budget)
+            and self.snapshots.take(slot, match, *self._sizes(kv_budget))
+        ):
+            return False
+        self._read_from(slot, num_tokens, kv_budget, begun, mark)
+        return True
+
+    def _read_from(
+        self,
+        slot: int,
+        num_tokens: int,
+        kv_budget: int | None,
+        begun: Begun,
+        mark: Mark | None,
+    ) -> None:
         try:
-            self.reader.start(slot, num_tokens, kv_budget)
+            self.reader.start(slot, num_tokens, kv_budget, begun, mark)
         except Exception:
             self.release_request(slot)
             raise
 
+    def mark(
+        self, scope: Hashable, tokens: np.ndarray, at: int, num_known: int
+    ) -> Mark | None:
+        """Has a beginning that contexts share be kept when it is read.
+
+        Args:
+            tokens: of the context.
+            at: tokens that it shares with another one, as far as is known.
+            num_known: of them, those that a snapshot has.
+
+        Returns:
+            None where a snapshot would spare less than it costs.
+        """
+        store = self.snapshots
+        worth_it = at - num_known >= MIN_SHARED_TOKENS and at < len(tokens)
+        if store is None or not worth_it:
+            return None
+        shared = tokens[:at].copy()
+
+        def keep(states: States, rows: Tensor) -> None:
+            store.keep_rows(scope, shared, states, rows)
+
+        return Mark(at, keep)
+
     def has_room(self, kv_budget: int | None = None) -> bool:
         """Whether ``start_request`` would find the pages it needs."""
-        return self.cache.pool.num_free * self.cache.page_size >= self._capacity(
-            kv_budget
-        )
+        return self.num_free_pages * self.cache.page_size >= self._capacity(kv_budget)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no request holds, those of snapshots among them."""
+        kept = 0 if self.snapshots is None else self.snapshots.num_pages
+        return self.cache.pool.num_free + kept
+
+    def _sizes(self, kv_budget: int | None) -> tuple[int, int]:
+        """Of a request's cache: its capacity, and tokens that are never evicted."""
+        budget = min(kv_budget or self.kv_budget, self.kv_budget)
+        return self._capacity(kv_budget), self.policy.protected_tokens(budget)
 
     def _capacity(self, kv_budget: int | None) -> int:
         return self.config.cache_capacity(self.max_model_len, kv_budget)
@@ -288,6 +377,8 @@ class DraftProposer:
     def release_all(self) -> None:
         self.reader.stop_all()
         self.cache.release_all()
+        if self.snapshots is not None:
+            self.snapshots.forget_all()
 
     def ingest(self, slot: int, tokens: Tensor, kv_budget: int | None = None) -> None:
         """Reads a context into an empty slot.

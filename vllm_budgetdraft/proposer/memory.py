@@ -83,6 +83,8 @@ class MemoryPlan:
                     f"kv_budget={config.kv_budget} or "
                     f"recent_window={config.recent_window}"
                 )
+        if config.snapshot_memory_gib:
+            num_pages += int(config.snapshot_memory_gib * GIB) // page
         held = config.held_tokens(max_model_len, drafter.max_position_embeddings)
         # One that is read over many steps must leave room for those that begin and end
         # in one.

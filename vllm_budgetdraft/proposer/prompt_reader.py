@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.attention.prompt import PromptAttention, Segment
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.ranges import packed_ranges
+from vllm_budgetdraft.cache.snapshots import States
 from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import (
@@ -26,6 +28,30 @@ from vllm_budgetdraft.eviction.reading import ReadingPlan
 TokensOf = Callable[[list[tuple[int, range]]], Tensor]
 
 
+class Begun(NamedTuple):
+    """What a slot's cache has of a context before it is read on.
+
+    Attributes:
+        num_seen: tokens that need not be read.
+        num_held: of them, those in its cache.
+    """
+
+    num_seen: int = 0
+    num_held: int = 0
+
+
+class Mark(NamedTuple):
+    """Where in a context what would be kept of it is kept for others, too.
+
+    Attributes:
+        at: so many tokens were read.
+        keep: takes keys, values and attention of the buffer, and rows of these.
+    """
+
+    at: int
+    keep: Callable[[States, Tensor], None]
+
+
 @dataclass(eq=False)
 class Reading:
     """A context that is being read.
@@ -37,6 +63,8 @@ class Reading:
         segment: what it holds; None until there is room for ``most_held``.
         num_seen: tokens that were read or skipped.
         has_chosen: whether the policy has chosen since it last read.
+        begun: what its slot has of it from the start.
+        mark: None when it was passed.
     """
 
     slot: int
@@ -47,16 +75,28 @@ class Reading:
     segment: Segment | None = None
     num_seen: int = 0
     has_chosen: bool = False
+    begun: Begun = Begun()
+    mark: Mark | None = None
 
     @property
     def unread(self) -> range:
         """Positions to be read next."""
         return self.plan.unread(self.num_seen, self.num_tokens)
 
+    def next_choice(self, start: int) -> int | None:
+        """See ``ReadingPlan``; where what it began with leaves room for less, there."""
+        choice = self.plan.next_choice(start)
+        room_ends = self.begun.num_seen + self.most_held - self.begun.num_held
+        if choice is None or not self.begun.num_held or start >= room_ends:
+            return choice
+        return min(choice, room_ends)
+
     def piece(self, limit: int, end: int | None = None) -> range:
         """At most ``limit`` of them, up to the next choice, and below ``end``."""
         unread = self.unread
-        ends = [unread.stop, self.plan.next_choice(unread.start), end]
+        ends = [unread.stop, self.next_choice(unread.start), end]
+        if self.mark is not None and unread.start < self.mark.at:
+            ends.append(self.mark.at)
         stop = min(each for each in ends if each is not None)
         return range(unread.start, max(unread.start, min(stop, unread.start + limit)))
 
@@ -91,24 +131,49 @@ class PromptReader:
         self._pass_tokens = pass_tokens
         self._readings: dict[int, Reading] = {}  # the oldest first
 
-    def start(self, slot: int, num_tokens: int, kv_budget: int | None = None) -> None:
-        """Begins the context of a slot whose cache is empty.
+    def start(
+        self,
+        slot: int,
+        num_tokens: int,
+        kv_budget: int | None = None,
+        begun: Begun = Begun(),  # noqa: B008, it is immutable
+        mark: Mark | None = None,
+    ) -> None:
+        """Begins the context of a slot.
 
         Args:
             num_tokens: of the context, to be read.
             kv_budget: as given to ``DraftProposer.start_request``.
+            begun: what of it the slot's cache has. It is chosen from, together with
+                what is read.
         """
         budget = min(kv_budget or self._max_budget, self._max_budget)
-        plan = ReadingPlan.of(
+        plan = self._plan(num_tokens, budget)
+        assert slot not in self._readings, slot
+        self._readings[slot] = Reading(
+            slot,
+            plan,
+            num_tokens,
+            budget,
+            plan.most_held(num_tokens, budget),
+            num_seen=begun.num_seen,
+            begun=begun,
+            mark=mark,
+        )
+
+    def _plan(self, num_tokens: int, budget: int) -> ReadingPlan:
+        return ReadingPlan.of(
             self._view,
             self._policy,
             native_tokens=self._drafter.config.max_position_embeddings,
             num_tokens=num_tokens,
             budget=budget,
         )
-        most_held = plan.most_held(num_tokens, budget)
-        assert slot not in self._readings, slot
-        self._readings[slot] = Reading(slot, plan, num_tokens, budget, most_held)
+
+    def can_begin_with(self, begun: Begun, num_tokens: int, budget: int) -> bool:
+        """Whether there is room to read beside what a slot has of a context."""
+        most_held = self._plan(num_tokens, budget).most_held(num_tokens, budget)
+        return begun.num_held < most_held or begun.num_seen >= num_tokens
 
     def stop(self, slot: int) -> None:
         """Forgets the context of a slot, if it is being read."""
@@ -123,9 +188,9 @@ class PromptReader:
         """Has a context that is being read begin anew; where it was."""
         reading = self._readings[slot]
         self._free(reading)
-        num_seen, reading.num_seen = reading.num_seen, 0
+        num_seen, reading.num_seen = reading.num_seen, reading.begun.num_seen
         reading.segment, reading.has_chosen = None, False
-        return num_seen
+        return num_seen - reading.num_seen
 
     def _free(self, reading: Reading) -> None:
         if reading.segment is not None:
@@ -245,6 +310,9 @@ class PromptReader:
                     continue  # a shorter one may find room, for none can wait
                 room -= reading.most_held
                 reading.segment = self.prompt.open()
+                if count := reading.begun.num_held:
+                    states = self._cache.states_of(reading.slot, count)
+                    self.prompt.load(reading.segment, *states)
             limit -= len(piece)
             pieces.append((reading, piece))
         return pieces
@@ -266,10 +334,21 @@ class PromptReader:
         self._drafter.step(tokens, features, attend)
         for reading, piece in pieces:
             reading.num_seen = piece.stop
-            reading.has_chosen = piece.stop == reading.plan.next_choice(piece.start)
+            reading.has_chosen = piece.stop == reading.next_choice(piece.start)
         chosen = [reading for reading, _ in pieces if reading.has_chosen]
+        for reading, _ in pieces:
+            if reading.mark is not None and reading.num_seen == reading.mark.at:
+                self._keep_for_others(reading)
         for segment, kept in self._select(chosen):
             self.prompt.keep(segment, kept)
+
+    def _keep_for_others(self, reading: Reading) -> None:
+        mark, reading.mark = reading.mark, None
+        assert mark is not None and reading.segment is not None
+        ((segment, kept),) = self._select([reading])
+        prompt = self.prompt
+        states = prompt.keys, prompt.values, prompt.received
+        mark.keep(states, kept + segment.start)
 
     def _finish(self, readings: list[Reading]) -> None:
         """Moves what is kept of contexts that are read into their slots."""
@@ -296,7 +375,7 @@ class PromptReader:
     def _select(self, readings: list[Reading]) -> list[tuple[Segment, Tensor]]:
         """Rows of each segment to keep, [num_layers, num_kv_heads, n].
 
-        The policy is asked once for all that hold as many tokens.
+        The policy is asked once for all that hold and observe as many tokens.
 
         Raises:
             ValueError: the policy's choice is none.
@@ -304,10 +383,11 @@ class PromptReader:
         groups = defaultdict(list)
         for reading in readings:
             assert reading.segment is not None
-            num_held = reading.segment.num_held
-            groups[num_held, reading.budget].append(reading.segment)
+            num_held, queries = reading.segment.num_held, reading.segment.queries
+            seen = 0 if queries is None else queries.shape[1]
+            groups[num_held, reading.budget, seen].append(reading.segment)
         selected: list[tuple[Segment, Tensor]] = []
-        for (num_held, budget), segments in groups.items():
+        for (num_held, budget, _), segments in groups.items():
             states = list(map(self._states, segments))
             # One by itself is not copied.
             together = states[0] if len(states) == 1 else _stacked(states)

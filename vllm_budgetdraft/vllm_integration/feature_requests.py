@@ -115,12 +115,22 @@ class FeatureRequestDrafter(RequestDrafter):
         return request.sampled and new <= self._core.first_width
 
     def _begin(self, request: Request, holding: Holding) -> None:
-        holding.origin = holding.num_cached = request.num_computed
-        holding.num_tokens = _last_read(request)
-        num_tokens = _last_read(request) - holding.origin
-        budget = holding.settings.kv_budget
-        self._core.start_reading(holding.slot, num_tokens, budget)
-        self.statistics.count_reading(num_tokens, request.num_computed)
+        first, end = request.num_computed, _last_read(request)
+        holding.origin = holding.num_cached = first
+        holding.num_tokens = end
+        budget, num_known = holding.settings.kv_budget, 0
+        match = None
+        if (store := self._remembers(request, holding)) and first:
+            assert holding.tokens is not None
+            match = store.match(holding.scope, holding.tokens[: first + 1], first)
+        if match:
+            origin = match.snapshot.origin
+            if self._core.go_on_reading(holding.slot, end - origin, budget, match):
+                holding.origin, num_known = origin, match.spared
+        if not num_known:
+            self._core.start_reading(holding.slot, end - first, budget)
+        # What the target knew before is not read.
+        self.statistics.count_reading(end - first + num_known, num_known, num_known)
 
     def _read_pieces(self, reading: list[tuple[Request, Holding]]) -> set[int]:
         """Reads what this step computed of contexts; slots that are read to the end."""

@@ -27,9 +27,14 @@ class CoreObserver:
 
     def observe(self) -> None:
         cache = self._core.cache
-        pool = cache.pool
-        self._statistics.set("pages_in_use", pool.num_pages - pool.num_free)
-        self._statistics.set("pages_free", pool.num_free)
+        pool, num_free = cache.pool, self._core.num_free_pages
+        self._statistics.set("pages_in_use", pool.num_pages - num_free)
+        self._statistics.set("pages_free", num_free)
+        if (store := self._core.snapshots) is not None:
+            kept = store.num_pages * pool.bytes_per_page
+            self._statistics.set("snapshot_bytes", kept)
+            self._statistics.count("snapshot_evictions", store.num_evicted)
+            store.num_evicted = 0
         self._statistics.set("cuda_graphs", self._core.num_graphs)
         self._evicted.copy_(cache.total_evicted, non_blocking=True)
         num_evicted = int(self._evicted_now[0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_budgetdraft import environment
+from vllm_budgetdraft.cache.snapshots import SnapshotStore
 from vllm_budgetdraft.config import RequestSettings, parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_length import confident_lengths
@@ -18,6 +19,7 @@ from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.warm_up import warm_up
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
+from vllm_budgetdraft.vllm_integration.remembering import scope_of, written_by
 from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
 from vllm_budgetdraft.vllm_integration.sampling import (
     DraftSampling,
@@ -105,7 +107,7 @@ class RequestDrafter:
     def forget_ended(self, live: Mapping[str, Any]) -> None:
         """Forgets requests that are over, or another one of the same id by now."""
         for request_id in self._slots.ended(live):
-            self._release(request_id)
+            self._end(request_id)
         self._slots.forget_ended(live)
 
     def draft(
@@ -214,7 +216,7 @@ class RequestDrafter:
         while idle and not (
             self._slots.num_free and self._core.has_room(settings.kv_budget)
         ):
-            self._release(idle.pop(0))
+            self._end(idle.pop(0))
         sampling = DraftSampling()
         if config.draft_sample_method == "probabilistic":
             sampling = draft_sampling(params)
@@ -233,10 +235,49 @@ class RequestDrafter:
 
     def _begin(self, request: Request, holding: Holding) -> None:
         """Has the context be read, all but what the first draft feeds."""
-        holding.num_cached = _num_readable(request)
-        budget = holding.settings.kv_budget
-        self._core.start_reading(holding.slot, holding.num_cached, budget)
-        self.statistics.count_reading(holding.num_cached, request.num_computed)
+        holding.num_cached = num_tokens = _num_readable(request)
+        budget, num_known = holding.settings.kv_budget, 0
+        match = mark = None
+        if store := self._remembers(request, holding):
+            assert holding.tokens is not None
+            tokens = holding.tokens[:num_tokens]
+            match = store.match(holding.scope, tokens)
+            num_known = match.spared if match else 0
+            mark = self._core.mark(
+                holding.scope, tokens, request.num_computed, num_known
+            )
+        if not match or not self._core.go_on_reading(
+            holding.slot, num_tokens, budget, match, mark
+        ):
+            num_known = 0
+            self._core.start_reading(holding.slot, num_tokens, budget, mark)
+        self.statistics.count_reading(num_tokens, request.num_computed, num_known)
+
+    def _remembers(self, request: Request, holding: Holding) -> SnapshotStore | None:
+        """Where snapshots of a request that begins are to be looked for, and kept."""
+        if (store := self._core.snapshots) is None:
+            return None
+        budget = holding.settings.kv_budget or self._core.kv_budget
+        holding.scope = scope_of(request.state, budget)
+        if holding.scope is None:
+            return None
+        holding.tokens = request.context.copy()
+        return store
+
+    def _end(self, request_id: str) -> None:
+        """Releases a request, of which a snapshot is kept if there is one to keep."""
+        holding, store = self._slots.holding(request_id), self._core.snapshots
+        if store is None or holding.tokens is None or not holding.is_read:
+            self._release(request_id)
+            return
+        prompt = holding.tokens[: holding.state.num_prompt_tokens]
+        store.keep(
+            self._slots.release(request_id),
+            holding.scope,
+            np.append(prompt, written_by(holding.state)),
+            holding.num_cached,
+            origin=holding.origin,
+        )
 
     def _read(self, unread: list[tuple[Request, Holding]]) -> None:
         """Reads on in contexts, as far as this step may."""

@@ -1,8 +1,10 @@
 """Which request holds which slot of the proposer."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from vllm_budgetdraft.config import RequestSettings
 from vllm_budgetdraft.vllm_integration.sampling import DraftSampling
@@ -25,6 +27,8 @@ class Holding:
         fed: drafts that the cache holds after the context.
         num_waited: steps in which it sampled and had no drafts; None after the first.
         origin, last_token: see ``FeatureRequestDrafter``.
+        scope: which requests share what is kept of it: see ``scope_of``.
+        tokens: of its context when it began; None where nothing is kept of it.
     """
 
     slot: int
@@ -38,6 +42,8 @@ class Holding:
     num_waited: int | None = 0
     origin: int = 0
     last_token: int = -1
+    scope: Hashable | None = None
+    tokens: np.ndarray | None = None
 
     def goes_on(self, context: Any, sampled: bool) -> bool:
         """Takes the drafts that ``context`` (token ids) begins with for cached.
@@ -74,6 +80,9 @@ class RequestSlots:
     def get(self, request_id: str, state: Any) -> Holding | None:
         holding = self._held.get(request_id)
         return holding if holding and holding.state is state else None
+
+    def holding(self, request_id: str) -> Holding:
+        return self._held[request_id]
 
     def take(self, request_id: str, state: Any, **attributes: Any) -> Holding:
         """A free slot for a request that holds none; one must be free."""

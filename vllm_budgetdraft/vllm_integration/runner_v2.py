@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -22,6 +23,7 @@ from vllm_budgetdraft.vllm_integration.draft_output import DraftOutput
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
+from vllm_budgetdraft.vllm_integration.remembering import scope_of
 from vllm_budgetdraft.vllm_integration.sampling import draft_sampling, is_greedy
 from vllm_budgetdraft.vllm_integration.statistics import STEP_COSTS, DraftStatistics
 from vllm_budgetdraft.vllm_integration.step_timing import time_steps
@@ -61,6 +63,8 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         self._max_model_len = vllm_config.model_config.max_model_len
         self._core: DraftProposer
         self._progress: dict[int, Progress] = {}
+        # Of each cache's position 0, where in its context that is.
+        self._first_known = [0] * vllm_config.scheduler_config.max_num_seqs
         self.drafted: set[str] = set()
         self._statistics = DraftStatistics()
         self._faults = FaultLog(self._statistics)
@@ -123,7 +127,6 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         if not self._is_leader:
             return
         index = self._states.req_id_to_index[request_id]
-        self._release(index)
         self._progress[index] = progress = Progress(
             request_id,
             len(request.prefill_token_ids),
@@ -149,12 +152,26 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
                 sampling = draft_sampling(params)
                 self._temperatures[index], self._top_k[index] = sampling
                 progress.is_cut = sampling.top_k > 0
+            if self._core.snapshots is not None:
+                budget = settings.kv_budget or self._core.kv_budget
+                progress.scope = scope_of(request, budget)
+            if progress.scope is not None:
+                progress.tokens = np.array(request.prefill_token_ids, dtype=np.int32)
             self._start_reading(index, progress, request.num_computed_tokens)
 
     def _start_reading(self, index: int, progress: Progress, num_computed: int) -> None:
-        num_tokens = progress.num_to_read
-        self._core.start_reading(index, num_tokens, progress.kv_budget)
-        self._statistics.count_reading(num_tokens, num_computed)
+        """Gives a request its pages, and what a snapshot knows of its context."""
+        core, num_tokens, num_known = self._core, progress.num_to_read, 0
+        budget, match, mark = progress.kv_budget, None, None
+        if core.snapshots is not None and progress.tokens is not None:
+            tokens = progress.tokens[:num_tokens]
+            match = core.snapshots.match(progress.scope, tokens)
+            num_known = match.spared if match else 0
+            mark = core.mark(progress.scope, tokens, num_computed, num_known)
+        if not match or not core.go_on_reading(index, num_tokens, budget, match, mark):
+            num_known = 0
+            core.start_reading(index, num_tokens, budget, mark)
+        self._statistics.count_reading(num_tokens, num_computed, num_known)
 
     @torch.inference_mode()
     def propose(
@@ -261,7 +278,36 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         live: Mapping[int, str] = self._states.index_to_req_id
         for index, progress in list(self._progress.items()):
             if live.get(index) != progress.request_id:
-                self._release(index)
+                self._end(index, progress)
+
+    def _end(self, index: int, progress: Progress) -> None:
+        """Releases a request, of which a snapshot is kept if there is one to keep.
+
+        Its row of the runner's states must still be its own.
+        """
+        core, states = self._core, self._states
+        is_held = core.cache.is_held(index) and progress.is_read
+        if core.snapshots is None or progress.tokens is None or not is_held:
+            self._release(index)
+            return
+        del self._progress[index]
+        known = len(progress.tokens)
+        # All that it can have written by now.
+        end = int(states.num_computed_tokens_np[index]) + self._core.max_append
+        core.snapshots.keep(
+            index,
+            progress.scope,
+            progress.tokens,
+            self._end_of_cache(index, progress),
+            origin=self._first_known[index],
+            later_tokens=states.all_token_ids.gpu[index, known:end],
+        )
+
+    def _end_of_cache(self, index: int, progress: Progress) -> Tensor:
+        """Position after the last that a request's cache knows, [] int."""
+        if progress.has_drafted:
+            return self._states.total_len.gpu[index]
+        return self._num_cached[index]
 
     def _release(self, index: int) -> None:
         self._progress.pop(index, None)
@@ -332,9 +378,7 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         # The host waits for the device here, once for a request that waited itself.
         num_tokens = int(self._states.total_len.gpu[index])
         progress.begin(num_tokens, has_sampled=has_sampled)
-        num_tokens = progress.num_to_read
-        self._core.start_reading(index, num_tokens, progress.kv_budget)
-        self._statistics.count_reading(num_tokens, num_tokens)
+        self._start_reading(index, progress, progress.num_to_read)
 
     def _is_ready(self, index: int, progress: Progress, length: int) -> bool:
         """Whether a request that sampled is to draft now."""

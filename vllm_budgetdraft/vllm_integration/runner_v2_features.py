@@ -31,8 +31,7 @@ class FeatureSpeculator(BudgetDraftSpeculator):
     def load_model(self, target_model: nn.Module) -> None:
         super().load_model(target_model)
         num_slots = self.vllm_config.scheduler_config.max_num_seqs
-        # The first position that each cache knows, on the host and on the device.
-        self._first_known = [0] * num_slots
+        # ``_first_known``, on the device.
         self._origins = torch.zeros(num_slots, dtype=torch.int64, device=self.device)
         width = self._core.first_width
         self._places = torch.arange(width, device=self.device)
@@ -44,9 +43,27 @@ class FeatureSpeculator(BudgetDraftSpeculator):
         return self._core.drafter.aux_layers
 
     def _start_reading(self, index: int, progress: Progress, num_computed: int) -> None:
-        self._know_from(index, num_computed)
-        progress.num_to_read -= num_computed
-        super()._start_reading(index, progress, num_computed)
+        core, end, num_known = self._core, progress.num_to_read, 0
+        budget, match, origin = progress.kv_budget, None, num_computed
+        if core.snapshots is not None and progress.tokens is not None and num_computed:
+            tokens = progress.tokens[: num_computed + 1]
+            match = core.snapshots.match(progress.scope, tokens, num_computed)
+        if match:
+            first = match.snapshot.origin
+            if core.go_on_reading(index, end - first, budget, match):
+                origin, num_known = first, match.spared
+        if not num_known:
+            core.start_reading(index, end - origin, budget)
+        self._know_from(index, origin)
+        progress.num_to_read = end - origin
+        # What the target knew before is not read.
+        self._statistics.count_reading(
+            end - num_computed + num_known, num_known, num_known
+        )
+
+    def _end_of_cache(self, index: int, progress: Progress) -> Tensor:
+        """See ``BudgetDraftSpeculator``: every step's tokens are fed in it."""
+        return self._states.total_len.gpu[index] - 1
 
     def _know_from(self, index: int, position: int) -> None:
         self._first_known[index] = position

@@ -47,7 +47,11 @@ from vllm_budgetdraft.proposer.draft_proposer import MAX_WIDTH
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
 from vllm_budgetdraft.vllm_integration.faults import logger
-from vllm_budgetdraft.vllm_integration.patches import front_end, statistics
+from vllm_budgetdraft.vllm_integration.patches import (
+    front_end,
+    snapshots,
+    statistics,
+)
 
 PROPOSER = "vllm_budgetdraft.vllm_integration.runner_v1.BudgetDraftProposer"
 
@@ -85,6 +89,7 @@ class BudgetDraftSpeculativeConfig(SpeculativeConfig):
 
 # Here, for the engine core is handed a config that another process made.
 statistics.apply(BudgetDraftSpeculativeConfig)
+snapshots.apply(BudgetDraftSpeculativeConfig)
 
 
 def make_config(

@@ -13,7 +13,8 @@ STEP_COSTS = "step_costs"
 #: Name and meaning.
 GAUGES = {
     "pages_in_use": "Pages of the draft cache that requests hold.",
-    "pages_free": "Pages of the draft cache that nobody holds.",
+    "pages_free": "Pages of the draft cache that no request holds.",
+    "snapshot_bytes": "Of these, what holds snapshots of requests that are over.",
     "draft_length": "Most tokens that a request might draft in the last step.",
     "cuda_graphs": "CUDA graphs captured of drafts; 0 where drafts run eagerly.",
 }
@@ -23,6 +24,9 @@ COUNTERS = {
     "draft_seconds": "Seconds that drafting took, reading prompts for it included: of "
     "the device, where that is a GPU.",
     "evicted_tokens": "Context tokens that the draft cache dropped.",
+    "snapshot_hits": "Requests that went on from a snapshot of another one.",
+    "snapshot_tokens": "Context tokens that the drafter need not read for that.",
+    "snapshot_evictions": "Snapshots that made room for requests or others.",
 }
 #: The same by the values of a label: name, label, meaning.
 LABELLED_COUNTERS = {
@@ -87,10 +91,19 @@ class DraftStatistics:
         assert amount >= 0, (name, amount)
         self._counts[name, label] += amount
 
-    def count_reading(self, num_tokens: int, num_computed: int) -> None:
-        """A context that is to be read, of which the target knew so many tokens."""
-        num_computed = min(num_tokens, num_computed)
-        self.count("tokens_to_read", num_computed, "computed")
+    def count_reading(
+        self, num_tokens: int, num_computed: int, num_known: int = 0
+    ) -> None:
+        """A context that is to be read.
+
+        Args:
+            num_computed: tokens of it that the target knew.
+            num_known: that a snapshot knew, and that need not be read.
+        """
+        num_computed = min(num_tokens, max(num_known, num_computed))
+        self.count("snapshot_hits", num_known > 0)
+        self.count("snapshot_tokens", num_known)
+        self.count("tokens_to_read", num_computed - num_known, "computed")
         self.count("tokens_to_read", num_tokens - num_computed, "prefill")
 
     def count_wait(self, request: Waits, has_drafts: bool) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
+from vllm_budgetdraft.vllm_integration.remembering import tell_scopes
 
 #: Has the target tell what its layers think.
 ASKS_FOR_STATES = "_setup_eagle3_aux_hidden_state_outputs"
@@ -54,6 +55,7 @@ def apply(proposer_class: type) -> None:
             if drafter.reads_features:
                 given = signature.bind(self, scheduler_output, *args, **kwargs)
                 states = given.arguments["aux_hidden_states"]
+            tell_scopes(self.requests, scheduler_output.scheduled_new_reqs)
             drafter.bind(
                 self,
                 scheduler_output.scheduled_spec_decode_tokens,

@@ -118,8 +118,11 @@ def _announce(original: Function) -> Function:
     """
 
     def add_requests(self: Any, scheduler_output: Any) -> None:
+        is_ours = _is_ours(self.vllm_config) and self.speculator is not None
+        if is_ours:
+            self.speculator.release_ended()  # before others take their places
         original(self, scheduler_output)
-        if _is_ours(self.vllm_config) and self.speculator is not None:
+        if is_ours:
             for request in scheduler_output.scheduled_new_reqs:
                 self.speculator.add_request(request.req_id, request)
 
