@@ -26,7 +26,10 @@ GROUPS = {
         "adaptive_draft_length",
     ],
     "Sampling": ["draft_sample_method"],
-    "Draft cache": ["kv_budget", "recent_window", "page_size", "pool_memory_gib"],
+    "Draft cache": [
+        *("kv_budget", "recent_window", "page_size"),
+        *("pool_memory_gib", "snapshot_memory_gib"),
+    ],
     "Reading prompts": ["draft_prefill", "draft_prefill_chunk", "position_mode"],
     "Eviction": [
         "eviction_policy",

@@ -157,6 +157,7 @@ SETTINGS: dict[str, Any] = {
     "recent_window": 128,
     "page_size": 8,
     "pool_memory_gib": 1.5,
+    "snapshot_memory_gib": 0.5,
     "draft_vocabulary_size": 0,
     "attention_backend": "torch",
     "draft_dtype": "float32",

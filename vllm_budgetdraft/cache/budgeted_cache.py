@@ -173,7 +173,7 @@ class BudgetedCache:
         end = num_pages
         if self.attention is not None:
             self.attention[slot] = 0
-            if pages is not None:
+            if pages is not None and pages.received is not None:
                 self.attention[slot, :num_pages] = pages.received
             end = first + max((end - first) // 2, self._num_recycled)
         self._began[slot] = 0, 0, first * self.page_size

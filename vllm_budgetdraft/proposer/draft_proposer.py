@@ -13,7 +13,6 @@ from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.attention.prompt import PromptAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.page_pool import PagePool
-from vllm_budgetdraft.cache.snapshots import Match, SnapshotStore, States
 from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig, settle
 from vllm_budgetdraft.drafter.configuration import trained_view
 from vllm_budgetdraft.drafter.feature_checkpoint import is_feature_drafter
@@ -41,6 +40,7 @@ from vllm_budgetdraft.proposer.prompt_reader import (
     PromptReader,
     TokensOf,
 )
+from vllm_budgetdraft.proposer.snapshots import Match, SnapshotStore, States
 
 #: Of a beginning that contexts share, for a snapshot of it: about what a pass takes.
 MIN_SHARED_TOKENS = 64

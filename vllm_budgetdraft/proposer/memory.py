@@ -29,6 +29,7 @@ class MemoryPlan:
         num_pages: of the pool.
         pass_tokens: most tokens of prompts that one pass of the drafter reads.
         cache: the whole pool, and its spare page.
+        snapshots: of it, what snapshots have beside what requests leave.
         prompt_scratch: keys and values of prompts being read: the longest, and as many
             tokens as one pass reads.
         distributions: what drafts are drawn from.
@@ -41,6 +42,7 @@ class MemoryPlan:
     num_pages: int
     pass_tokens: int
     cache: int
+    snapshots: int
     prompt_scratch: int
     distributions: int
 
@@ -83,8 +85,8 @@ class MemoryPlan:
                     f"kv_budget={config.kv_budget} or "
                     f"recent_window={config.recent_window}"
                 )
-        if config.snapshot_memory_gib:
-            num_pages += int(config.snapshot_memory_gib * GIB) // page
+        snapshot_pages = int((config.snapshot_memory_gib or 0) * GIB) // page
+        num_pages += snapshot_pages
         held = config.held_tokens(max_model_len, drafter.max_position_embeddings)
         # One that is read over many steps must leave room for those that begin and end
         # in one.
@@ -103,6 +105,7 @@ class MemoryPlan:
             num_pages=num_pages,
             pass_tokens=pass_tokens,
             cache=(num_pages + 1) * page,
+            snapshots=snapshot_pages * page,
             prompt_scratch=scratch * per_token,
             distributions=is_drawn * distributions,
         )
@@ -114,12 +117,15 @@ class MemoryPlan:
             weights: bytes of the drafter.
             scratch: bytes of all buffers, ``distributions`` among them.
         """
+        requests, kept = self.cache - self.snapshots, ""
+        if self.snapshots:
+            kept = f"; snapshots {self.snapshots / MIB:.1f} MiB"
         return (
             f"drafter weights {weights / MIB:.1f} MiB, draft cache "
-            f"{self.cache / MIB:.1f} MiB ({self.cache // self.cache_per_request} "
+            f"{self.cache / MIB:.1f} MiB ({requests // self.cache_per_request} "
             f"requests x {self.capacity} tokens, {self.cache_per_request / 1024:.1f} "
             "KiB each; the drafter's full cache would take "
-            f"{self.full_cache_per_request / 1024:.1f} KiB each), scratch "
+            f"{self.full_cache_per_request / 1024:.1f} KiB each{kept}), scratch "
             f"{scratch / MIB:.1f} MiB, of which distributions of drafts "
             f"{self.distributions / MIB:.1f} MiB (draft_sample_method)"
         )

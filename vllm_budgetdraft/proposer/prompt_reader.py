@@ -13,7 +13,6 @@ from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.attention.prompt import PromptAttention, Segment
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.cache.ranges import packed_ranges
-from vllm_budgetdraft.cache.snapshots import States
 from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import (
@@ -22,6 +21,7 @@ from vllm_budgetdraft.eviction.base import (
     check_selection,
 )
 from vllm_budgetdraft.eviction.reading import ReadingPlan
+from vllm_budgetdraft.proposer.snapshots import States
 
 #: ``tokens_of(pieces)``: the tokens at these positions of the slots' contexts, packed
 #: one after another, int64 on the device; or their features, [T, hidden_size].

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from vllm_budgetdraft import environment
-from vllm_budgetdraft.cache.snapshots import SnapshotStore
 from vllm_budgetdraft.config import RequestSettings, parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_length import confident_lengths
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.snapshots import SnapshotStore
 from vllm_budgetdraft.proposer.warm_up import warm_up
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
