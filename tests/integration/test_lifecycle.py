@@ -34,8 +34,10 @@ from tests.support.scripts import (
     all_at_once,
     at_random,
     check,
+    conversations,
     gains_after,
     ids_and_embeddings,
+    instructions,
     long_prompt_later,
     low_priority_first,
     of_book,
@@ -111,6 +113,15 @@ def test_aborts_in_prefill_and_in_decode_leave_nothing_behind(
 ):
     check(self_drafting.play(aborts), plain, refused=0.01)
     check(budgeted.play(aborts), plain)
+
+
+def test_a_conversation_is_read_on_where_it_ended(self_drafting, budgeted, plain):
+    check(self_drafting.play(conversations), plain, refused=0.1)
+    check(budgeted.play(conversations), plain)
+
+
+def test_a_beginning_that_calls_share_is_read_twice(self_drafting, plain):
+    check(self_drafting.play(instructions), plain, refused=0.1)
 
 
 def test_an_id_used_again_at_once_is_another_request(self_drafting, plain):

@@ -63,6 +63,8 @@ def budgeted() -> Iterator[EngineProcess]:
 # The scripts of V1, on the engines of this module.
 test_prefixes = lifecycle.test_cached_prefixes_are_read_by_the_drafter_all_the_same
 test_chunks = lifecycle.test_chunks_of_a_prompt_and_drafts_share_steps
+test_conversations = lifecycle.test_a_conversation_is_read_on_where_it_ended
+test_instructions = lifecycle.test_a_beginning_that_calls_share_is_read_twice
 test_max_tokens = lifecycle.test_max_tokens_inside_an_accepted_draft_is_the_end
 test_grammars = lifecycle.test_structured_outputs_are_plain_vllms
 test_no_drafts = (

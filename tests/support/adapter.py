@@ -1,5 +1,6 @@
 """An engine's part around the adapter of model runner V1, with no engine."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,18 @@ from tests.support.models import VOCAB_SIZE
 
 
 class Request:
-    """vLLM's object for a request; its identity, and what it asks of us, matter."""
+    """vLLM's object for a request; its identity, and what it asks of us, matter.
+
+    Attributes:
+        budgetdraft_scope: what the scheduler says of it; None if it says nothing.
+    """
 
     prompt_embeds: Any = None
+    lora_request: Any = None
+    mm_features: tuple[Any, ...] = ()
+    budgetdraft_scope: Any = None
+    num_prompt_tokens = 0
+    output_token_ids: Sequence[int] = ()
 
     def __init__(self, **extra_args: Any) -> None:
         self.sampling_params = SimpleNamespace(
@@ -93,4 +103,6 @@ class Engine:
         drafts = self.propose()
         for name in drafts.keys() - self.prefilling:
             self.tokens[name].append(len(self.tokens[name]) % VOCAB_SIZE)
+            state = self.requests[name]
+            state.output_token_ids = self.tokens[name][state.num_prompt_tokens :]
         return drafts

@@ -137,6 +137,7 @@ class Request:
         as_embeddings: whether the prompt is sent as the target's embeddings of it.
         adapter: folder of a LoRA adapter.
         priority: lower goes first, where the engine's scheduling policy is "priority".
+        salt: its ``cache_salt``.
     """
 
     prompt: list[int]
@@ -144,6 +145,7 @@ class Request:
     as_embeddings: bool = False
     adapter: str | None = None
     priority: int = 0
+    salt: str | None = None
 
 
 @dataclass
@@ -217,6 +219,8 @@ class SteppedEngine:
         prompt: dict[str, Any] = {"prompt_token_ids": request.prompt}
         if request.as_embeddings:
             prompt = {"prompt_embeds": _target_embeddings()[request.prompt]}
+        if request.salt:
+            prompt["cache_salt"] = request.salt
         adapter = request.adapter and LoRARequest("adapter", 1, request.adapter)
         internal_name = self._engine.add_request(
             name,
@@ -229,6 +233,10 @@ class SteppedEngine:
         self.live[name] = course = Course(name, request)
         self.courses.append(course)
         return course
+
+    def reset_prefix_cache(self) -> None:
+        self.become_idle()
+        assert self._llm.reset_prefix_cache()
 
     def sleep(self, level: int) -> None:
         self._llm.sleep(level)
@@ -284,7 +292,8 @@ class SteppedEngine:
             return
         cache = drafter._core.cache
         cache.check_invariants()
-        assert cache.pool.num_free == cache.pool.num_pages, "pages are still held"
+        free = drafter._core.num_free_pages
+        assert free == cache.pool.num_pages, "pages are still held"
 
     def _observe(self) -> None:
         runner = self._runner

@@ -155,3 +155,54 @@ def at_random(engine: SteppedEngine, seed: int) -> None:
         if engine.live and numbers.random() < 0.02:
             engine.abort(numbers.choice(sorted(engine.live)))
         engine.step()
+
+
+def conversations(engine: SteppedEngine) -> None:
+    """Turns that follow each other, and what the drafter knew of them before."""
+
+    def known_of(name: str, request: Request, times: int = 1) -> int:
+        before = counted_metrics()["snapshot_tokens_total"]
+        for each in range(times):
+            engine.add(f"{name} {each}", request)
+        engine.finish()
+        return int(counted_metrics()["snapshot_tokens_total"] - before)
+
+    engine.reset_prefix_cache()
+    sampling = {"max_tokens": 20, "ignore_eos": True}
+    prompt, contexts = book_tokens(200, start=700), [list[int]()]
+    for turn in range(4):
+        known = known_of(f"turn {turn}", Request(prompt, sampling))
+        assert known >= len(contexts[-1]) - 3, (turn, known)
+        assert known <= len(contexts[-1])
+        contexts.append([*prompt, *engine.courses[-1].token_ids])
+        prompt = [*contexts[-1], *book_tokens(30, start=100 * turn)]
+    # An answer is asked for again, twice at once.
+    again = contexts[3][:-20]
+    known = known_of("again", Request(again, sampling), times=2)
+    assert known >= 2 * (len(again) - 3)
+    # The last answer but one is another one.
+    edited = [*contexts[3][:-10], 5, 6, 7]
+    assert known_of("edited", Request(edited, sampling)) >= len(edited) - 6
+    # The first question is: what comes after it is of no use.
+    edited = [*contexts[1][:100], 5, 6, 7, *contexts[4][100:]]
+    assert known_of("begun anew", Request(edited, sampling)) <= 100
+    for name, salt in (("of somebody else", "salt"), ("again theirs", "salt")):
+        known = known_of(name, Request(contexts[4], sampling, salt=salt))
+        assert (known > 0) == (name == "again theirs"), known
+    engine.reset_prefix_cache()
+    assert not known_of("after a reset", Request(contexts[4], sampling))
+
+
+def instructions(engine: SteppedEngine) -> None:
+    """Calls that begin alike, and go on differently."""
+    engine.reset_prefix_cache()
+    system, known = book_tokens(300, start=200), []
+    for call in range(4):
+        before = counted_metrics()["snapshot_tokens_total"]
+        sampling = {"max_tokens": 6, "ignore_eos": True}
+        task = [5 + call, *book_tokens(40, start=50 * call)]
+        engine.add(f"call {call}", Request(system + task, sampling))
+        engine.finish()
+        known.append(int(counted_metrics()["snapshot_tokens_total"] - before))
+    # As far as vLLM's blocks of 32 tokens go.
+    assert known == [0, 0, 288, 288]

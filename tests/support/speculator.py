@@ -46,6 +46,7 @@ class Runner:
                 gpu=torch.zeros((NUM_SLOTS, MAX_MODEL_LEN), dtype=torch.int32)
             ),
             total_len=SimpleNamespace(gpu=torch.zeros(NUM_SLOTS, dtype=torch.int32)),
+            num_computed_tokens_np=np.zeros(NUM_SLOTS, dtype=np.int32),
             req_id_to_index={},
             index_to_req_id={},
         )
@@ -66,8 +67,14 @@ class Runner:
         self.temperature = torch.ones(NUM_SLOTS)
 
     def add(self, index: int, num_tokens: int, **sampling: Any) -> None:
-        name = f"request {index}"
-        tokens = random_tokens(num_tokens, seed=index)
+        self.speculator.release_ended()
+        self.begin(index, random_tokens(num_tokens, seed=index), **sampling)
+
+    def begin(
+        self, index: int, tokens: torch.Tensor, scope: Any = None, **sampling: Any
+    ) -> None:
+        """A request of such a scope; its place in a step is given to it first."""
+        name, num_tokens = f"request {index}", len(tokens)
         self.states.req_id_to_index[name] = index
         self.states.index_to_req_id[index] = name
         self.states.all_token_ids.gpu[index, :num_tokens] = tokens
@@ -81,6 +88,9 @@ class Runner:
                 prefill_token_ids=tokens.tolist(),
                 num_computed_tokens=0,
                 prompt_embeds=None,
+                lora_request=None,
+                mm_features=[],
+                budgetdraft_scope=scope,
             ),
         )
 
@@ -90,6 +100,7 @@ class Runner:
         end = length + len(tokens)
         self.states.all_token_ids.gpu[index, length:end] = torch.tensor(tokens)
         self.states.total_len.gpu[index] = end
+        self.states.num_computed_tokens_np[index] = end  # at most
 
     def end(self, index: int) -> None:
         name = self.states.index_to_req_id.pop(index)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.support import models
 from tests.support.drafting import build_proposer, held_by
+from tests.support.fake_gpu import ClockEvent, cpus_are_gpus
 from tests.support.policies import EVERY_SECOND
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -245,3 +246,84 @@ def check(contexts: Contexts, slot: int) -> None:
         assert distances.min(1).values.max() < 1e-9
         if contexts.proposer.config.position_mode == "absolute":  # all are different
             assert (distances.argmin(1).diff() > 0).all()
+
+
+def test_on_a_gpu_nothing_waits_until_somebody_asks(drafter, monkeypatch):
+    waited = []
+    with cpus_are_gpus():
+        contexts = Contexts(build(drafter, attention_backend="torch"))
+        monkeypatch.setattr(ClockEvent, "synchronize", lambda e: waited.append(e))
+        context = random_context(60, seed=1)
+        contexts.begin(0, context)
+        contexts.end(0, later=3)
+        assert not waited
+        assert contexts.begin(0, context).spared == 58
+    assert len(waited) == 1
+
+
+def test_what_is_not_finite_serves_nobody(drafter):
+    contexts = Contexts(build(drafter))
+    context = random_context(60, seed=1)
+    contexts.begin(0, context)
+    cache = contexts.proposer.cache
+    cache.pool.keys[1, cache.page_table.pages[0, 2], 3] = torch.nan
+    contexts.end(0)
+    assert contexts.begin(0, context) is None
+    assert not len(contexts.proposer.snapshots)
+    assert cache.pool.keys.isfinite().all()
+
+
+def test_a_beginning_that_is_shared_is_kept_when_it_is_read_again(drafter):
+    """The first of three contexts knows of nobody, the second one tells the third."""
+    settings = {"kv_budget": 48, "num_slots": 4, "eviction_policy": "sink_window"}
+    settings |= {"snapshot_memory_gib": gib(20)}
+    contexts = Contexts(build(drafter, **settings))
+    system = random_context(130, seed=1)
+    first, second, third = (longer(system, 20, seed=each) for each in (2, 3, 4))
+    assert contexts.begin(0, first) is None
+    assert contexts.begin(1, second, num_computed=130) is None
+    check(contexts, 1)
+    match = contexts.begin(2, third, num_computed=130)
+    assert (match.spared, match.num_held) == (130, 48)
+    check(contexts, 2)
+    # What reading the beginning alone would have kept, and nothing else.
+    alone = Contexts(build(drafter, **settings))
+    alone.begin(0, np.append(system, [1, 1]).astype(np.int32))
+    pages = match.snapshot.pages
+    wanted, _ = held_by(alone.proposer, 0, 48)
+    cells = pages.order.repeat_interleave(8) * 8 + torch.arange(8).repeat(6)
+    found = contexts.proposer.cache.pool.keys.flatten(1, 2)[:, cells]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    # Not where that would spare less than it costs.
+    many = len(contexts.proposer.snapshots)
+    contexts.begin(3, longer(system[:60], 30, seed=5), num_computed=60)
+    assert len(contexts.proposer.snapshots) == many
+
+
+def test_the_memory_that_is_kept_is_bounded(drafter):
+    """Ten thousand contexts begin and end, of other lengths and scopes."""
+    proposer = build(drafter, snapshot_memory_gib=gib(25))
+    store, cache, rng = proposer.snapshots, proposer.cache, Random(2)
+    held: set[int] = set()
+    for event in range(10_000):
+        slot = rng.randrange(3)
+        if slot in held:
+            tokens = np.full(rng.randrange(4, 60), event % 90, dtype=np.int32)
+            if rng.random() < 0.1:
+                proposer.release_request(slot)
+            else:
+                store.keep(slot, rng.randrange(5), tokens, len(tokens))
+            held.remove(slot)
+        else:
+            tokens = np.full(rng.randrange(4, 60), rng.randrange(90), dtype=np.int32)
+            match = store.match(rng.randrange(5), tokens)
+            if not (match and proposer.go_on_reading(slot, len(tokens), None, match)):
+                proposer.start_request(slot)
+            proposer.reader.stop(slot)
+            held.add(slot)
+        assert len(store) <= 5
+        if event % 100 == 0:
+            cache.check_invariants()
+    assert store.num_evicted > 1000
+    proposer.release_all()
+    assert cache.pool.num_free == cache.pool.num_pages == 30 + 25

@@ -251,7 +251,7 @@ def _to_host(values: Tensor) -> Callable[[], np.ndarray]:
     if not is_gpu(values.device):
         found = values.numpy()
         return lambda: found
-    copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copied = torch.zeros(values.shape, dtype=values.dtype, pin_memory=True)
     copied.copy_(values, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
