@@ -176,7 +176,7 @@ def drafts(args: argparse.Namespace) -> list[dict[str, Any]]:
                     begun = time.perf_counter()
                     proposer.draft(slots, tokens, ends, None, temperatures, fed=fed)
                     times[name].append(time.perf_counter() - begun)
-            for name, proposer in proposers.items():
+            for name in proposers:
                 row = {
                     "drafter": name,
                     "batch_size": batch,
