@@ -25,6 +25,7 @@ from vllm_budgetdraft.attention.backend import default_device
 from vllm_budgetdraft.config import BudgetDraftConfig, settle
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_graphs import CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -113,7 +114,7 @@ def main() -> None:
 def build(
     config: BudgetDraftConfig, args: argparse.Namespace, dtype: torch.dtype
 ) -> DraftProposer:
-    proposer = DraftProposer.build(
+    proposer = build_proposer(
         config,
         num_slots=max(args.batch_sizes),
         max_model_len=max(args.contexts) + config.num_speculative_tokens,

@@ -32,8 +32,8 @@ from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.evaluation.acceptance import AcceptanceRow, HeldOutAcceptance
+from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
-from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
 PLAIN = "vllm"
@@ -118,7 +118,7 @@ def draft_times(
             kv_budget=args.kv_budget,
             draft_vocabulary_size=size,
         )
-        proposer = proposers[size] = DraftProposer.build(
+        proposer = proposers[size] = build_proposer(
             config,
             num_slots=max(BATCH_SIZES),
             max_model_len=2 * CONTEXT_TOKENS,
@@ -197,7 +197,7 @@ def acceptance(
 
 def coverage(args: argparse.Namespace, size: int, answers: list[list[int]]) -> float:
     """The share of some tokens that a draft vocabulary has."""
-    proposer = DraftProposer.build(
+    proposer = build_proposer(
         BudgetDraftConfig(
             model=args.drafter, num_speculative_tokens=1, draft_vocabulary_size=size
         ),

@@ -39,7 +39,7 @@ from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.checkpoint import EMBEDDING, embeddings_of
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance
-from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.building import build_proposer
 
 #: Of a long context, what is computed, the rest being said to be known: more than the
 #: budget, so that the draft cache is full.
@@ -148,7 +148,7 @@ def drafts(args: argparse.Namespace) -> list[dict[str, Any]]:
     embedding = embeddings_of(AutoModelForCausalLM.from_pretrained(args.target))
     proposers = {}
     for name in ("head", "decoder"):
-        proposer = proposers[name] = DraftProposer.build(
+        proposer = proposers[name] = build_proposer(
             BudgetDraftConfig(
                 model=getattr(args, name),
                 num_speculative_tokens=args.num_speculative_tokens,

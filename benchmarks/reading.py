@@ -29,6 +29,7 @@ from vllm_budgetdraft.comparison.measure import prepare_environment
 from vllm_budgetdraft.comparison.prompts import build_prompts
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.warm_up import warm_up
 from vllm_budgetdraft.vllm_integration import metrics
@@ -190,7 +191,7 @@ def build(args: argparse.Namespace, budget: int, prompt_tokens: int) -> DraftPro
         num_speculative_tokens=args.num_speculative_tokens,
         kv_budget=budget,
     )
-    proposer = DraftProposer.build(
+    proposer = build_proposer(
         config,
         num_slots=args.prompts,
         max_model_len=prompt_tokens + NEW_TOKENS,

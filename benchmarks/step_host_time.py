@@ -30,6 +30,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.proposer import adaptive_length
+from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_loop import Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
@@ -212,7 +213,7 @@ class RunnerV2:
 
 def build(drafter: str, batch_size: int, num_drafts: int) -> tuple[DraftProposer, Any]:
     """A core that drafts nothing, and what of vLLM's configuration adapters read."""
-    core = DraftProposer.build(
+    core = build_proposer(
         BudgetDraftConfig(
             model=drafter, num_speculative_tokens=num_drafts, kv_budget=KV_BUDGET
         ),

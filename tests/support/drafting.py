@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from tests.support.models import VOCAB_SIZE, random_tokens
 from vllm_budgetdraft.config import BudgetDraftConfig
+from vllm_budgetdraft.proposer import building
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.prompt_reader import TokensOf
@@ -29,7 +30,7 @@ def build_proposer(
     """A proposer in ``dtype`` throughout, unless ``draft_dtype`` says otherwise."""
     settings = {"num_speculative_tokens": 4, "draft_dtype": "float32", **settings}
     config = BudgetDraftConfig(model=str(folder), **settings)
-    return DraftProposer.build(
+    return building.build_proposer(
         config,
         num_slots=num_slots,
         max_model_len=max_model_len,

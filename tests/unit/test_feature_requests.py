@@ -19,6 +19,7 @@ from tests.unit.test_feature_drafter import causal
 from vllm_budgetdraft.config import BudgetDraftConfig, speculative
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.errors import UnsupportedVllmError
+from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 
 pytestmark = pytest.mark.vllm
@@ -49,7 +50,7 @@ def build(folder: Path, **settings: object) -> DraftProposer:
             **settings,
         },
     )
-    return DraftProposer.build(
+    return build_proposer(
         config,
         num_slots=NUM_SLOTS,
         max_model_len=MAX_MODEL_LEN,

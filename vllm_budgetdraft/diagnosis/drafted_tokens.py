@@ -12,6 +12,7 @@ from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.drafter.draft_vocabulary import FILE, read_draft_vocabulary
 from vllm_budgetdraft.drafter.folder import read_config
 from vllm_budgetdraft.drafter.modeling import Drafter
+from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.memory import resolve_dtype
@@ -74,7 +75,7 @@ def measure(config: SettledConfig, written: list[list[int]], target: Any) -> str
     device = default_device()
     dtype = resolve_dtype(config, device.type, target.dtype)
     proposers = [
-        DraftProposer.build(
+        build_proposer(
             config.model_copy(update={"draft_vocabulary_size": size}),
             num_slots=1,
             max_model_len=2 * CONTEXT_TOKENS,

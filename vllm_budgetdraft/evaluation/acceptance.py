@@ -17,8 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation.target_reader import TargetReader
+from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
-from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.memory import resolve_dtype
 
 
@@ -291,7 +291,7 @@ class HeldOutAcceptance:
             self.settings | {"model": str(drafter), "kv_budget": self._budgets[-1]}
         )
         device = self._target.device
-        proposer = DraftProposer.build(
+        proposer = build_proposer(
             config,
             num_slots=1,
             max_model_len=self._longest,

@@ -62,7 +62,7 @@ class MemoryPlan:
         Args:
             num_slots: requests that draft at once, given the memory.
             batch_tokens: most tokens that a step of the target computes.
-            tells_logits: see ``DraftProposer.build``.
+            tells_logits: see ``build_proposer``.
 
         Raises:
             ConfigurationError: pool_memory_gib does not hold one request; or see

@@ -2,8 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,84 +19,11 @@ from vllm_budgetdraft.eviction.base import (
     check_selection,
 )
 from vllm_budgetdraft.eviction.reading import ReadingPlan
-from vllm_budgetdraft.proposer.snapshots import States
+from vllm_budgetdraft.proposer.reading import Begun, Mark, Reading
 
 #: ``tokens_of(pieces)``: the tokens at these positions of the slots' contexts, packed
 #: one after another, int64 on the device; or their features, [T, hidden_size].
 TokensOf = Callable[[list[tuple[int, range]]], Tensor]
-
-
-class Begun(NamedTuple):
-    """What a slot's cache has of a context before it is read on.
-
-    Attributes:
-        num_seen: tokens that need not be read.
-        num_held: of them, those in its cache.
-    """
-
-    num_seen: int = 0
-    num_held: int = 0
-
-
-class Mark(NamedTuple):
-    """Where in a context what would be kept of it is kept for others, too.
-
-    Attributes:
-        at: so many tokens were read.
-        keep: takes keys, values and attention of the buffer, and rows of these.
-    """
-
-    at: int
-    keep: Callable[[States, Tensor], None]
-
-
-@dataclass(eq=False)
-class Reading:
-    """A context that is being read.
-
-    Attributes:
-        num_tokens: its length.
-        budget: most tokens that are kept of it.
-        most_held: tokens that it will hold in the buffer at once.
-        segment: what it holds; None until there is room for ``most_held``.
-        num_seen: tokens that were read or skipped.
-        has_chosen: whether the policy has chosen since it last read.
-        begun: what its slot has of it from the start.
-        mark: None when it was passed.
-    """
-
-    slot: int
-    plan: ReadingPlan
-    num_tokens: int
-    budget: int
-    most_held: int
-    segment: Segment | None = None
-    num_seen: int = 0
-    has_chosen: bool = False
-    begun: Begun = Begun()
-    mark: Mark | None = None
-
-    @property
-    def unread(self) -> range:
-        """Positions to be read next."""
-        return self.plan.unread(self.num_seen, self.num_tokens)
-
-    def next_choice(self, start: int) -> int | None:
-        """See ``ReadingPlan``; where what it began with leaves room for less, there."""
-        choice = self.plan.next_choice(start)
-        room_ends = self.begun.num_seen + self.most_held - self.begun.num_held
-        if choice is None or not self.begun.num_held or start >= room_ends:
-            return choice
-        return min(choice, room_ends)
-
-    def piece(self, limit: int, end: int | None = None) -> range:
-        """At most ``limit`` of them, up to the next choice, and below ``end``."""
-        unread = self.unread
-        ends = [unread.stop, self.next_choice(unread.start), end]
-        if self.mark is not None and unread.start < self.mark.at:
-            ends.append(self.mark.at)
-        stop = min(each for each in ends if each is not None)
-        return range(unread.start, max(unread.start, min(stop, unread.start + limit)))
 
 
 class PromptReader:

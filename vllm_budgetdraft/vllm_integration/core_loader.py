@@ -12,6 +12,7 @@ from vllm_budgetdraft.drafter.configuration import range_warning
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.drafter.folder import read_config
 from vllm_budgetdraft.drafter.packing import weight_bytes
+from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.memory import resolve_dtype
@@ -28,14 +29,14 @@ def load_core(
     used, and whatever is compiled after start-up would make a request wait.
 
     Args:
-        tells_logits: see ``DraftProposer.build``.
+        tells_logits: see ``build_proposer``.
     """
     config = vllm_config.speculative_config.settings
     max_model_len = vllm_config.model_config.max_model_len
     num_slots = vllm_config.scheduler_config.max_num_seqs
     device = next(target.parameters()).device
     dtype = resolve_dtype(config, device.type, vllm_config.model_config.dtype)
-    core = DraftProposer.build(
+    core = build_proposer(
         config,
         num_slots=num_slots,
         max_model_len=max_model_len,

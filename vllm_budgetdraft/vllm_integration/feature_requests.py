@@ -19,12 +19,11 @@ from torch import Tensor
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import Fed
+from vllm_budgetdraft.vllm_integration.draft_lists import NOT_FINITE, confident, marked
+from vllm_budgetdraft.vllm_integration.remembering import start_reading_features
 from vllm_budgetdraft.vllm_integration.request_drafter import (
-    NOT_FINITE,
     Request,
     RequestDrafter,
-    confident,
-    marked,
     max_drafts,
 )
 from vllm_budgetdraft.vllm_integration.request_slots import Holding
@@ -115,22 +114,17 @@ class FeatureRequestDrafter(RequestDrafter):
         return request.sampled and new <= self._core.first_width
 
     def _begin(self, request: Request, holding: Holding) -> None:
-        first, end = request.num_computed, _last_read(request)
-        holding.origin = holding.num_cached = first
-        holding.num_tokens = end
-        budget, num_known = holding.settings.kv_budget, 0
-        match = None
-        if (store := self._remembers(request, holding)) and first:
-            assert holding.tokens is not None
-            match = store.match(holding.scope, holding.tokens[: first + 1], first)
-        if match:
-            origin = match.snapshot.origin
-            if self._core.go_on_reading(holding.slot, end - origin, budget, match):
-                holding.origin, num_known = origin, match.spared
-        if not num_known:
-            self._core.start_reading(holding.slot, end - first, budget)
-        # What the target knew before is not read.
-        self.statistics.count_reading(end - first + num_known, num_known, num_known)
+        holding.num_cached = request.num_computed
+        holding.num_tokens = _last_read(request)
+        holding.origin = start_reading_features(
+            self._core,
+            self.statistics,
+            holding.slot,
+            holding.num_tokens,
+            kv_budget=holding.settings.kv_budget,
+            num_computed=request.num_computed,
+            remembered=self._remembered(request, holding),
+        )
 
     def _read_pieces(self, reading: list[tuple[Request, Holding]]) -> set[int]:
         """Reads what this step computed of contexts; slots that are read to the end."""

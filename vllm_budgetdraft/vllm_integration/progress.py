@@ -1,12 +1,12 @@
 """Requests of model runner V2, as far as the host knows them."""
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
+from vllm_budgetdraft.vllm_integration.remembering import Remembered
 
 
 @dataclass
@@ -28,8 +28,7 @@ class Progress:
         max_missing: most tokens that it lacks besides those, otherwise.
         is_cut: whether its drafts are drawn from a part of the vocabulary.
         num_waited: steps in which it sampled and had no drafts; None after the first.
-        scope: which requests share what is kept of it: see ``scope_of``.
-        tokens: that it came with; None where nothing is kept of it.
+        remembered: None where nothing is kept of it.
     """
 
     request_id: str
@@ -44,8 +43,7 @@ class Progress:
     max_missing: int = 0
     is_cut: bool = False
     num_waited: int | None = 0
-    scope: Hashable | None = None
-    tokens: np.ndarray | None = None
+    remembered: Remembered | None = None
 
     def __post_init__(self) -> None:
         self.begin(self.num_prefill, has_sampled=False)

@@ -1,13 +1,117 @@
-"""Which requests a snapshot of another one's draft cache may serve."""
+"""How requests of an engine begin with snapshots of others, and leave their own."""
 
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
+
 #: Of vLLM's objects for a request, what its scheduler says of that: see
 #: ``patches.snapshots``.
 ATTRIBUTE = "budgetdraft_scope"
+
+
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """A request of which a snapshot may be kept.
+
+    Attributes:
+        scope: which others it may serve.
+        tokens: [n] int32, of its context when it began.
+    """
+
+    scope: Hashable
+    tokens: np.ndarray
+
+
+def remember(
+    core: DraftProposer, state: Any, kv_budget: int | None, tokens: Any
+) -> Remembered | None:
+    """What a request begins with; None if nothing of it is kept.
+
+    Args:
+        state: vLLM's object for the request.
+        kv_budget: as it asked for.
+        tokens: integers of its context, a list or an array, which are copied.
+    """
+    if core.snapshots is None:
+        return None
+    scope = scope_of(state, kv_budget or core.kv_budget)
+    if scope is None:
+        return None
+    return Remembered(scope, np.array(tokens, dtype=np.int32))
+
+
+def start_reading(
+    core: DraftProposer,
+    statistics: DraftStatistics,
+    slot: int,
+    num_tokens: int,
+    *,
+    kv_budget: int | None,
+    num_computed: int,
+    remembered: Remembered | None,
+) -> None:
+    """Begins a context with what a snapshot knows of it, or anew.
+
+    Args:
+        num_tokens: of it, to be read.
+        kv_budget: as the request asked for.
+        num_computed: tokens that the target knew before.
+
+    Raises:
+        PagePoolExhaustedError: too few pages are free.
+    """
+    num_known, match, mark = 0, None, None
+    if core.snapshots is not None and remembered is not None:
+        tokens = remembered.tokens[:num_tokens]
+        match = core.snapshots.match(remembered.scope, tokens)
+        num_known = match.spared if match else 0
+        mark = core.mark(remembered.scope, tokens, num_computed, num_known)
+    if not match or not core.go_on_reading(slot, num_tokens, kv_budget, match, mark):
+        num_known = 0
+        core.start_reading(slot, num_tokens, kv_budget, mark)
+    statistics.count_reading(num_tokens, num_computed, num_known)
+
+
+def start_reading_features(
+    core: DraftProposer,
+    statistics: DraftStatistics,
+    slot: int,
+    end: int,
+    *,
+    kv_budget: int | None,
+    num_computed: int,
+    remembered: Remembered | None,
+) -> int:
+    """The same for a drafter that reads what its target thinks of what it computes.
+
+    Args:
+        end: position of the context up to which it is to read.
+        num_computed: position from which on the target computes.
+
+    Returns:
+        The position of the context that is the first of its cache's.
+
+    Raises:
+        PagePoolExhaustedError: too few pages are free.
+    """
+    num_known, match, origin = 0, None, num_computed
+    if core.snapshots is not None and remembered is not None and num_computed:
+        tokens = remembered.tokens[: num_computed + 1]
+        match = core.snapshots.match(remembered.scope, tokens, num_computed)
+    if match:
+        first = match.snapshot.origin
+        if core.go_on_reading(slot, end - first, kv_budget, match):
+            origin, num_known = first, match.spared
+    if not num_known:
+        core.start_reading(slot, end - origin, kv_budget)
+    # What the target does not compute is not read.
+    statistics.count_reading(end - num_computed + num_known, num_known, num_known)
+    return origin
 
 
 def scope_of(state: Any, kv_budget: int) -> Hashable | None:

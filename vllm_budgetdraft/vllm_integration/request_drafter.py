@@ -12,14 +12,18 @@ from torch import Tensor
 from vllm_budgetdraft import environment
 from vllm_budgetdraft.config import RequestSettings, parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
-from vllm_budgetdraft.proposer.draft_length import confident_lengths
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.proposer.snapshots import SnapshotStore
 from vllm_budgetdraft.proposer.warm_up import warm_up
+from vllm_budgetdraft.vllm_integration.draft_lists import NOT_FINITE, confident, marked
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
-from vllm_budgetdraft.vllm_integration.remembering import scope_of, written_by
+from vllm_budgetdraft.vllm_integration.remembering import (
+    Remembered,
+    remember,
+    start_reading,
+    written_by,
+)
 from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
 from vllm_budgetdraft.vllm_integration.sampling import (
     DraftSampling,
@@ -27,10 +31,6 @@ from vllm_budgetdraft.vllm_integration.sampling import (
     draft_sampling,
 )
 from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
-
-#: In the place of a draft token whose logits were not finite, and of those that the
-#: drafter is not confident of.
-NOT_FINITE, NOT_CONFIDENT = -1, -2
 
 
 @dataclass(frozen=True)
@@ -235,45 +235,33 @@ class RequestDrafter:
 
     def _begin(self, request: Request, holding: Holding) -> None:
         """Has the context be read, all but what the first draft feeds."""
-        holding.num_cached = num_tokens = _num_readable(request)
-        budget, num_known = holding.settings.kv_budget, 0
-        match = mark = None
-        if store := self._remembers(request, holding):
-            assert holding.tokens is not None
-            tokens = holding.tokens[:num_tokens]
-            match = store.match(holding.scope, tokens)
-            num_known = match.spared if match else 0
-            mark = self._core.mark(
-                holding.scope, tokens, request.num_computed, num_known
-            )
-        if not match or not self._core.go_on_reading(
-            holding.slot, num_tokens, budget, match, mark
-        ):
-            num_known = 0
-            self._core.start_reading(holding.slot, num_tokens, budget, mark)
-        self.statistics.count_reading(num_tokens, request.num_computed, num_known)
+        holding.num_cached = _num_readable(request)
+        start_reading(
+            self._core,
+            self.statistics,
+            holding.slot,
+            holding.num_cached,
+            kv_budget=holding.settings.kv_budget,
+            num_computed=request.num_computed,
+            remembered=self._remembered(request, holding),
+        )
 
-    def _remembers(self, request: Request, holding: Holding) -> SnapshotStore | None:
-        """Where snapshots of a request that begins are to be looked for, and kept."""
-        if (store := self._core.snapshots) is None:
-            return None
-        budget = holding.settings.kv_budget or self._core.kv_budget
-        holding.scope = scope_of(request.state, budget)
-        if holding.scope is None:
-            return None
-        holding.tokens = request.context.copy()
-        return store
+    def _remembered(self, request: Request, holding: Holding) -> Remembered | None:
+        budget, tokens = holding.settings.kv_budget, request.context
+        holding.remembered = remember(self._core, request.state, budget, tokens)
+        return holding.remembered
 
     def _end(self, request_id: str) -> None:
         """Releases a request, of which a snapshot is kept if there is one to keep."""
         holding, store = self._slots.holding(request_id), self._core.snapshots
-        if store is None or holding.tokens is None or not holding.is_read:
+        if store is None or holding.remembered is None or not holding.is_read:
             self._release(request_id)
             return
-        prompt = holding.tokens[: holding.state.num_prompt_tokens]
+        scope, tokens = holding.remembered.scope, holding.remembered.tokens
+        prompt = tokens[: holding.state.num_prompt_tokens]
         store.keep(
             self._slots.release(request_id),
-            holding.scope,
+            scope,
             np.append(prompt, written_by(holding.state)),
             holding.num_cached,
             origin=holding.origin,
@@ -391,21 +379,6 @@ class RequestDrafter:
 
     def _release(self, request_id: str) -> None:
         self._core.release_request(self._slots.release(request_id))
-
-
-def marked(tokens: Tensor, confidences: Tensor, threshold: float) -> list[list[int]]:
-    """Drafts [B, k]; ``NOT_FINITE`` or ``NOT_CONFIDENT`` where they are of no use."""
-    lengths = confident_lengths(confidences, threshold)[:, None]
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    tokens = tokens.masked_fill(positions >= lengths, NOT_CONFIDENT)
-    return tokens.masked_fill(~confidences.isfinite(), NOT_FINITE).tolist()
-
-
-def confident(drafted: list[int]) -> list[int]:
-    """What comes before the first ``NOT_CONFIDENT``."""
-    if NOT_CONFIDENT not in drafted:
-        return drafted
-    return drafted[: drafted.index(NOT_CONFIDENT)]
 
 
 def max_drafts(request: Request, settings: RequestSettings) -> int:

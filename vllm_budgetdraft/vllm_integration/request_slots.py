@@ -1,12 +1,11 @@
 """Which request holds which slot of the proposer."""
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from vllm_budgetdraft.config import RequestSettings
+from vllm_budgetdraft.vllm_integration.remembering import Remembered
 from vllm_budgetdraft.vllm_integration.sampling import DraftSampling
 
 
@@ -27,8 +26,7 @@ class Holding:
         fed: drafts that the cache holds after the context.
         num_waited: steps in which it sampled and had no drafts; None after the first.
         origin, last_token: see ``FeatureRequestDrafter``.
-        scope: which requests share what is kept of it: see ``scope_of``.
-        tokens: of its context when it began; None where nothing is kept of it.
+        remembered: None where nothing is kept of it.
     """
 
     slot: int
@@ -42,8 +40,7 @@ class Holding:
     num_waited: int | None = 0
     origin: int = 0
     last_token: int = -1
-    scope: Hashable | None = None
-    tokens: np.ndarray | None = None
+    remembered: Remembered | None = None
 
     def goes_on(self, context: Any, sampled: bool) -> bool:
         """Takes the drafts that ``context`` (token ids) begins with for cached.

@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_budgetdraft.config import parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
@@ -23,13 +21,14 @@ from vllm_budgetdraft.vllm_integration.draft_output import DraftOutput
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
-from vllm_budgetdraft.vllm_integration.remembering import scope_of
+from vllm_budgetdraft.vllm_integration.remembering import remember, start_reading
 from vllm_budgetdraft.vllm_integration.sampling import draft_sampling, is_greedy
+from vllm_budgetdraft.vllm_integration.speculator_base import SpeculatorWithoutModule
 from vllm_budgetdraft.vllm_integration.statistics import STEP_COSTS, DraftStatistics
 from vllm_budgetdraft.vllm_integration.step_timing import time_steps
 
 
-class BudgetDraftSpeculator(DraftModelSpeculator):
+class BudgetDraftSpeculator(SpeculatorWithoutModule):
     """Drafts for the rows of a batch, by the indices that the runner gives requests.
 
     An index of the runner is a slot of the proposer. Tokens, lengths and drafts stay on
@@ -42,13 +41,6 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
 
     #: Whether it is to be given what the target thought.
     reads_features = False
-    # A vLLM module, attention layers, and whatever hangs on them: there are none.
-    model = None
-    supports_mm_inputs = False
-    enable_adaptive_verification = False
-    draft_watermarker = None
-    pcp_manager = None
-    dcp_size = 1
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: Any
@@ -73,11 +65,6 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         self.draft_attn_layer_names: set[str] = set()
         self.attn_groups: list[Any] = []
         self.draft_logits: Tensor | None = None
-
-    def load_draft_model(
-        self, target_model: nn.Module, target_attn_layer_names: set[str]
-    ) -> nn.Module:
-        raise NotImplementedError("the drafter is no module of vLLM's")
 
     def load_model(self, target_model: nn.Module) -> None:
         """Allocates everything: only what lives after this does vLLM count as used."""
@@ -105,18 +92,6 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
     def _is_leader(self) -> bool:
         """Whether this rank drafts, for all of its tensor-parallel group."""
         return not self._is_parallel or get_tp_group().is_first_rank
-
-    def set_attn(self, *args: Any, **kwargs: Any) -> None:
-        """Drafting has no part in vLLM's attention."""
-
-    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """Graphs were captured with the model, where their memory is counted."""
-
-    def capture(self, *args: Any) -> None:
-        """See ``init_cudagraph_manager``."""
-
-    def observe_verification(self, *args: Any) -> None:
-        """For estimators of acceptance, which there are none of."""
 
     def add_request(self, request_id: str, request: Any) -> None:
         """Begins a request that the runner added, new or resumed.
@@ -152,26 +127,22 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
                 sampling = draft_sampling(params)
                 self._temperatures[index], self._top_k[index] = sampling
                 progress.is_cut = sampling.top_k > 0
-            if self._core.snapshots is not None:
-                budget = settings.kv_budget or self._core.kv_budget
-                progress.scope = scope_of(request, budget)
-            if progress.scope is not None:
-                progress.tokens = np.array(request.prefill_token_ids, dtype=np.int32)
+            progress.remembered = remember(
+                self._core, request, settings.kv_budget, request.prefill_token_ids
+            )
             self._start_reading(index, progress, request.num_computed_tokens)
 
     def _start_reading(self, index: int, progress: Progress, num_computed: int) -> None:
         """Gives a request its pages, and what a snapshot knows of its context."""
-        core, num_tokens, num_known = self._core, progress.num_to_read, 0
-        budget, match, mark = progress.kv_budget, None, None
-        if core.snapshots is not None and progress.tokens is not None:
-            tokens = progress.tokens[:num_tokens]
-            match = core.snapshots.match(progress.scope, tokens)
-            num_known = match.spared if match else 0
-            mark = core.mark(progress.scope, tokens, num_computed, num_known)
-        if not match or not core.go_on_reading(index, num_tokens, budget, match, mark):
-            num_known = 0
-            core.start_reading(index, num_tokens, budget, mark)
-        self._statistics.count_reading(num_tokens, num_computed, num_known)
+        start_reading(
+            self._core,
+            self._statistics,
+            index,
+            progress.num_to_read,
+            kv_budget=progress.kv_budget,
+            num_computed=num_computed,
+            remembered=progress.remembered,
+        )
 
     @torch.inference_mode()
     def propose(
@@ -287,17 +258,18 @@ class BudgetDraftSpeculator(DraftModelSpeculator):
         """
         core, states = self._core, self._states
         is_held = core.cache.is_held(index) and progress.is_read
-        if core.snapshots is None or progress.tokens is None or not is_held:
+        remembered = progress.remembered
+        if core.snapshots is None or remembered is None or not is_held:
             self._release(index)
             return
         del self._progress[index]
-        known = len(progress.tokens)
+        known = len(remembered.tokens)
         # All that it can have written by now.
         end = int(states.num_computed_tokens_np[index]) + self._core.max_append
         core.snapshots.keep(
             index,
-            progress.scope,
-            progress.tokens,
+            remembered.scope,
+            remembered.tokens,
             self._end_of_cache(index, progress),
             origin=self._first_known[index],
             later_tokens=states.all_token_ids.gpu[index, known:end],

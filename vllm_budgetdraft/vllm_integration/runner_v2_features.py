@@ -14,6 +14,7 @@ from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import Fed
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
+from vllm_budgetdraft.vllm_integration.remembering import start_reading_features
 from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
 
 #: The first arguments of ``propose``, in their order.
@@ -43,23 +44,18 @@ class FeatureSpeculator(BudgetDraftSpeculator):
         return self._core.drafter.aux_layers
 
     def _start_reading(self, index: int, progress: Progress, num_computed: int) -> None:
-        core, end, num_known = self._core, progress.num_to_read, 0
-        budget, match, origin = progress.kv_budget, None, num_computed
-        if core.snapshots is not None and progress.tokens is not None and num_computed:
-            tokens = progress.tokens[: num_computed + 1]
-            match = core.snapshots.match(progress.scope, tokens, num_computed)
-        if match:
-            first = match.snapshot.origin
-            if core.go_on_reading(index, end - first, budget, match):
-                origin, num_known = first, match.spared
-        if not num_known:
-            core.start_reading(index, end - origin, budget)
+        end = progress.num_to_read
+        origin = start_reading_features(
+            self._core,
+            self._statistics,
+            index,
+            end,
+            kv_budget=progress.kv_budget,
+            num_computed=num_computed,
+            remembered=progress.remembered,
+        )
         self._know_from(index, origin)
         progress.num_to_read = end - origin
-        # What the target knew before is not read.
-        self._statistics.count_reading(
-            end - num_computed + num_known, num_known, num_known
-        )
 
     def _end_of_cache(self, index: int, progress: Progress) -> Tensor:
         """See ``BudgetDraftSpeculator``: every step's tokens are fed in it."""

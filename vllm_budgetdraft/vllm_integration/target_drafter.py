@@ -19,13 +19,11 @@ from vllm_budgetdraft.flexdraft.attention import MaskAttention
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft, TargetParts
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.proposer.truncation import truncated
+from vllm_budgetdraft.vllm_integration.draft_lists import NOT_FINITE, confident, marked
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import DraftTimer
 from vllm_budgetdraft.vllm_integration.request_drafter import (
-    NOT_FINITE,
     Request,
-    confident,
-    marked,
     max_drafts,
 )
 from vllm_budgetdraft.vllm_integration.sampling import (
