@@ -29,11 +29,13 @@ from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.evaluation.acceptance import passages
 from vllm_budgetdraft.training.sources import read_texts
 
-#: Settings that tell the engines apart.
-ENGINES: dict[str, dict[str, Any]] = {
-    "snapshots": {},
-    "anew": {"snapshot_memory_gib": 0},
+#: Of speculation and of vLLM, settings that tell the engines apart.
+ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "snapshots": ({}, {}),
+    "anew": ({"snapshot_memory_gib": 0}, {}),
 }
+#: One more, on request, whose target computes every context anew, too.
+UNCACHED = {"uncached": ({}, {"enable_prefix_caching": False})}
 QUESTIONS = [
     "What happens in this passage?",
     "Who are the people in it, and what does each of them want?",
@@ -70,7 +72,15 @@ def main() -> None:
     parser.add_argument("--call-tokens", type=int, default=32)
     parser.add_argument("--num-speculative-tokens", type=int, default=4)
     parser.add_argument("--kv-budget", type=int, default=512)
+    parser.add_argument(
+        "--uncached",
+        action="store_true",
+        help="an engine without prefix cache, too: an EAGLE-3 head then reads all, "
+        "where with one it reads only what its target computes",
+    )
     args = parser.parse_args()
+    if args.uncached:
+        ENGINES.update(UNCACHED)
     prepare_environment()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     texts: Any = read_texts([args.books], tokenizer, unwraps_lines=True)
@@ -85,7 +95,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         engines = {
-            name: stack.enter_context(engine(args, longest, settings))
+            name: stack.enter_context(engine(args, longest, *settings))
             for name, settings in ENGINES.items()
         }
         rng = random.Random(0)
@@ -104,7 +114,10 @@ def main() -> None:
 
 
 def engine(
-    args: argparse.Namespace, longest: int, settings: dict[str, Any]
+    args: argparse.Namespace,
+    longest: int,
+    settings: dict[str, Any],
+    more: dict[str, Any],
 ) -> ProcessPoolExecutor:
     speculative = {
         "method": "budgetdraft",
@@ -121,6 +134,7 @@ def engine(
         "max_num_seqs": 8,
         "enforce_eager": True,
         "speculative_config": speculative,
+        **more,
     }
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(1, context, initializer=start, initargs=(engine_args,))
@@ -183,7 +197,8 @@ def ask(
     for name in rng.sample(list(engines), len(engines)):
         found[name] = engines[name].submit(generate, prompt, new_tokens).result()
     rows = [{"engine": name} | found[name] for name in engines]
-    print({k: v for k, v in rows[0].items() if k not in ("text", "token_ids")})
+    shown = {k: v for k, v in rows[0].items() if k not in ("text", "token_ids")}
+    print(shown, flush=True)
     same = all(row["token_ids"] == rows[0]["token_ids"] for row in rows)
     for row in rows:
         del row["token_ids"]
@@ -274,6 +289,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "seconds_over_reading_anew": statistics.median(
                 a["seconds"] / b["seconds"] for a, b in zip(kept, anew, strict=True)
             ),
+            "acceptance_length_by_engine": {
+                name: length(some) for name, some in by_engine.items()
+            },
+            "median_seconds_by_engine": {
+                name: statistics.median(row["seconds"] for row in some)
+                for name, some in by_engine.items()
+            },
             "outputs_identical": all(row["output_identical"] for row in later),
         }
     for name in ("tokens_read_over_new_tokens", "acceptance_over_reading_anew"):

@@ -8,7 +8,6 @@ from tests.support import models
 from tests.support.drafting import Requests, build_proposer
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.proposer.warm_up import warm_up
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -78,7 +77,6 @@ def test_a_proposer_drafts_the_same_with_either(tmp_path, config, settings):
             draft_prefill_chunk=50,
             **settings,
         )
-        warm_up(proposer)
         requests = Requests(proposer)
         requests.start(0, 70, seed=1)
         requests.start(1, 3, seed=2)
