@@ -15,13 +15,13 @@ class Request:
     """vLLM's object for a request; its identity, and what it asks of us, matter.
 
     Attributes:
-        budgetdraft_scope: what the scheduler says of it; None if it says nothing.
+        budgetdraft_told: what the scheduler says of it; None if it says nothing.
     """
 
     prompt_embeds: Any = None
     lora_request: Any = None
     mm_features: tuple[Any, ...] = ()
-    budgetdraft_scope: Any = None
+    budgetdraft_told: Any = None
     num_prompt_tokens = 0
     output_token_ids: Sequence[int] = ()
 

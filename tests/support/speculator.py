@@ -90,7 +90,7 @@ class Runner:
                 prompt_embeds=None,
                 lora_request=None,
                 mm_features=[],
-                budgetdraft_scope=scope,
+                budgetdraft_told=scope,
             ),
         )
 

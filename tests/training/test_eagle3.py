@@ -336,6 +336,7 @@ def test_the_loss_of_every_step_falls(inputs, tmp_path):
     ("more", "message"),
     [
         (["--teacher_cache", "states"], "those of other layers"),
+        (["--eval_draft_tokens", "32"], "drafts up to 31 tokens"),
         (["--layers_alone", "true"], "a layer of its own"),
         (["--target_layers", "1"], "a layer of its own"),
         (["--position_weights", "dpace"], "ttt_decay ** i"),

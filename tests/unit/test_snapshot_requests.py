@@ -15,10 +15,11 @@ from tests.unit.test_feature_requests import (
     expected_drafts,
     step,
 )
+from vllm_budgetdraft.vllm_integration.remembering import Told
 
 pytestmark = pytest.mark.vllm
 
-SCOPE = ("", 0)
+SCOPE = Told(None, 0, 0)
 SIZES = {
     "num_slots": 3,
     "max_model_len": 400,
@@ -35,7 +36,7 @@ def drafter(tmp_path_factory):
 
 def ask(engine: Engine, name: str, tokens: list[int], scope=SCOPE, **more) -> None:
     request = engine.requests[name] = Request(**more)
-    request.budgetdraft_scope, request.num_prompt_tokens = scope, len(tokens)
+    request.budgetdraft_told, request.num_prompt_tokens = scope, len(tokens)
     engine.tokens[name] = list(tokens)
 
 
@@ -77,14 +78,14 @@ def test_the_next_turn_reads_what_is_new_and_drafts_as_if_it_read_all(drafter):
 
 @pytest.mark.parametrize(
     ("edited", "known"),
-    [(60, 0), (53, 53), (51, 51), (20, 0), (None, 52)],
+    [(60, 0), (53, 53), (51, 51), (20, 20), (None, 52)],
     ids=["beyond", "last", "answer", "question", "again"],
 )
 def test_a_context_that_differs_begins_where_it_does(drafter, edited, known):
     engine = Engine(drafter, **SIZES)
     context = first_answer(engine)
     if edited == 60:
-        context, scope = [*context, 3, 4, 5], ("salt", 0)
+        context, scope = [*context, 3, 4, 5], SCOPE._replace(salt="theirs")
     else:
         scope = SCOPE
         if edited is not None:
@@ -98,8 +99,7 @@ def test_snapshots_are_of_a_scope(drafter):
     engine = Engine(drafter, **SIZES | {"num_slots": 9})
     context = [*first_answer(engine), 3, 4, 5]
     others = {
-        "salt": {"scope": ("salt", 0)},
-        "reset": {"scope": ("", 1)},
+        "salt": {"scope": SCOPE._replace(salt="theirs")},
         "unknown": {"scope": None},
         "budget": {"kv_budget": 128},
     }
@@ -120,6 +120,14 @@ def test_snapshots_are_of_a_scope(drafter):
     ask(engine, "the same", context)
     talk(engine)
     assert counts(engine)["snapshot_tokens"] == 53
+    # One that began before a reset and ends after it is of no use.
+    ask(engine, "after a reset", context, SCOPE._replace(num_resets=1))
+    talk(engine)
+    assert counts(engine)["snapshot_tokens"] == 0
+    engine.finish("the same")
+    ask(engine, "and again", context, SCOPE._replace(num_resets=1))
+    talk(engine)
+    assert counts(engine)["snapshot_tokens"] == 0
 
 
 def test_without_memory_for_them_all_is_read(drafter):
@@ -230,7 +238,7 @@ def test_a_head_knows_what_its_target_does_not_compute_again(tmp_path):
 
     def state(name: str, num_tokens: int) -> None:
         made = engine.states[name] = Request()
-        made.budgetdraft_scope, made.num_prompt_tokens = SCOPE, num_tokens
+        made.budgetdraft_told, made.num_prompt_tokens = SCOPE, num_tokens
 
     engine.contexts["one"] = models.random_tokens(41, seed=1).tolist()
     state("one", 40)
@@ -241,13 +249,6 @@ def test_a_head_knows_what_its_target_does_not_compute_again(tmp_path):
     following = [*engine.contexts["one"], *models.random_tokens(20, seed=2).tolist()]
     engine.drafter.forget_ended({})
     assert len(core.snapshots) == 1
-    # The target knows whole blocks: it computes again from 32 on.
-    for known, name in ((32, "exact"), (41, "to its end")):
-        engine.contexts[name] = following
-        state(name, 61)
-        (drafts,) = step(engine, **{name: (known, 61 - known, True)}).values()
-        assert drafts == expected_drafts(core.drafter, following, 0), name
-        engine.drafter.forget_ended({})
     # What another request has computed, and no head has read, is a gap.
     engine.contexts["gap"] = following
     state("gap", 61)
@@ -255,3 +256,80 @@ def test_a_head_knows_what_its_target_does_not_compute_again(tmp_path):
     holding = engine.drafter._slots.get("gap", engine.states["gap"])
     assert len(drafts) == 3 and holding.origin == 0
     assert int(core.cache.num_evicted[holding.slot]) == 50 - 41
+    engine.states.clear()
+    engine.drafter.forget_ended({})
+    core.snapshots._drop(list(core.snapshots._kept.values())[-1])  # that of the gap
+    # The target knows whole blocks: it computes again from 32 on.
+    for known, name in ((32, "exact"), (41, "to its end")):
+        engine.contexts[name] = following
+        state(name, 61)
+        (drafts,) = step(engine, **{name: (known, 61 - known, True)}).values()
+        assert drafts == expected_drafts(core.drafter, following, 0), name
+        engine.drafter.forget_ended({})
+
+
+def test_a_head_that_is_preempted_goes_on_with_what_it_knew(tmp_path):
+    core = build(write_head(tmp_path, max_position_embeddings=512))
+    engine = Simulated(core, 0)
+    context = engine.contexts["one"] = models.random_tokens(41, seed=1).tolist()
+    state = engine.states["one"] = Request()
+    state.budgetdraft_told, state.num_prompt_tokens = SCOPE, 40
+    step(engine, one=(0, 40, True))
+    context += [3]
+    assert step(engine, one=(40, 1, True))
+    state.output_token_ids = context[40:]
+    # vLLM has kept a block of 32 tokens, and computes the others again.
+    context += [4]
+    (drafts,) = step(engine, one=(32, 10, True)).values()
+    assert drafts == expected_drafts(core.drafter, context, 0)
+
+
+# Sessions, whose prompts grow while they live
+
+
+def test_in_v1_a_session_leaves_nothing_that_is_wrong(drafter):
+    engine = Engine(drafter, **SIZES)
+    ask(engine, "one", models.random_tokens(50, seed=1).tolist())
+    talk(engine)
+    state, context = engine.requests["one"], engine.tokens["one"]
+    context += models.random_tokens(20, seed=2).tolist()
+    state.num_prompt_tokens, state.output_token_ids = len(context), []
+    talk(engine)
+    engine.finish("one")
+    talk(engine, 1)
+    assert not len(engine.core.snapshots)
+
+
+def test_in_v2_a_session_drafts_on(drafter):
+    """vLLM begins it anew, under its id, and in the same place."""
+    runner = Runner(drafter)
+    runner.begin(1, models.random_tokens(50, seed=1), SCOPE)
+    runner.emit(1, [5])
+    emitted(runner, 1)
+    for _ in range(3):
+        context = torch.cat([context_of(runner, 1), models.random_tokens(20, seed=2)])
+        runner.speculator.take_statistics()
+        runner.speculator.make_way([SimpleNamespace(req_id="request 1")])
+        runner.begin(1, context, SCOPE)
+        runner.emit(1, [7])
+        drafts = runner.propose([1])
+        assert runner.speculator.drafted == {"request 1"} and len(drafts[0])
+        counted = runner.speculator.take_statistics()["counts"]
+        assert "draft_faults" not in [name for name, _, _ in counted]
+        runner.core.cache.check_invariants()
+        kept = runner.core.cache._kept
+        assert len(kept) == runner.core.snapshots.num_pages
+
+
+def test_in_v2_what_fails_when_requests_end_costs_drafts_alone(drafter, monkeypatch):
+    runner = Runner(drafter)
+    runner.begin(1, models.random_tokens(50, seed=1), SCOPE)
+    runner.emit(1, [5])
+    emitted(runner, 1)
+    runner.end(1)
+    monkeypatch.setattr(runner.core.cache, "are_finite", lambda _: 1 / 0)
+    runner.speculator.make_way([])
+    cache = runner.core.cache
+    assert cache.pool.num_free == cache.pool.num_pages
+    counted = runner.speculator.take_statistics()["counts"]
+    assert ["draft_faults", "ZeroDivisionError", 1] in counted

@@ -190,6 +190,36 @@ def test_a_slot_holds_what_it_says_however_it_went_on(drafter, policy, reading):
     assert kinds >= wanted
 
 
+@pytest.mark.parametrize(
+    ("mode", "native"), [("absolute", 512), ("cache_relative", 110)]
+)
+def test_what_is_read_beside_a_snapshot_has_room(tmp_path, mode, native):
+    """More than the budget is held then, and a policy may leave much out."""
+    config = models.llama(num_hidden_layers=2, max_position_embeddings=native)
+    folder = models.write_model(tmp_path, config, seed=3)
+    settings = {"eviction_policy": "sink_window", "draft_prefill": "streaming"}
+    settings |= {"position_mode": mode, "draft_prefill_chunk": 64, "kv_budget": 48}
+    contexts, rng = Contexts(build(folder, **settings, recent_window=40)), Random(0)
+    contexts.begin(0, random_context(60, seed=1))
+    while len(contexts.by_slot[0]) < 88:
+        contexts.draft(0, rng)
+    before, prompt = contexts.end(0), contexts.proposer.reader.prompt
+    most, extend = [], prompt.extend
+
+    def noted(pieces: list, *args: Tensor) -> object:
+        found = extend(pieces, *args)
+        most.append(max(segment.num_held for segment, _ in pieces))
+        return found
+
+    prompt.extend = noted
+    for length in (40, 100, 160):
+        context = longer(before, length, seed=length)
+        assert contexts.begin(0, context), length
+        check(contexts, 0)
+        contexts.proposer.release_request(0)
+    assert 64 < max(most) <= min(48 + 64, native)
+
+
 def gib(num_pages: int) -> float | None:
     config = models.llama()
     of_a_token = 2 * 2 * config.num_key_value_heads * config.head_dim * 8
@@ -206,7 +236,7 @@ def play(contexts: Contexts, num_events: int) -> set[str]:
         if slot not in contexts.by_slot:
             base = rng.choice(past[-3:])
             base = base[: rng.choice([len(base), rng.randrange(20, 71), 150])]
-            num_new = rng.choice([0, 3, 10, 45])
+            num_new = rng.choice([0, 3, 10, 45, 100])
             context = longer(base, num_new, seed=event)
             num_copies = len(store)
             if match := contexts.begin(slot, context, num_computed=len(base) // 2):
@@ -214,7 +244,7 @@ def play(contexts: Contexts, num_events: int) -> set[str]:
                 assert match.whole_from <= match.spared  # or it holds others' tokens
                 hits.add("whole" if is_whole else "part")
                 hits.add("moved" if len(store) < num_copies else "copied")
-                hits.add("cut" if match.spared < match.snapshot.facts().end else "")
+                hits.add("cut" if match.spared < match.snapshot.facts.end else "")
                 hits.add("later" if match.whole_from > 70 else "")
         elif len(contexts.by_slot[slot]) > LONGEST - 10 or rng.random() < 0.2:
             past.append(contexts.end(slot, later=rng.choice([0, 3])))
@@ -226,6 +256,7 @@ def play(contexts: Contexts, num_events: int) -> set[str]:
         cache.check_invariants()
         held = sum(len(pages) for pages in cache._held.values())
         assert held + proposer.num_free_pages == cache.pool.num_pages
+        assert len(cache._kept) == store.num_pages
     return hits
 
 
@@ -259,6 +290,75 @@ def test_on_a_gpu_nothing_waits_until_somebody_asks(drafter, monkeypatch):
         assert not waited
         assert contexts.begin(0, context).spared == 58
     assert len(waited) == 1
+
+
+def test_on_a_gpu_no_list_is_copied_while_it_waits(drafter, monkeypatch):
+    """Which a GPU would do before anything else; lists of pages are not copied."""
+    with cpus_are_gpus():
+        contexts = Contexts(build(drafter, attention_backend="torch"))
+        system = random_context(100, seed=1)
+        contexts.begin(0, longer(system, 9, seed=2))
+        for name in ("tensor", "as_tensor"):
+            monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("copied"))
+        context = contexts.by_slot.pop(0)
+        contexts.proposer.snapshots.keep(0, SCOPE, context, len(context) - 2)
+        contexts.begin(0, longer(system, 9, seed=3), num_computed=100)
+        assert contexts.begin(1, longer(system, 9, seed=4)).spared == 100
+
+
+def test_contexts_that_take_turns_in_as_many_slots_all_go_on(drafter):
+    """What one begins with is not copied if others would have to go for that."""
+    contexts = Contexts(build(drafter))
+    known = [random_context(60, seed=each) for each in range(3)]
+    for turn in range(4):
+        for each in range(3):
+            match = contexts.begin(each, longer(known[each], 30, seed=turn))
+            assert (match is not None) == (turn > 0), (turn, each)
+            check(contexts, each)
+            known[each] = contexts.end(each)
+
+
+def test_a_prompt_that_is_wholly_kept_can_be_cut_in_itself(drafter):
+    contexts = Contexts(build(drafter))
+    context = random_context(40, seed=1)
+    contexts.begin(0, context)
+    contexts.end(0)
+    match = contexts.begin(1, longer(context[:25], 20, seed=2))
+    assert (match.spared, match.num_held) == (25, 25)
+    check(contexts, 1)
+
+
+def test_a_short_context_takes_few_pages(drafter):
+    contexts = Contexts(build(drafter))
+    proposer = contexts.proposer
+    for each in range(10):
+        contexts.begin(0, random_context(18, seed=each))
+        contexts.end(0)
+    assert len(proposer.snapshots) == 10 and proposer.snapshots.num_pages == 20
+
+
+@pytest.mark.parametrize("failing", ["are_finite", "copy_pages", "fill_pages"])
+def test_nothing_leaks_where_it_fails(drafter, failing, monkeypatch):
+    contexts = Contexts(build(drafter))
+    proposer, cache = contexts.proposer, contexts.proposer.cache
+    system = random_context(100, seed=1)
+    contexts.begin(0, longer(system, 9, seed=2))
+    if failing != "are_finite":
+        contexts.end(0)
+    with monkeypatch.context() as patch:
+        owner = cache if failing != "fill_pages" else cache._operations
+        name = failing if failing != "fill_pages" else "page_compaction"
+        patch.setattr(owner, name, lambda *_, **__: 1 / 0)
+        with pytest.raises((ZeroDivisionError, AssertionError)):
+            if failing == "are_finite":
+                contexts.end(0)
+            elif failing == "copy_pages":
+                contexts.begin(1, longer(system, 9, seed=2))
+            else:
+                contexts.begin(1, longer(system, 9, seed=3), num_computed=100)
+    assert len(cache._kept) == proposer.snapshots.num_pages
+    proposer.release_all()
+    assert cache.pool.num_free == cache.pool.num_pages
 
 
 def test_what_is_not_finite_serves_nobody(drafter):
@@ -321,7 +421,7 @@ def test_the_memory_that_is_kept_is_bounded(drafter):
                 proposer.start_request(slot)
             proposer.reader.stop(slot)
             held.add(slot)
-        assert len(store) <= 5
+        assert store.num_pages == len(cache._kept) <= 30 + 25
         if event % 100 == 0:
             cache.check_invariants()
     assert store.num_evicted > 1000

@@ -1,6 +1,6 @@
 """The draft cache: a fixed number of tokens per slot, however long the context."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from budgetdraft_kernels import reference
 from vllm_budgetdraft.cache.page_pool import PagePool
 from vllm_budgetdraft.cache.page_table import PageTable
-from vllm_budgetdraft.cache.ranges import packed_ranges
+from vllm_budgetdraft.cache.ranges import packed_ranges, runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,8 @@ class BudgetedCache:
     token. Position ``p`` of the context that is not evicted lies at cache index
     ``p - num_evicted[slot]``, which is all the bookkeeping there is: committing
     accepted tokens and rolling rejected ones back both mean that the next write
-    starts where the verified tokens end.
+    starts where the verified tokens end. (Of a slot that is to serve others when it is
+    done, ``Pages`` notes what it began with.)
 
     Attributes:
         capacity: most tokens of a slot, a multiple of the page size.
@@ -146,7 +147,8 @@ class BudgetedCache:
         Args:
             capacity: tokens, a multiple of the page size; the cache's if None.
             protected_tokens: first tokens that are never evicted; the cache's if None.
-            pages: that are to be its, with what is in them: see ``begin_with``.
+            pages: that are to be the first of its, with what is in them: see
+                ``begin_with``.
 
         Raises:
             PagePoolExhaustedError: too few pages are free.
@@ -157,14 +159,12 @@ class BudgetedCache:
         if protected_tokens is None:
             protected_tokens = self._protected_tokens
         num_pages = capacity // self.page_size
-        if pages is None:
-            held = self.pool.take(num_pages)
-            self.page_table.assign(slot, held)
-        else:
-            held = pages.held
-            assert len(held) == num_pages, (len(held), num_pages)
-            self._kept.difference_update(held)
-            self.page_table.pages[slot, :num_pages] = pages.order
+        given = [] if pages is None else pages.held
+        held = [*given, *self.pool.take(num_pages - len(given))]
+        self.page_table.assign(slot, held)
+        if pages is not None:
+            self._kept.difference_update(given)
+            self.page_table.pages[slot, : len(given)] = pages.order
         self._held[slot] = held
         self._past_evictions += self.num_evicted[slot]
         self.num_evicted[slot] = 0
@@ -174,7 +174,7 @@ class BudgetedCache:
         if self.attention is not None:
             self.attention[slot] = 0
             if pages is not None and pages.received is not None:
-                self.attention[slot, :num_pages] = pages.received
+                self.attention[slot, : len(given)] = pages.received
             end = first + max((end - first) // 2, self._num_recycled)
         self._began[slot] = 0, 0, first * self.page_size
         self._evictable[slot] = (self._places >= first) & (self._places < end)
@@ -197,19 +197,44 @@ class BudgetedCache:
         self._kept.update(pages.held)
         return pages
 
-    def give_back(self, pages: Pages) -> None:
-        """Frees pages that no slot holds, and zeroes them: see ``scrub``."""
-        for states in (self.pool.keys, self.pool.values):
-            states.index_fill_(1, pages.order, 0)
-        self._kept.difference_update(pages.held)
-        self.pool.give_back(pages.held)
+    def give_back(self, pages: Pages, *, scrubs: bool) -> None:
+        """Frees pages that no slot holds, zeroed if they are to be: see ``scrub``."""
+        if scrubs:
+            for states in (self.pool.keys, self.pool.values):
+                states.index_fill_(1, pages.order, 0)
+        self._free(pages.held)
 
-    def copy_pages(self, slot: int, pages: Pages) -> None:
-        """Fills an empty slot's pages with what others hold: see ``begin_with``."""
-        count = min(len(self._held[slot]), len(pages.held))
+    def cut(self, pages: Pages, order: list[int], count: int) -> Pages:
+        """Frees all but the first pages.
+
+        Args:
+            order: numbers of the pages in the order of tokens.
+        """
+        self._free(order[count:])
+        received = None if pages.received is None else pages.received[:count]
+        return replace(
+            pages, held=order[:count], order=pages.order[:count], received=received
+        )
+
+    def _free(self, detached: list[int]) -> None:
+        self._kept.difference_update(detached)
+        self.pool.give_back(detached)
+
+    def are_finite(self, pages: Pages) -> Tensor:
+        """Whether all that pages hold is, [] bool; layer by layer, for memory."""
+        layers = [x for layer in self.pool.layers for x in layer]
+        return torch.stack([x[pages.order].isfinite().all() for x in layers]).all()
+
+    def copy_pages(self, slot: int, pages: Pages, num_tokens: int) -> None:
+        """Fills an empty slot's pages with the first tokens that others hold.
+
+        See ``begin_with``.
+        """
+        count = -(-num_tokens // self.page_size)
         mine, theirs = self.page_table.pages[slot, :count], pages.order[:count]
-        for states in (self.pool.keys, self.pool.values):
-            states[:, mine] = states[:, theirs]
+        for layer in self.pool.layers:
+            for states in layer:
+                states[mine] = states[theirs]
         if self.attention is not None:
             assert pages.received is not None
             self.attention[slot, :count] = pages.received[:count]
@@ -224,7 +249,12 @@ class BudgetedCache:
             num_seen: positions that count as read.
             num_held: of them, those that are held.
         """
-        num_evicted = num_seen - num_held
+        self._begin(slot, whole_from, num_seen - num_held)
+        self._past_evictions -= num_seen - num_held  # which were counted before
+        if self.attention is not None:
+            self.attention[slot, -(-num_held // self.page_size) :] = 0
+
+    def _begin(self, slot: int, whole_from: int, num_evicted: int) -> None:
         self.num_evicted[slot] = num_evicted
         self._began[slot] = whole_from, num_evicted, self._began[slot][2]
 
@@ -246,26 +276,31 @@ class BudgetedCache:
         Raises:
             PagePoolExhaustedError: too few pages are free.
         """
-        held = self.pool.take(num_pages)
-        self._kept.update(held)
-        order = torch.tensor(held, device=self.num_evicted.device)
-        index = torch.arange(rows.shape[2], device=order.device)
+        index = torch.arange(rows.shape[2], device=self.num_evicted.device)
         places = index // self.page_size
-        self._operations.page_compaction(
-            keys,
-            values,
-            rows,
-            self.pool.keys,
-            self.pool.values,
-            order[places] * self.page_size + index % self.page_size,
-            validate=False,
-        )
         received = None
         if attention is not None:
-            received = torch.zeros(num_pages, device=order.device)
+            received = torch.zeros(num_pages, device=index.device)
             received.index_add_(0, places, attention.gather(2, rows).sum((0, 1)))
-        num_evicted = num_seen - rows.shape[2]
-        return Pages(held, order, received, num_seen, num_evicted, 0)
+        held = self.pool.take(num_pages)
+        try:
+            order = packed_ranges(runs(held), index.device)
+            self._operations.page_compaction(
+                keys,
+                values,
+                rows,
+                self.pool.keys,
+                self.pool.values,
+                order[places] * self.page_size + index % self.page_size,
+                validate=False,
+            )
+        except Exception:
+            self.pool.give_back(held)
+            raise
+        self._kept.update(held)
+        num_kept = rows.shape[2]
+        whole_at = 0 if num_kept == num_seen else num_seen
+        return Pages(held, order, received, whole_at, num_seen - num_kept, 0)
 
     def states_of(self, slot: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of a slot's first tokens, and what each has received.
@@ -282,7 +317,9 @@ class BudgetedCache:
         )
         received = None
         if self.attention is not None:
-            received = self.attention[slot, index // self.page_size] / self.page_size
+            pages = index // self.page_size
+            filled = (count - pages * self.page_size).clamp(max=self.page_size)
+            received = self.attention[slot, pages] / filled
         return keys, values, received
 
     def release_request(self, slot: int) -> None:
@@ -338,7 +375,8 @@ class BudgetedCache:
             validate=False,
         )
         for each, num_seen, num_kept in zip(slots, seen, lengths, strict=True):
-            self.begin_with(each, num_seen, num_seen, num_kept)
+            whole_from = 0 if num_kept == num_seen else num_seen
+            self._begin(each, whole_from, num_seen - num_kept)
         if self.attention is not None:
             assert attention is not None
             self.attention[slots] = 0

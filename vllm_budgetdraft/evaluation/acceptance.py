@@ -291,15 +291,17 @@ class HeldOutAcceptance:
             self.settings | {"model": str(drafter), "kv_budget": self._budgets[-1]}
         )
         device = self._target.device
+        dtype = resolve_dtype(config, device.type, self._target.dtype)
+        embedding = self._target.get_input_embeddings().weight.detach()
         proposer = build_proposer(
             config,
             num_slots=1,
             max_model_len=self._longest,
-            dtype=resolve_dtype(config, device.type, self._target.dtype),
+            dtype=dtype,
             device=device,
             vocab_size=self._target.config.vocab_size,
             seed=self._seed,
-            embedding=self._target.get_input_embeddings().weight.detach(),
+            embedding=embedding.to(dtype),
         )
         if proposer.reads_features:
             return TargetReader(proposer, self._target)

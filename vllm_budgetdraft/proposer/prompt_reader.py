@@ -259,7 +259,7 @@ class PromptReader:
         self._drafter.step(tokens, features, attend)
         for reading, piece in pieces:
             reading.num_seen = piece.stop
-            reading.has_chosen = piece.stop == reading.next_choice(piece.start)
+            reading.has_chosen = reading.has_to_choose(piece)
         chosen = [reading for reading, _ in pieces if reading.has_chosen]
         for reading, _ in pieces:
             if reading.mark is not None and reading.num_seen == reading.mark.at:

@@ -66,18 +66,23 @@ class Reading:
         """Positions to be read next."""
         return self.plan.unread(self.num_seen, self.num_tokens)
 
-    def next_choice(self, start: int) -> int | None:
-        """See ``ReadingPlan``; where what it began with leaves room for less, there."""
-        choice = self.plan.next_choice(start)
-        room_ends = self.begun.num_seen + self.most_held - self.begun.num_held
-        if choice is None or not self.begun.num_held or start >= room_ends:
-            return choice
-        return min(choice, room_ends)
+    def has_to_choose(self, piece: range) -> bool:
+        """Whether the policy is to choose after a piece, and not at the end alone."""
+        assert self.segment is not None
+        # What a slot began with may leave less room than the plan would have.
+        is_full = bool(self.begun.num_held) and bool(self.unread)
+        is_full &= self.segment.num_held >= self.most_held
+        return is_full or piece.stop == self.plan.next_choice(piece.start)
 
     def piece(self, limit: int, end: int | None = None) -> range:
         """At most ``limit`` of them, up to the next choice, and below ``end``."""
         unread = self.unread
-        ends = [unread.stop, self.next_choice(unread.start), end]
+        ends = [unread.stop, self.plan.next_choice(unread.start), end]
+        if self.begun.num_held:
+            held = self.begun.num_held
+            if self.segment is not None:
+                held = self.segment.num_held
+            ends.append(unread.start + self.most_held - held)
         if self.mark is not None and unread.start < self.mark.at:
             ends.append(self.mark.at)
         stop = min(each for each in ends if each is not None)

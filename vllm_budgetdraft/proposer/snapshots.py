@@ -2,11 +2,10 @@
 
 A snapshot is the pages of a request that ended: they are not copied, and go to
 whoever needs pages, the least recently used snapshot first. It serves a context of the
-same scope that begins with its tokens, all of them or some: what it holds from
-``whole_from`` on is every token, so that it can be cut there.
+same scope that begins with its tokens, or with some of them: from ``whole_from`` on it
+holds every token, so that it can be cut anywhere there.
 """
 
-import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,22 +20,26 @@ from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache, Pages
 #: Keys and values [num_layers, num_tokens, num_kv_heads, head_dim], and what each token
 #: received [num_layers, num_kv_heads, num_tokens], if that is counted.
 States = tuple[Tensor, Tensor, Tensor | None]
+#: Tokens that are compared at once: most contexts differ early.
+COMPARED = 4096
 
 
 class Facts(NamedTuple):
     """What of a snapshot only the device knew when it was taken.
 
     Attributes:
-        tokens: [n] int32, of the context, at least those that are covered.
-        end: position after the last that the cache knows.
+        tokens: [n] int32, of the context, at least those that the cache knows.
+        end: position of the context after the last that the cache knows.
         num_evicted: positions before it that the cache dropped.
         is_finite: whether all keys and values are.
+        page_order: numbers of its pages in the order of tokens; empty if none is spare.
     """
 
     tokens: np.ndarray
     end: int
     num_evicted: int
     is_finite: bool
+    page_order: list[int]
 
 
 @dataclass(eq=False)
@@ -44,14 +47,26 @@ class Snapshot:
     """
     Attributes:
         scope: which contexts it may serve.
+        pages: what it holds.
         origin: of the context, the cache's position 0.
-        facts: waits for the device, if it must.
+        tokens: of the context, as far as the host knew them.
+        read: waits for the device, and tells what it knew; None when that is known.
+        facts: that; None before.
     """
 
     scope: Hashable
     pages: Pages
     origin: int
-    facts: Callable[[], Facts]
+    tokens: np.ndarray
+    read: Callable[[], Facts] | None
+    facts: Facts | None = None
+
+    def can_serve(self, tokens: np.ndarray, lag: int) -> bool:
+        """False if it cannot, as far as is known without waiting."""
+        common = _common(self.tokens, tokens)
+        if common == len(self.tokens):
+            return True
+        return common - lag - self.origin >= max(self.pages.whole_at, 1)
 
 
 class Match(NamedTuple):
@@ -60,8 +75,8 @@ class Match(NamedTuple):
     Attributes:
         num_seen: positions of the cache, from its origin on, that need not be read.
         num_held: of them, how many it holds.
-        spared: tokens of the context that the snapshot knows.
-        whole_from: see ``BudgetedCache.whole_from``.
+        spared: position of the context up to which the snapshot knows it.
+        whole_from: see ``BudgetedCache.begin_with``.
     """
 
     snapshot: Snapshot
@@ -75,6 +90,7 @@ class SnapshotStore:
     """Snapshots in the free pages of a ``BudgetedCache``.
 
     Attributes:
+        num_pages: that they hold.
         num_evicted: snapshots that made room, since this was last set.
     """
 
@@ -85,14 +101,11 @@ class SnapshotStore:
         """
         self._cache, self._lag = cache, lag
         self._kept: dict[int, Snapshot] = {}  # the least recently used first
-        self.num_evicted = 0
+        self._generation = 0
+        self.num_pages = self.num_evicted = 0
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    @property
-    def num_pages(self) -> int:
-        return sum(len(each.pages.held) for each in self._kept.values())
 
     def keep(
         self,
@@ -104,7 +117,7 @@ class SnapshotStore:
         origin: int = 0,
         later_tokens: Tensor | None = None,
     ) -> None:
-        """Takes the pages of a slot, whose request is over.
+        """Takes the pages of a slot, whose request is over; if it fails, none.
 
         Args:
             tokens: of its context, as far as the host knows them.
@@ -113,50 +126,42 @@ class SnapshotStore:
             later_tokens: [n] int, those that follow ``tokens``, on the device.
         """
         cache = self._cache
-        num_evicted = cache.num_evicted[slot]
-        pages = cache.detach(slot)
-        states = cache.pool.keys, cache.pool.values
-        device = pages.order.device
-        held = torch.tensor(pages.held, device=device)
-        is_finite = torch.stack([x[:, held].isfinite().all() for x in states]).all()
-        known = [torch.as_tensor(end, device=device), num_evicted, is_finite]
-        parts = [torch.stack([each.to(torch.int64) for each in known])]
+        pages = cache.pages_of(slot)
+        if isinstance(end, int):
+            end = torch.full((), end, device=pages.order.device)
+        known = [end, cache.num_evicted[slot], cache.are_finite(pages)]
+        parts = [torch.stack([each.to(torch.int64) for each in known]), pages.order]
         if later_tokens is not None:
             parts.append(later_tokens.to(torch.int64))
-        read = _to_host(torch.cat(parts))
+        copied, num_pages = _to_host(torch.cat(parts)), len(pages.held)
 
-        @functools.cache
-        def facts() -> Facts:
-            found = read()
-            ended, evicted, finite = found[:3].tolist()
-            later = found[3:].astype(np.int32)
-            return Facts(np.append(tokens, later), ended, evicted, bool(finite))
+        def read() -> Facts:
+            found = copied()
+            ended, evicted, is_finite = found[:3].tolist()
+            order, later = found[3 : 3 + num_pages], found[3 + num_pages :]
+            all_tokens = np.append(tokens, later.astype(np.int32))
+            return Facts(all_tokens, ended, evicted, bool(is_finite), order.tolist())
 
-        self._add(Snapshot(scope, pages, origin, facts))
+        snapshot = Snapshot(scope, cache.detach(slot), origin, tokens, read)
+        self._add(snapshot)
+        if not is_gpu(pages.order.device):
+            self._facts(snapshot)  # which nobody has to wait for
 
     def keep_rows(
-        self,
-        scope: Hashable,
-        tokens: np.ndarray,
-        states: States,
-        rows: Tensor,
+        self, scope: Hashable, tokens: np.ndarray, states: States, rows: Tensor
     ) -> None:
         """Copies what a policy kept of the beginning of a context, if there is room.
 
         Args:
             tokens: of that beginning.
-            rows: [num_layers, num_kv_heads, num_kept] int64, of these.
+            rows: [num_layers, num_kv_heads, num_kept] int64, of the states.
         """
         num_pages = -(-rows.shape[2] // self._cache.page_size)
         if not self.make_room(num_pages):
             return
         pages = self._cache.fill_pages(num_pages, *states, rows, len(tokens))
-        num_evicted = len(tokens) - rows.shape[2]
-        facts = Facts(tokens, len(tokens), num_evicted, True)
-        self._add(Snapshot(scope, pages, 0, lambda: facts))
-
-    def _add(self, snapshot: Snapshot) -> None:
-        self._kept[id(snapshot)] = snapshot
+        facts = Facts(tokens, len(tokens), pages.num_evicted_then, True, [])
+        self._add(Snapshot(scope, pages, 0, tokens, None, facts))
 
     def match(
         self, scope: Hashable, tokens: np.ndarray, num_computed: int | None = None
@@ -170,56 +175,54 @@ class SnapshotStore:
         """
         best: Match | None = None
         for snapshot in list(self._kept.values()):
-            if snapshot.scope != scope:
+            if snapshot.scope != scope or not snapshot.can_serve(tokens, self._lag):
                 continue
-            facts = snapshot.facts()
+            facts = self._facts(snapshot)
             if not facts.is_finite:
                 self._drop(snapshot)
                 continue
-            limits = [_common(facts.tokens, tokens) - self._lag, facts.end]
+            spared = min(_common(facts.tokens, tokens) - self._lag, facts.end)
             if num_computed is not None:
-                limits.append(num_computed)
-            end = min(limits)
-            whole_from = snapshot.pages.whole_from(
-                facts.num_evicted, facts.end - snapshot.origin
-            )
-            num_known = end - snapshot.origin
+                spared = min(spared, num_computed)
+            num_known, end = spared - snapshot.origin, facts.end - snapshot.origin
             num_held = num_known - facts.num_evicted
+            whole_from = snapshot.pages.whole_from(facts.num_evicted, end)
             if num_known < max(whole_from, 1) or num_held < 1:
                 continue
-            if best is None or end > best.spared:
-                seen = end if num_computed is None else num_computed
-                best = Match(
-                    snapshot, seen - snapshot.origin, num_held, end, whole_from
-                )
+            num_seen = num_known
+            if num_computed is not None:
+                num_seen = num_computed - snapshot.origin
+            if num_seen > num_known:  # what lies between is missing
+                whole_from = num_seen
+            if best is None or spared > best.spared:
+                best = Match(snapshot, num_seen, num_held, spared, whole_from)
         return best
 
     def take(self, slot: int, match: Match, capacity: int, protected: int) -> bool:
         """Begins a slot with what a snapshot holds, if there are pages.
 
-        With the snapshot's own, if there are not enough for a copy.
+        Of a copy, if that takes nothing from other snapshots; else with the snapshot's
+        own pages, for the context that goes on will leave one in its place.
         """
         snapshot, cache = match.snapshot, self._cache
         num_pages = capacity // cache.page_size
-        del self._kept[id(snapshot)]  # so that it makes no room
-        if self.num_pages + cache.pool.num_free >= num_pages:
-            self.make_room(num_pages)
-            cache.start_request(slot, capacity, protected)
-            cache.copy_pages(slot, snapshot.pages)
-            self._add(snapshot)
-        elif len(snapshot.pages.held) == num_pages:
-            cache.start_request(slot, capacity, protected, snapshot.pages)
-        else:
+        has_room = cache.pool.num_free >= num_pages
+        self._remove(snapshot)  # so that it makes no room
+        num_own = 0 if has_room else len(snapshot.pages.held)
+        if num_own > num_pages or not self.make_room(num_pages - num_own):
             self._add(snapshot)
             return False
-        # What lies between what is known and where reading goes on counts as evicted.
-        has_gap = match.spared - snapshot.origin < match.num_seen
-        cache.begin_with(
-            slot,
-            match.num_seen if has_gap else match.whole_from,
-            match.num_seen,
-            match.num_held,
-        )
+        if has_room:
+            self._add(snapshot)
+            cache.start_request(slot, capacity, protected)
+            try:
+                cache.copy_pages(slot, snapshot.pages, match.num_held)
+            except Exception:
+                cache.release_request(slot)
+                raise
+        else:
+            cache.start_request(slot, capacity, protected, snapshot.pages)
+        cache.begin_with(slot, match.whole_from, match.num_seen, match.num_held)
         return True
 
     def make_room(self, num_pages: int) -> bool:
@@ -230,20 +233,55 @@ class SnapshotStore:
             self.num_evicted += 1
         return pool.num_free >= num_pages
 
+    def begin_generation(self, number: int) -> None:
+        """Forgets those of another one: no context that is to come is of theirs."""
+        if number != self._generation:
+            self._generation = number
+            self.forget_all()
+
     def forget_all(self) -> None:
         for snapshot in list(self._kept.values()):
             self._drop(snapshot)
 
-    def _drop(self, snapshot: Snapshot) -> None:
+    def _facts(self, snapshot: Snapshot) -> Facts:
+        """What the device knew. Pages that hold nothing are free from then on."""
+        if snapshot.facts is None:
+            assert snapshot.read is not None
+            snapshot.facts, snapshot.read = snapshot.read(), None
+            facts = snapshot.facts
+            snapshot.tokens = facts.tokens
+            num_held = facts.end - snapshot.origin - facts.num_evicted
+            num_used = -(-num_held // self._cache.page_size)
+            num_spare = len(facts.page_order) - num_used
+            if facts.is_finite and 0 < num_used and num_spare > 0:
+                pages = self._cache.cut(snapshot.pages, facts.page_order, num_used)
+                snapshot.pages = pages
+                self.num_pages -= num_spare
+        return snapshot.facts
+
+    def _add(self, snapshot: Snapshot) -> None:
+        self._kept[id(snapshot)] = snapshot
+        self.num_pages += len(snapshot.pages.held)
+
+    def _remove(self, snapshot: Snapshot) -> None:
         del self._kept[id(snapshot)]
-        self._cache.give_back(snapshot.pages)
+        self.num_pages -= len(snapshot.pages.held)
+
+    def _drop(self, snapshot: Snapshot) -> None:
+        self._remove(snapshot)
+        is_finite = snapshot.facts is not None and snapshot.facts.is_finite
+        self._cache.give_back(snapshot.pages, scrubs=not is_finite)
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:
     """How many tokens two contexts begin with alike."""
     length = min(len(first), len(second))
-    differs = first[:length] != second[:length]
-    return int(differs.argmax()) if differs.any() else length
+    for start in range(0, length, COMPARED):
+        end = min(start + COMPARED, length)
+        differs = first[start:end] != second[start:end]
+        if differs.any():
+            return start + int(differs.argmax())
+    return length
 
 
 def _to_host(values: Tensor) -> Callable[[], np.ndarray]:
@@ -258,6 +296,6 @@ def _to_host(values: Tensor) -> Callable[[], np.ndarray]:
 
     def read() -> np.ndarray:
         event.synchronize()
-        return copied.numpy()
+        return copied.numpy().copy()
 
     return read

@@ -158,7 +158,7 @@ def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
         )
     is_head = drafter_args.drafter_type == "eagle3"
     if is_head:
-        check_head(drafter_args, features, data, objective)
+        check_head(drafter_args, features, data, objective, acceptance)
     # All of the data is looked at before anything large is loaded.
     inputs = read_inputs(data, tokenizer, target_config.vocab_size)
     windows = cut_windows(inputs, data, arguments)

@@ -31,7 +31,9 @@ from vllm_budgetdraft.drafter.feature_modeling import (
 from vllm_budgetdraft.drafter.modeling import initialise
 from vllm_budgetdraft.drafter.weights import StoredWeights
 from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.proposer.draft_proposer import MAX_WIDTH
 from vllm_budgetdraft.training.arguments import (
+    AcceptanceArguments,
     DataArguments,
     DrafterArguments,
     FeatureArguments,
@@ -185,6 +187,7 @@ def check_head(
     features: FeatureArguments,
     data: DataArguments,
     objective: ObjectiveArguments,
+    acceptance: AcceptanceArguments,
 ) -> None:
     """Raises ConfigurationError for options that an EAGLE-3 head does not follow."""
     if arguments.layers_alone or arguments.target_layers:
@@ -209,6 +212,11 @@ def check_head(
         raise ConfigurationError(
             f"position_weights={objective.position_weights!r}: the steps of an EAGLE-3 "
             "head's drafts have the weights ttt_decay ** i; set that instead"
+        )
+    if acceptance.eval_draft_tokens >= MAX_WIDTH:
+        raise ConfigurationError(
+            f"eval_draft_tokens={acceptance.eval_draft_tokens}: an EAGLE-3 head drafts "
+            f"up to {MAX_WIDTH - 1} tokens; use at most so many"
         )
     if min(data.prefix_tokens) < 1:
         raise ConfigurationError(

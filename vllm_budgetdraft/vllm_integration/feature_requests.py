@@ -96,7 +96,7 @@ class FeatureRequestDrafter(RequestDrafter):
         if holding is not None:
             if self._goes_on(request, holding):
                 return holding
-            self._release(request.request_id)
+            self._end(request.request_id)
         return self._start(request, batch)
 
     def _goes_on(self, request: Request, holding: Holding) -> bool:

@@ -2,16 +2,29 @@
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
 
-#: Of vLLM's objects for a request, what its scheduler says of that: see
-#: ``patches.snapshots``.
-ATTRIBUTE = "budgetdraft_scope"
+#: Of vLLM's objects for a request, a ``Told``: see ``patches.snapshots``.
+ATTRIBUTE = "budgetdraft_told"
+
+
+class Told(NamedTuple):
+    """What vLLM's scheduler says of a request that begins.
+
+    Attributes:
+        salt: its ``cache_salt``.
+        num_resets: how often the prefix cache was reset before.
+        num_shared: tokens that it found there.
+    """
+
+    salt: str | None
+    num_resets: int
+    num_shared: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,10 +34,13 @@ class Remembered:
     Attributes:
         scope: which others it may serve.
         tokens: [n] int32, of its context when it began.
+        num_shared: of these, those that another request had before, as far as the
+            target's prefix cache says so.
     """
 
     scope: Hashable
     tokens: np.ndarray
+    num_shared: int
 
 
 def remember(
@@ -42,7 +58,9 @@ def remember(
     scope = scope_of(state, kv_budget or core.kv_budget)
     if scope is None:
         return None
-    return Remembered(scope, np.array(tokens, dtype=np.int32))
+    told: Told = getattr(state, ATTRIBUTE)
+    core.snapshots.begin_generation(told.num_resets)
+    return Remembered(scope, np.array(tokens, dtype=np.int32), told.num_shared)
 
 
 def start_reading(
@@ -70,7 +88,7 @@ def start_reading(
         tokens = remembered.tokens[:num_tokens]
         match = core.snapshots.match(remembered.scope, tokens)
         num_known = match.spared if match else 0
-        mark = core.mark(remembered.scope, tokens, num_computed, num_known)
+        mark = core.mark(remembered.scope, tokens, remembered.num_shared, num_known)
     if not match or not core.go_on_reading(slot, num_tokens, kv_budget, match, mark):
         num_known = 0
         core.start_reading(slot, num_tokens, kv_budget, mark)
@@ -125,12 +143,12 @@ def scope_of(state: Any, kv_budget: int) -> Hashable | None:
         None for a request of which nothing is kept: the scheduler said nothing of it,
         or not all of it is tokens.
     """
-    told = getattr(state, ATTRIBUTE, None)
+    told: Told | None = getattr(state, ATTRIBUTE, None)
     if told is None or state.prompt_embeds is not None:
         return None
     lora = state.lora_request and state.lora_request.lora_name
     pictures = tuple(feature.identifier for feature in state.mm_features or ())
-    return kv_budget, lora, pictures, told
+    return kv_budget, lora, pictures, told.salt, told.num_resets
 
 
 def tell_scopes(states: dict[str, Any], new_requests: Iterable[Any]) -> None:

@@ -254,18 +254,28 @@ class RequestDrafter:
     def _end(self, request_id: str) -> None:
         """Releases a request, of which a snapshot is kept if there is one to keep."""
         holding, store = self._slots.holding(request_id), self._core.snapshots
-        if store is None or holding.remembered is None or not holding.is_read:
+        remembered, state = holding.remembered, holding.state
+        # A session's prompt has grown, and what it had written is a part of that.
+        is_known = remembered is not None and holding.is_read
+        if store is None or remembered is None or not is_known:
             self._release(request_id)
-            return
-        scope, tokens = holding.remembered.scope, holding.remembered.tokens
-        prompt = tokens[: holding.state.num_prompt_tokens]
-        store.keep(
-            self._slots.release(request_id),
-            scope,
-            np.append(prompt, written_by(holding.state)),
-            holding.num_cached,
-            origin=holding.origin,
-        )
+        elif state.num_prompt_tokens > len(remembered.tokens):
+            self._release(request_id)
+        else:
+            prompt = remembered.tokens[: state.num_prompt_tokens]
+            try:
+                store.keep(
+                    holding.slot,
+                    remembered.scope,
+                    np.append(prompt, written_by(state)),
+                    holding.num_cached,
+                    origin=holding.origin,
+                )
+            except Exception as error:
+                self._faults.report(f"a snapshot of request {request_id}", error)
+                self._release(request_id)
+            else:
+                self._slots.release(request_id)
 
     def _read(self, unread: list[tuple[Request, Holding]]) -> None:
         """Reads on in contexts, as far as this step may."""

@@ -143,8 +143,12 @@ class BudgetDraftProposer:
 
     def release_ended(self) -> None:
         """Releases what requests hold that are over, as no ``propose`` follows."""
-        if self._is_leader and self._runner is not None:
+        if not self._is_leader or self._runner is None:
+            return
+        try:
             self._drafter.forget_ended(self._runner.requests)
+        except Exception as error:
+            self._drafter.reset(error)
 
     def take_statistics(self) -> dict[str, Any] | None:
         """What was drafted since the last call; None where another rank drafts."""

@@ -1,6 +1,6 @@
 """The speculator of model runner V2: a ``DraftProposer`` over the runner's tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -244,11 +244,29 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         self.drafted = {progress.request_id for progress in drafting}
         self._faults.drafted()
 
-    def release_ended(self) -> None:
-        """Releases the slots of requests that are over."""
+    def make_way(self, new_requests: Iterable[Any]) -> None:
+        """To be called before requests take the places of others, or their own again.
+
+        Args:
+            new_requests: vLLM's NewRequestData.
+        """
+        if not self._is_leader:
+            return
+        try:
+            self.release_ended({request.req_id for request in new_requests})
+        except Exception as error:
+            self._reset(error)
+
+    def release_ended(self, that_begin: Collection[str] = ()) -> None:
+        """Releases the slots of requests that are over.
+
+        Args:
+            that_begin: ids of those that begin anew, as sessions do.
+        """
         live: Mapping[int, str] = self._states.index_to_req_id
         for index, progress in list(self._progress.items()):
-            if live.get(index) != progress.request_id:
+            name = progress.request_id
+            if live.get(index) != name or name in that_begin:
                 self._end(index, progress)
 
     def _end(self, index: int, progress: Progress) -> None:
@@ -262,18 +280,22 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         if core.snapshots is None or remembered is None or not is_held:
             self._release(index)
             return
-        del self._progress[index]
         known = len(remembered.tokens)
         # All that it can have written by now.
-        end = int(states.num_computed_tokens_np[index]) + self._core.max_append
-        core.snapshots.keep(
-            index,
-            remembered.scope,
-            remembered.tokens,
-            self._end_of_cache(index, progress),
-            origin=self._first_known[index],
-            later_tokens=states.all_token_ids.gpu[index, known:end],
-        )
+        end = int(states.num_computed_tokens_np[index]) + core.max_drafts + 2
+        try:
+            core.snapshots.keep(
+                index,
+                remembered.scope,
+                remembered.tokens,
+                self._end_of_cache(index, progress),
+                origin=self._first_known[index],
+                later_tokens=states.all_token_ids.gpu[index, known:end],
+            )
+            del self._progress[index]
+        except Exception as error:
+            self._faults.report(f"a snapshot of request {progress.request_id}", error)
+            self._release(index)
 
     def _end_of_cache(self, index: int, progress: Progress) -> Tensor:
         """Position after the last that a request's cache knows, [] int."""

@@ -24,7 +24,7 @@ COUNTERS = {
     "draft_seconds": "Seconds that drafting took, reading prompts for it included: of "
     "the device, where that is a GPU.",
     "evicted_tokens": "Context tokens that the draft cache dropped.",
-    "snapshot_hits": "Requests that went on from a snapshot of another one.",
+    "snapshot_hits": "Requests that went on from a snapshot.",
     "snapshot_tokens": "Context tokens that the drafter need not read for that.",
     "snapshot_evictions": "Snapshots that made room for requests or others.",
 }

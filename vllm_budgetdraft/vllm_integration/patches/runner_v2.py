@@ -120,7 +120,7 @@ def _announce(original: Function) -> Function:
     def add_requests(self: Any, scheduler_output: Any) -> None:
         is_ours = _is_ours(self.vllm_config) and self.speculator is not None
         if is_ours:
-            self.speculator.release_ended()  # before others take their places
+            self.speculator.make_way(scheduler_output.scheduled_new_reqs)
         original(self, scheduler_output)
         if is_ours:
             for request in scheduler_output.scheduled_new_reqs:

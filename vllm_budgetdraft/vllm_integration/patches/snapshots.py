@@ -3,7 +3,7 @@
 from typing import Any
 
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
-from vllm_budgetdraft.vllm_integration.remembering import ATTRIBUTE
+from vllm_budgetdraft.vllm_integration.remembering import ATTRIBUTE, Told
 
 #: Of a Scheduler, how often its prefix cache was reset.
 NUM_RESETS = "budgetdraft_num_resets"
@@ -30,7 +30,8 @@ def apply(config_class: type) -> None:
                 num_resets = vars(self).get(NUM_RESETS, 0)
                 for new in output.scheduled_new_reqs:
                     request = self.requests[new.req_id]
-                    setattr(new, ATTRIBUTE, (request.cache_salt, num_resets))
+                    told = Told(request.cache_salt, num_resets, new.num_computed_tokens)
+                    setattr(new, ATTRIBUTE, told)
             return output
 
         return schedule
