@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import models
 from tests.support.engines import nothing
+from tests.support.heads import write_head
 from tests.support.runner_v2 import in_every_process
 
 pytestmark = pytest.mark.vllm
@@ -63,7 +64,21 @@ def adapt_length(worker: Any, adapts: bool) -> None:
     drafter._adaptive = kept if adapts else None
 
 
-def generate(folder: str, prepare: Callable[[], None]) -> dict[str, Any]:
+def embeddings_are(worker: Any, rows: list[list[float]]) -> bool | None:
+    """Whether the first rank's head has these embeddings; None of others."""
+    import torch
+
+    runner = worker.model_runner
+    drafter = getattr(runner, "drafter", None) or runner.speculator
+    core = getattr(drafter, "_core", None)
+    if worker.rank or core is None:
+        return None
+    return torch.equal(core.drafter.embedding, torch.tensor(rows))
+
+
+def generate(
+    folder: str, prepare: Callable[[], None], head: str | None = None
+) -> dict[str, Any]:
     """Tokens, contexts by rank, and numbers of drafts of several jobs."""
     prepare()
     os.environ |= {
@@ -87,10 +102,10 @@ def generate(folder: str, prepare: Callable[[], None]) -> dict[str, Any]:
         disable_log_stats=False,
         speculative_config={
             "method": "budgetdraft",
-            "model": folder,
+            "model": head or folder,
             "num_speculative_tokens": 4,
             "kv_budget": 64,
-            "adaptive_draft_length": prepare is nothing,
+            "adaptive_draft_length": prepare is nothing and head is None,
         },
     )
     prompts = [models.random_tokens(n, seed=n).tolist() for n in PROMPT_TOKENS]
@@ -102,7 +117,11 @@ def generate(folder: str, prepare: Callable[[], None]) -> dict[str, Any]:
         "adaptive": {"temperature": 0.7},
         "not shared": {"temperature": 0.7},
     }
-    results = {}
+    results: dict[str, Any] = {}
+    if head:
+        del jobs["adaptive"], jobs["not shared"]
+        rows = models.read_model(Path(folder)).get_input_embeddings().weight.tolist()
+        results["embeddings"] = llm.collective_rpc(embeddings_are, args=(rows,))
     for name, settings in jobs.items():
         llm.collective_rpc(adapt_length, args=(name == "adaptive",))
         if name == "not shared":
@@ -152,3 +171,29 @@ def test_ranks_accept_the_same_drafts(
     # The test of the test: ranks whose probabilities differ go separate ways.
     _, (first, second), _ = results["not shared"]
     assert first != second
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        pytest.param(nothing, id="V1"),
+        pytest.param(in_every_process, id="V2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_head_drafts_for_both_with_the_embeddings_of_both(
+    tmp_path: Path, prepare: Callable[[], None]
+) -> None:
+    shape: dict[str, Any] = {**SIZES, "max_position_embeddings": 512}
+    config = models.llama(**shape, num_hidden_layers=4)
+    target = models.write_model(tmp_path / "target", config)
+    head = write_head(tmp_path / "head", **shape)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as processes:
+        job = processes.submit(generate, str(target), prepare, str(head))
+        results = job.result()
+    assert results["embeddings"] == [True, None]
+    assert results["greedy"][0] == results["plain"][0]
+    for name in ("greedy", "drawn"):
+        _, (first, second), drafts = results[name]
+        assert drafts["drafted"] > 100, name
+        assert first == second, name

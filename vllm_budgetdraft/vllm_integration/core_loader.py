@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
@@ -21,7 +22,11 @@ from vllm_budgetdraft.vllm_integration.faults import logger
 
 
 def load_core(
-    vllm_config: VllmConfig, target: nn.Module, *, tells_logits: bool = False
+    vllm_config: VllmConfig,
+    target: nn.Module,
+    *,
+    tells_logits: bool = False,
+    embedding: Tensor | None = None,
 ) -> DraftProposer:
     """Loads the drafter beside the target, and allocates, compiles and captures all.
 
@@ -29,7 +34,7 @@ def load_core(
     used, and whatever is compiled after start-up would make a request wait.
 
     Args:
-        tells_logits: see ``build_proposer``.
+        tells_logits, embedding: see ``build_proposer``.
     """
     config = vllm_config.speculative_config.settings
     max_model_len = vllm_config.model_config.max_model_len
@@ -47,9 +52,7 @@ def load_core(
         batch_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         target_cost=_target_cost(vllm_config),
         tells_logits=tells_logits,
-        embedding=(
-            embedding_of(target, dtype) if config.drafter_type == "eagle3" else None
-        ),
+        embedding=None if embedding is None else embedding.to(dtype),
     )
     warm_up(core)
     if is_gpu(device) and not vllm_config.model_config.enforce_eager:
@@ -60,16 +63,20 @@ def load_core(
     return core
 
 
-def embedding_of(target: nn.Module, dtype: torch.dtype) -> Tensor | None:
-    """The target's embeddings [vocab_size, hidden_size], the same memory if it can be.
+def embedding_of(target: nn.Module) -> Tensor | None:
+    """The target's embeddings [vocab_size, hidden_size], for a head that has none.
 
-    None where ranks hold parts of them, or there are none that are numbers.
+    The same memory, if one rank has it all; else every rank must call this, and gets a
+    copy. None where they are no numbers.
     """
     for module in target.modules():
-        if isinstance(module, VocabParallelEmbedding) and module.tp_size == 1:
+        if isinstance(module, VocabParallelEmbedding):
             weight = getattr(module, "weight", None)
-            if weight is not None and weight.is_floating_point():
-                return weight[: module.org_vocab_size].detach().to(dtype)
+            if weight is None or not weight.is_floating_point():
+                continue
+            if module.tp_size > 1:
+                weight = tensor_model_parallel_all_gather(weight, dim=0)
+            return weight[: module.org_vocab_size].detach()
     return None
 
 

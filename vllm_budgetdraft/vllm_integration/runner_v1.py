@@ -18,7 +18,7 @@ from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import doublings, scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.vllm_integration.core_loader import load_core
+from vllm_budgetdraft.vllm_integration.core_loader import embedding_of, load_core
 from vllm_budgetdraft.vllm_integration.faults import logger
 from vllm_budgetdraft.vllm_integration.feature_requests import FeatureRequestDrafter
 from vllm_budgetdraft.vllm_integration.patches import (
@@ -60,17 +60,18 @@ class BudgetDraftProposer:
 
     def load_model(self, target: nn.Module) -> None:
         """Allocates everything: only what lives after this does vLLM count as used."""
-        if not self._is_leader:
-            return
         if self.reads_features and not runner_v1.can_ask_for_states():
             raise UnsupportedVllmError(
                 f"vLLM {vllm.__version__}: its model runner V1 asks no target for what "
                 "an EAGLE-3 head reads; use a newer vLLM, or a decoder"
             )
+        embedding = embedding_of(target) if self.reads_features else None
+        if not self._is_leader:
+            return
         if self._config.drafter_type == "flexdraft":
             self._drafter = self._target_drafter(target)
         else:
-            self._use(load_core(self._vllm_config, target))
+            self._use(load_core(self._vllm_config, target, embedding=embedding))
 
     def _use(self, core: DraftProposer) -> None:
         self._core = core
@@ -126,7 +127,8 @@ class BudgetDraftProposer:
                 each, for such a drafter.
         """
         self._runner = runner
-        self._num_scheduled, self._states = num_scheduled or {}, states
+        self._num_scheduled = num_scheduled or {}
+        self._states = states if self._is_leader else None
         self._verified = {
             request_id: sum(token >= 0 for token in tokens)
             for request_id, tokens in verified.items()

@@ -16,7 +16,7 @@ from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.memory import resolve_dtype
 from vllm_budgetdraft.proposer.step_costs import StepCosts
-from vllm_budgetdraft.vllm_integration.core_loader import load_core
+from vllm_budgetdraft.vllm_integration.core_loader import embedding_of, load_core
 from vllm_budgetdraft.vllm_integration.draft_output import DraftOutput
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
@@ -71,8 +71,11 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         device, config = self.device, self._config
         num_slots = self.vllm_config.scheduler_config.max_num_seqs
         num_drafts, drawn_logits = config.num_speculative_tokens, None
+        embedding = embedding_of(target_model) if self.reads_features else None
         if self._is_leader:
-            self._core = load_core(self.vllm_config, target_model, tells_logits=True)
+            self._core = load_core(
+                self.vllm_config, target_model, tells_logits=True, embedding=embedding
+            )
             drawn_logits = self._core.drawn_logits
             self._observer = CoreObserver(self._core, self._statistics)
             self._num_cached = torch.zeros(num_slots, dtype=torch.int64, device=device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_budgetdraft.drafter.feature_checkpoint import read_feature_config
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import Fed
@@ -31,6 +32,8 @@ class FeatureSpeculator(BudgetDraftSpeculator):
 
     def load_model(self, target_model: nn.Module) -> None:
         super().load_model(target_model)
+        if not self._is_leader:
+            return
         num_slots = self.vllm_config.scheduler_config.max_num_seqs
         # ``_first_known``, on the device.
         self._origins = torch.zeros(num_slots, dtype=torch.int64, device=self.device)
@@ -40,8 +43,7 @@ class FeatureSpeculator(BudgetDraftSpeculator):
     @property
     def aux_layers(self) -> list[int] | None:
         """Of the target, see ``FeatureDrafter``."""
-        assert isinstance(self._core.drafter, FeatureDrafter)
-        return self._core.drafter.aux_layers
+        return read_feature_config(self._config.model).aux_layers
 
     def _start_reading(self, index: int, progress: Progress, num_computed: int) -> None:
         end = progress.num_to_read
@@ -67,9 +69,10 @@ class FeatureSpeculator(BudgetDraftSpeculator):
 
     def propose(self, *args: Any, **kwargs: Any) -> Tensor:
         """See ``BudgetDraftSpeculator``."""
-        given = dict(zip(GIVEN, args, strict=False)) | kwargs
-        self._states_of_step = given["aux_hidden_states"]
-        self._num_rejected = given["num_rejected"]
+        if self._is_leader:
+            given = dict(zip(GIVEN, args, strict=False)) | kwargs
+            self._states_of_step = given["aux_hidden_states"]
+            self._num_rejected = given["num_rejected"]
         return super().propose(*args, **kwargs)
 
     def _propose(self, input_batch: Any, last_tokens: Tensor, length: int) -> None:

@@ -34,6 +34,7 @@ from vllm_budgetdraft.drafter.feature_checkpoint import (
     check_feature_weights,
     read_feature_config,
 )
+from vllm_budgetdraft.drafter.feature_modeling import default_aux_layers
 from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
 from vllm_budgetdraft.errors import (
     ConfigurationError,
@@ -130,7 +131,7 @@ def make_config(
     if kind == "flexdraft":
         settled = _check_flexdraft(ours, target_model_config, target_parallel_config)
     elif kind == "eagle3":
-        settled = _check_eagle3(ours, target_model_config, target_parallel_config)
+        settled = _check_eagle3(ours, target_model_config)
     else:
         settled = _check_decoder(ours, target_model_config)
     if settled.adaptive_draft_length == "auto" and (
@@ -232,9 +233,7 @@ def _check_decoder(config: BudgetDraftConfig, target: Any) -> SettledConfig:
     return settled
 
 
-def _check_eagle3(
-    config: BudgetDraftConfig, target: Any, parallel: Any
-) -> SettledConfig:
+def _check_eagle3(config: BudgetDraftConfig, target: Any) -> SettledConfig:
     head = read_feature_config(config.model)
     settled = _settle(config, trained_view(head), "eagle3")
     make_policy(settled)
@@ -248,7 +247,7 @@ def _check_eagle3(
                 f"{ours} wide, the target's {theirs}; give a head of this target"
             )
     has = target.get_total_num_hidden_layers()
-    layers = head.aux_layers or [2, has // 2, has - 3]  # vLLM's
+    layers = head.aux_layers or default_aux_layers(has)
     if not 0 <= min(layers) <= max(layers) <= has or (
         len(set(layers)) != head.num_aux_layers
     ):
@@ -260,11 +259,6 @@ def _check_eagle3(
         raise ConfigurationError(
             f"num_speculative_tokens={config.num_speculative_tokens}: an EAGLE-3 head "
             f"drafts up to {MAX_WIDTH - 1} tokens; use at most so many"
-        )
-    if parallel.tensor_parallel_size > 1:
-        raise UnsupportedVllmError(
-            f"tensor_parallel_size={parallel.tensor_parallel_size}: an EAGLE-3 head "
-            "drafts on one device; use 1, or a drafter that is a decoder"
         )
     MemoryPlan.of(
         settled,
