@@ -27,6 +27,7 @@ shift $(($# > 0))
 budgetdraft evaluate --methods budgetdraft --output "$output" \
     --target "$root/models/books-9m" --drafter "$root/models/books-9m-drafter" \
     --eviction-policies \
-    chunk_retrieval observation_window heavy_hitter sink_window keep_all \
+    chunk_retrieval observation_window heavy_hitter last_query key_diversity sink_window \
+    keep_all \
     --context-tokens 2048 --kv-budgets 256 --prompts 2 --new-tokens 128 \
     --engine-args '{"enforce_eager": true}' "$@"

@@ -19,6 +19,8 @@ SETTINGS = {
     "chunk_retrieval": {},
     "chunk_retrieval_by_queries": {"chunk_score": "last_queries"},
     "observation_window": {"eviction_policy": "observation_window"},
+    "last_query": {"eviction_policy": "last_query"},
+    "key_diversity": {"eviction_policy": "key_diversity"},
     "heavy_hitter": {"eviction_policy": "heavy_hitter"},
     "sink_window": {"eviction_policy": "sink_window"},
     "keep_all": {"eviction_policy": "keep_all"},

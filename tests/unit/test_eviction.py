@@ -32,6 +32,13 @@ SETTINGS = {
     },
     "heavy_hitter": {"eviction_policy": "heavy_hitter"},
     "heavy_hitter_without_sinks": {"eviction_policy": "heavy_hitter", "sink_tokens": 0},
+    "last_query": {"eviction_policy": "last_query"},
+    "last_query_without_sinks": {"eviction_policy": "last_query", "sink_tokens": 0},
+    "key_diversity": {"eviction_policy": "key_diversity"},
+    "key_diversity_without_local": {
+        "eviction_policy": "key_diversity",
+        "local_tokens": 0,
+    },
     "sink_window": {"eviction_policy": "sink_window"},
     "sink_window_without_sinks": {"eviction_policy": "sink_window", "sink_tokens": 0},
     "keep_all": {"eviction_policy": "keep_all"},
@@ -291,6 +298,54 @@ def test_heavy_hitter_keeps_what_its_description_says(num_tokens, budget, sinks)
             heavy = sorted(best[: budget - sinks - recent])
             latest = range(num_tokens - recent, num_tokens)
             assert kept[layer, head].tolist() == [*range(sinks), *heavy, *latest]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "budget", "sinks"), [(100, 64, 8), (65, 64, 0), (900, 41, 9)]
+)
+def test_last_query_keeps_what_its_description_says(num_tokens, budget, sinks):
+    policy = make_policy(
+        EvictionSettings(eviction_policy="last_query", sink_tokens=sinks)
+    )
+    states = random_prompt(num_tokens, policy)
+    assert states.queries.shape[-2] == 1
+    kept = policy.select(states, budget)
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            queries = states.queries[layer, head, :, 0]  # of the heads that share it
+            logits = queries @ states.keys[layer, head].T / HEAD_DIM**0.5
+            weights = logits.softmax(-1).sum(0).tolist()
+            others = range(sinks, num_tokens)
+            best = sorted(others, key=lambda position: -weights[position])
+            chosen = sorted(best[: budget - sinks])
+            assert kept[layer, head].tolist() == [*range(sinks), *chosen]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "budget", "sinks", "local"),
+    [(100, 64, 8, 16), (65, 64, 0, 0), (900, 41, 9, 256)],
+)
+def test_key_diversity_keeps_what_its_description_says(
+    num_tokens, budget, sinks, local
+):
+    policy = make_policy(
+        EvictionSettings(
+            eviction_policy="key_diversity", sink_tokens=sinks, local_tokens=local
+        )
+    )
+    states = random_prompt(num_tokens, policy)
+    kept = policy.select(states, budget)
+    end = num_tokens - min(local, (budget - sinks) // 2)
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            keys = states.keys[layer, head].double()
+            directions = [key / key.norm() for key in keys]
+            mean = sum(directions) / num_tokens
+            cosines = [float(each @ mean / mean.norm()) for each in directions]
+            best = sorted(range(sinks, end), key=lambda position: cosines[position])
+            chosen = sorted(best[: budget - sinks - (num_tokens - end)])
+            expected = [*range(sinks), *chosen, *range(end, num_tokens)]
+            assert kept[layer, head].tolist() == expected
 
 
 def test_sink_window_keeps_the_sinks_and_the_latest():

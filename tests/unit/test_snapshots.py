@@ -33,6 +33,8 @@ POLICIES = {
     "chunk_retrieval": {},
     "observation_window": {"eviction_policy": "observation_window"},
     "heavy_hitter": {"eviction_policy": "heavy_hitter"},
+    "last_query": {"eviction_policy": "last_query"},
+    "key_diversity": {"eviction_policy": "key_diversity"},
     "sink_window": {"eviction_policy": "sink_window"},
     "own": {"eviction_policy": EVERY_SECOND},
 }

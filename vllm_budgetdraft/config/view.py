@@ -17,6 +17,8 @@ BUILT_IN_POLICIES = (
     "chunk_retrieval",
     "observation_window",
     "heavy_hitter",
+    "last_query",
+    "key_diversity",
     "sink_window",
     "keep_all",
 )
@@ -30,8 +32,8 @@ class EvictionSettings(BaseModel):
     eviction_policy: str = Field(
         "chunk_retrieval",
         description="Which positions the draft cache keeps: chunk_retrieval, "
-        "observation_window, heavy_hitter, sink_window, keep_all, or your own class as "
-        "'package.module:Class'.",
+        "observation_window, heavy_hitter, last_query, key_diversity, sink_window, "
+        "keep_all, or your own class as 'package.module:Class'.",
     )
     sink_tokens: int = Field(
         8,

@@ -92,6 +92,37 @@ class EvictionPolicy(ABC):
         return range(0)
 
 
+class RankingPolicy(EvictionPolicy):
+    """Keeps the sinks, the most recent positions, and those between that score best.
+
+    The first ``sink_tokens`` are the sinks.
+    """
+
+    @abstractmethod
+    def num_recent(self, room: int) -> int:
+        """How many of the last positions always stay.
+
+        Args:
+            room: what the sinks leave of the budget.
+        """
+
+    @abstractmethod
+    def scores(self, states: PromptStates, end: int) -> Tensor:
+        """Of the positions below ``end``, [..., end]."""
+
+    def select(self, states: PromptStates, budget: int) -> Tensor:
+        num_tokens, sinks = states.num_tokens, self.settings.sink_tokens
+        if num_tokens <= budget:
+            return states.all_positions()
+        recent = self.num_recent(budget - sinks)
+        end = num_tokens - recent
+        scores = self.scores(states, end)[..., sinks:]
+        best = scores.topk(budget - sinks - recent, dim=-1, sorted=False).indices
+        chosen = sinks + best.sort(-1).values
+        first, last = states.positions(0, sinks), states.positions(end, num_tokens)
+        return torch.cat([first, chosen, last], dim=-1)
+
+
 def check_selection(
     kept: Tensor, states: PromptStates, budget: int, *, values: bool = True
 ) -> None:

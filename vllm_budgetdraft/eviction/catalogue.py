@@ -11,6 +11,8 @@ from vllm_budgetdraft.eviction.base import EvictionPolicy
 from vllm_budgetdraft.eviction.chunk_retrieval import ChunkRetrieval
 from vllm_budgetdraft.eviction.heavy_hitter import HeavyHitter
 from vllm_budgetdraft.eviction.keep_all import KeepAll
+from vllm_budgetdraft.eviction.key_diversity import KeyDiversity
+from vllm_budgetdraft.eviction.last_query import LastQuery
 from vllm_budgetdraft.eviction.observation_window import ObservationWindow
 from vllm_budgetdraft.eviction.sink_window import SinkWindow
 
@@ -18,6 +20,8 @@ POLICIES: dict[str, type[EvictionPolicy]] = {
     "chunk_retrieval": ChunkRetrieval,
     "observation_window": ObservationWindow,
     "heavy_hitter": HeavyHitter,
+    "last_query": LastQuery,
+    "key_diversity": KeyDiversity,
     "sink_window": SinkWindow,
     "keep_all": KeepAll,
 }

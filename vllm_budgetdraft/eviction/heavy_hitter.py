@@ -1,12 +1,11 @@
 """The positions that have been looked at most."""
 
-import torch
 from torch import Tensor
 
-from vllm_budgetdraft.eviction.base import EvictionPolicy, PromptStates
+from vllm_budgetdraft.eviction.base import PromptStates, RankingPolicy
 
 
-class HeavyHitter(EvictionPolicy):
+class HeavyHitter(RankingPolicy):
     """Keeps the sinks, the heavy hitters and the most recent positions.
 
     Based on H2O (https://arxiv.org/abs/2306.14048), section 4: positions are ranked per
@@ -21,18 +20,12 @@ class HeavyHitter(EvictionPolicy):
 
     accumulates_attention = True
 
-    def select(self, states: PromptStates, budget: int) -> Tensor:
-        num_tokens, sinks = states.num_tokens, self.settings.sink_tokens
-        if num_tokens <= budget:
-            return states.all_positions()
+    def num_recent(self, room: int) -> int:
+        return room // 2
+
+    def scores(self, states: PromptStates, end: int) -> Tensor:
         assert states.attention is not None
-        recent = (budget - sinks) // 2
-        end = num_tokens - recent
-        scores = states.attention[..., sinks:end]
-        best = scores.topk(budget - sinks - recent, dim=-1, sorted=False).indices
-        chosen = sinks + best.sort(-1).values
-        first, last = states.positions(0, sinks), states.positions(end, num_tokens)
-        return torch.cat([first, chosen, last], dim=-1)
+        return states.attention[..., :end]
 
     def protected_tokens(self, budget: int) -> int:
         return self.settings.sink_tokens

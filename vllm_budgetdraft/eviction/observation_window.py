@@ -2,19 +2,18 @@
 
 from types import ModuleType
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.eviction.base import (
-    EvictionPolicy,
     PromptStates,
+    RankingPolicy,
     chunk_scores,
 )
 
 
-class ObservationWindow(EvictionPolicy):
+class ObservationWindow(RankingPolicy):
     """Keeps the sinks, the positions with most attention, and the observing tokens.
 
     Based on SnapKV (https://arxiv.org/abs/2404.14469), section 4: positions are ranked
@@ -29,13 +28,11 @@ class ObservationWindow(EvictionPolicy):
         super().__init__(settings, operations)
         self.observation_tokens = settings.observation_tokens
 
-    def select(self, states: PromptStates, budget: int) -> Tensor:
-        num_tokens, sinks = states.num_tokens, self.settings.sink_tokens
-        if num_tokens <= budget:
-            return states.all_positions()
+    def num_recent(self, room: int) -> int:
+        return min(self.observation_tokens, room // 2)
+
+    def scores(self, states: PromptStates, end: int) -> Tensor:
         assert states.queries is not None
-        window = min(self.observation_tokens, (budget - sinks) // 2)
-        end = num_tokens - window
         weights = chunk_scores(
             self.operations, states.keys, states.queries, 1, "attention"
         )[..., :end]
@@ -47,8 +44,4 @@ class ObservationWindow(EvictionPolicy):
             padding=pooling_size // 2,
             count_include_pad=False,
         )
-        scores = scores.view(*states.keys.shape[:-2], end)[..., sinks:]
-        best = scores.topk(budget - sinks - window, dim=-1, sorted=False).indices
-        chosen = sinks + best.sort(-1).values
-        first, last = states.positions(0, sinks), states.positions(end, num_tokens)
-        return torch.cat([first, chosen, last], dim=-1)
+        return scores.view(*states.keys.shape[:-2], end)
