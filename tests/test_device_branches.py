@@ -58,6 +58,8 @@ BRANCHES = {
     + "test_env_names_the_gpu_and_what_runs_on_it",
     f"{OURS}.diagnosis.env._gpu": SMALL + "test_env_names_the_gpu_and_what_runs_on_it",
     f"{OURS}.proposer.draft_graphs.CudaGraphCapture.__call__": ENGINES,
+    f"{OURS}.proposer.snapshots.SnapshotStore.keep": "unit/test_snapshots.py::"
+    + "test_on_a_gpu_nothing_waits_until_somebody_asks",
     f"{OURS}.proposer.snapshots._to_host": "unit/test_snapshots.py::"
     + "test_on_a_gpu_nothing_waits_until_somebody_asks",
     f"{OURS}.proposer.draft_graphs.CudaGraphCapture.__init__": ENGINES,

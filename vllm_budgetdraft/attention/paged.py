@@ -8,6 +8,9 @@ from torch import Tensor
 from budgetdraft_kernels.reference_projections import Norms
 from vllm_budgetdraft.cache.page_pool import PagePool
 
+#: Most tokens of a request that ``paged_sparse_attention`` takes at once.
+MAX_WIDTH = 32
+
 
 class PagedAttention:
     """The ``attend`` of a drafter that drafts: writes its tokens, then reads pages.

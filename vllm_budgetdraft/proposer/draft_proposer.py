@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_budgetdraft.attention.paged import MAX_WIDTH
 from vllm_budgetdraft.attention.prompt import PromptAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.config import SettledConfig
@@ -31,8 +32,6 @@ from vllm_budgetdraft.proposer.snapshots import Match, SnapshotStore, States
 
 #: Of a beginning that contexts share, for a snapshot of it: about what a pass takes.
 MIN_SHARED_TOKENS = 64
-#: Most tokens of a request that ``paged_sparse_attention`` takes at once.
-MAX_WIDTH = 32
 
 
 class DraftProposer:

@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from vllm_budgetdraft.attention.paged import MAX_WIDTH
 from vllm_budgetdraft.drafter.checkpoint import (
     EMBEDDING,
     WEIGHTS,
@@ -31,7 +32,6 @@ from vllm_budgetdraft.drafter.feature_modeling import (
 from vllm_budgetdraft.drafter.modeling import initialise
 from vllm_budgetdraft.drafter.weights import StoredWeights
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.proposer.draft_proposer import MAX_WIDTH
 from vllm_budgetdraft.training.arguments import (
     AcceptanceArguments,
     DataArguments,

@@ -12,6 +12,7 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 
 from vllm_budgetdraft.attention.backend import select_operations
+from vllm_budgetdraft.attention.paged import MAX_WIDTH
 from vllm_budgetdraft.config import (
     CACHE_SETTINGS,
     BudgetDraftConfig,
@@ -44,7 +45,6 @@ from vllm_budgetdraft.errors import (
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.flexdraft.checkpoint import drafter_type, read_flexdraft_config
 from vllm_budgetdraft.flexdraft.pages import PageSelector
-from vllm_budgetdraft.proposer.draft_proposer import MAX_WIDTH
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
 from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
 from vllm_budgetdraft.vllm_integration.faults import logger
