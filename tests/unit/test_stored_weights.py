@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support import models
+from tests.test_import_boundaries import source_files
 from vllm_budgetdraft.drafter.checkpoint import check_weights, load_drafter
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
+from vllm_budgetdraft.drafter.weights import write_weights
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 
 BLOCK = (16, 32)
@@ -182,3 +184,19 @@ def test_weights_that_are_not_finite_are_refused(folder, value):
 def test_an_index_that_leads_nowhere_is_refused(folder, text, mention):
     (folder / "model.safetensors.index.json").write_text(text)
     assert mention in refusal(folder)
+
+
+def test_who_may_read_a_config_may_read_the_weights(tmp_path):
+    (tmp_path / "config.json").touch(mode=0o640)
+    write_weights(tmp_path / "model.safetensors", {"x": torch.ones(2)})
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    assert load_file(tmp_path / "model.safetensors")["x"].tolist() == [1, 1]
+
+
+def test_no_other_place_writes_weights():
+    users = [
+        path.name
+        for path in source_files()
+        if "save_file" in path.read_text(encoding="utf-8")
+    ]
+    assert users == ["weights.py"]

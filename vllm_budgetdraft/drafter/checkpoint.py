@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.drafter.weights import StoredWeights
+from vllm_budgetdraft.drafter.weights import StoredWeights, write_weights
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 
 #: Of a whole model, and of one without its embeddings.
@@ -138,11 +138,7 @@ def save_drafter(
     config: PretrainedConfig = drafter.config
     config.dtype = dtype
     config.save_pretrained(folder)
-    save_file(
-        hugging_face_state_dict(drafter, dtype, state),
-        folder / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    write_weights(folder / WEIGHTS, hugging_face_state_dict(drafter, dtype, state))
     for name in TOKENIZER_FILES:
         source = Path(tokenizer_from or folder) / name
         if source.is_file() and source.parent != folder:
@@ -153,7 +149,7 @@ def keep_layers_alone(folder: Path) -> None:
     """Leaves out of a drafter's folder what ``embeddings_of`` its target has."""
     weights = load_file(folder / WEIGHTS)
     layers = {k: v for k, v in weights.items() if k not in (EMBEDDING, LM_HEAD)}
-    save_file(layers, folder / LAYERS, metadata={"format": "pt"})
+    write_weights(folder / LAYERS, layers)
     (folder / WEIGHTS).unlink()
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -21,7 +20,7 @@ from vllm_budgetdraft.drafter.configuration import (
 )
 from vllm_budgetdraft.drafter.draft_vocabulary import OFFSETS
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
-from vllm_budgetdraft.drafter.weights import StoredWeights
+from vllm_budgetdraft.drafter.weights import StoredWeights, write_weights
 from vllm_budgetdraft.errors import UnsupportedDrafterError, short
 
 #: What ``architectures`` says of a head, and the family of its layer.
@@ -240,7 +239,7 @@ def save_feature_drafter(
         config.eagle_config["eagle_aux_hidden_state_layer_ids"] = config.aux_layers
     config.dtype = dtype
     config.save_pretrained(folder)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder / WEIGHTS, weights)
 
 
 def _sizes(name: str, drafter: FeatureDrafter, rows: int, parts: int) -> list[int]:

@@ -5,12 +5,14 @@ before anything large loads. Weights stored as codes with scales are multiplied 
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_budgetdraft.errors import UnsupportedDrafterError, short
@@ -235,3 +237,12 @@ def _header(file: Path) -> dict[str, Stored]:
             f"{file} is not safetensors ({short(error)}); download it anew, whole: "
             "Git LFS leaves a small text in its place"
         ) from error
+
+
+def write_weights(file: Path, weights: dict[str, Tensor]) -> None:
+    """A safetensors file, for all to read who may read ``config.json`` beside it.
+
+    safetensors makes files that their owner alone can read.
+    """
+    save_file(weights, file, metadata={"format": "pt"})
+    shutil.copymode(file.with_name("config.json"), file)

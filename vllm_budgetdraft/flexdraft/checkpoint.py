@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.feature_checkpoint import is_feature_drafter
-from vllm_budgetdraft.drafter.weights import StoredWeights
+from vllm_budgetdraft.drafter.weights import StoredWeights, write_weights
 from vllm_budgetdraft.errors import UnsupportedDrafterError
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 
@@ -165,8 +164,7 @@ def save_flexdraft(
     text = json.dumps(config, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     state = drafter.state_dict() if state is None else state
-    save_file(
-        {name: x.to("cpu", dtype).contiguous() for name, x in state.items()},
+    write_weights(
         folder / "model.safetensors",
-        metadata={"format": "pt"},
+        {name: x.to("cpu", dtype).contiguous() for name, x in state.items()},
     )

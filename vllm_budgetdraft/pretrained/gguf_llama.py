@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from gguf import GGUFReader, dequantize
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from vllm_budgetdraft.drafter.checkpoint import EMBEDDING
+from vllm_budgetdraft.drafter.checkpoint import EMBEDDING, WEIGHTS
+from vllm_budgetdraft.drafter.weights import write_weights
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.pretrained.source import CONFIG, LAYERS, VOCABULARY
 
@@ -65,7 +66,7 @@ def write_pair(model: Path, layers: Path, folder: Path) -> None:
         if (layers / name).is_file():
             shutil.copyfile(layers / name, drafter / name)
     weights[EMBEDDING] = _write_target(target, model, config)
-    _write_weights(drafter, weights)
+    write_weights(drafter / WEIGHTS, weights)
 
 
 def _write_target(folder: Path, model: Path, config: dict[str, Any]) -> Tensor:
@@ -82,7 +83,7 @@ def _write_target(folder: Path, model: Path, config: dict[str, Any]) -> Tensor:
     ends = {name: config[name] for name in special}
     _write_json(folder / "generation_config.json", ends)
     weights = _read_weights(reader, config)
-    _write_weights(folder, weights)
+    write_weights(folder / WEIGHTS, weights)
     return weights[EMBEDDING]
 
 
@@ -113,14 +114,6 @@ def _in_halves(weight: Tensor, num_heads: int) -> Tensor:
     """
     pairs = weight.reshape(num_heads, -1, 2, weight.shape[1])
     return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    """``model.safetensors``, for all to read who may read ``config.json``."""
-    file = folder / "model.safetensors"
-    save_file(weights, file, {"format": "pt"})
-    # safetensors makes files that their owner alone can read.
-    shutil.copymode(folder / CONFIG, file)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
