@@ -125,6 +125,9 @@ def test_snapshots_are_of_a_scope(drafter):
     talk(engine)
     assert counts(engine)["snapshot_tokens"] == 0
     engine.finish("the same")
+    num_kept = len(engine.core.snapshots)
+    talk(engine, 1)
+    assert len(engine.core.snapshots) == num_kept
     ask(engine, "and again", context, SCOPE._replace(num_resets=1))
     talk(engine)
     assert counts(engine)["snapshot_tokens"] == 0

@@ -161,11 +161,11 @@ class BudgetedCache:
         num_pages = capacity // self.page_size
         given = [] if pages is None else pages.held
         held = [*given, *self.pool.take(num_pages - len(given))]
+        self._held[slot] = held
+        self._kept.difference_update(given)
         self.page_table.assign(slot, held)
         if pages is not None:
-            self._kept.difference_update(given)
             self.page_table.pages[slot, : len(given)] = pages.order
-        self._held[slot] = held
         self._past_evictions += self.num_evicted[slot]
         self.num_evicted[slot] = 0
         self._capacities[slot] = capacity
@@ -240,7 +240,12 @@ class BudgetedCache:
             self.attention[slot, :count] = pages.received[:count]
 
     def begin_with(
-        self, slot: int, whole_from: int, num_seen: int, num_held: int
+        self,
+        slot: int,
+        whole_from: int,
+        num_seen: int,
+        num_held: int,
+        num_known: int,
     ) -> None:
         """Says of an empty slot what the pages that it was given hold.
 
@@ -248,9 +253,10 @@ class BudgetedCache:
             whole_from: position from which on every token is held.
             num_seen: positions that count as read.
             num_held: of them, those that are held.
+            num_known: of them, those that were read; the rest counts as evicted now.
         """
         self._begin(slot, whole_from, num_seen - num_held)
-        self._past_evictions -= num_seen - num_held  # which were counted before
+        self._past_evictions -= num_known - num_held  # which were counted before
         if self.attention is not None:
             self.attention[slot, -(-num_held // self.page_size) :] = 0
 

@@ -1,5 +1,6 @@
 """The positions whose keys are least like the others'."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +23,10 @@ class KeyDiversity(RankingPolicy):
         return min(self.settings.local_tokens, room // 2)
 
     def scores(self, states: PromptStates, end: int) -> Tensor:
-        directions = F.normalize(states.keys.float(), dim=-1)
-        mean = F.normalize(directions.mean(-2, keepdim=True), dim=-1)
-        return -(directions[..., :end, :] * mean).sum(-1)
+        keys = states.keys
+        # In place of directions, which would be as large again: their lengths.
+        lengths = torch.linalg.vector_norm(keys, dim=-1).clamp_min(1e-6)
+        mean = lengths.reciprocal()[..., None, :] @ keys
+        mean = F.normalize(mean, dim=-1)
+        cosines: Tensor = (keys[..., :end, :] @ mean.mT)[..., 0] / lengths[..., :end]
+        return -cosines

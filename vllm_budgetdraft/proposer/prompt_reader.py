@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -273,7 +274,8 @@ class PromptReader:
         ((segment, kept),) = self._select([reading])
         prompt = self.prompt
         states = prompt.keys, prompt.values, prompt.received
-        mark.keep(states, kept + segment.start)
+        with suppress(RuntimeError):  # nobody needs it: memory may be short
+            mark.keep(states, kept + segment.start)
 
     def _finish(self, readings: list[Reading]) -> None:
         """Moves what is kept of contexts that are read into their slots."""

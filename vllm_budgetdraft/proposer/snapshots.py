@@ -52,6 +52,7 @@ class Snapshot:
         tokens: of the context, as far as the host knew them.
         read: waits for the device, and tells what it knew; None when that is known.
         facts: that; None before.
+        is_shared: whether it is of a beginning that many contexts may have.
     """
 
     scope: Hashable
@@ -60,6 +61,7 @@ class Snapshot:
     tokens: np.ndarray
     read: Callable[[], Facts] | None
     facts: Facts | None = None
+    is_shared: bool = False
 
     def can_serve(self, tokens: np.ndarray, lag: int) -> bool:
         """False if it cannot, as far as is known without waiting."""
@@ -90,6 +92,7 @@ class SnapshotStore:
     """Snapshots in the free pages of a ``BudgetedCache``.
 
     Attributes:
+        generation: of contexts that may be kept.
         num_pages: that they hold.
         num_evicted: snapshots that made room, since this was last set.
     """
@@ -101,7 +104,7 @@ class SnapshotStore:
         """
         self._cache, self._lag = cache, lag
         self._kept: dict[int, Snapshot] = {}  # the least recently used first
-        self._generation = 0
+        self.generation = 0
         self.num_pages = self.num_evicted = 0
 
     def __len__(self) -> int:
@@ -161,7 +164,7 @@ class SnapshotStore:
             return
         pages = self._cache.fill_pages(num_pages, *states, rows, len(tokens))
         facts = Facts(tokens, len(tokens), pages.num_evicted_then, True, [])
-        self._add(Snapshot(scope, pages, 0, tokens, None, facts))
+        self._add(Snapshot(scope, pages, 0, tokens, None, facts, is_shared=True))
 
     def match(
         self, scope: Hashable, tokens: np.ndarray, num_computed: int | None = None
@@ -201,42 +204,54 @@ class SnapshotStore:
     def take(self, slot: int, match: Match, capacity: int, protected: int) -> bool:
         """Begins a slot with what a snapshot holds, if there are pages.
 
-        Of a copy, if that takes nothing from other snapshots; else with the snapshot's
-        own pages, for the context that goes on will leave one in its place.
+        Of a copy; or with the snapshot's own pages, if there is no room and the context
+        goes on where it ended, so that it will leave a snapshot in its place.
         """
         snapshot, cache = match.snapshot, self._cache
         num_pages = capacity // cache.page_size
+        assert snapshot.facts is not None
+        goes_on = snapshot.facts.end - match.spared < cache.page_size
         has_room = cache.pool.num_free >= num_pages
         self._remove(snapshot)  # so that it makes no room
-        num_own = 0 if has_room else len(snapshot.pages.held)
-        if num_own > num_pages or not self.make_room(num_pages - num_own):
-            self._add(snapshot)
-            return False
-        if has_room:
-            self._add(snapshot)
-            cache.start_request(slot, capacity, protected)
-            try:
+        try:
+            if not has_room and not (goes_on and not snapshot.is_shared):
+                has_room = self.make_room(num_pages)
+            num_own = 0 if has_room else len(snapshot.pages.held)
+            if num_own > num_pages or not self.make_room(num_pages - num_own):
+                self._add(snapshot)
+                return False
+            if has_room:
+                self._add(snapshot)
+                cache.start_request(slot, capacity, protected)
                 cache.copy_pages(slot, snapshot.pages, match.num_held)
-            except Exception:
+            else:
+                cache.start_request(slot, capacity, protected, snapshot.pages)
+            num_known = match.spared - snapshot.origin
+            cache.begin_with(
+                slot, match.whole_from, match.num_seen, match.num_held, num_known
+            )
+        except Exception:
+            if cache.is_held(slot):
                 cache.release_request(slot)
-                raise
-        else:
-            cache.start_request(slot, capacity, protected, snapshot.pages)
-        cache.begin_with(slot, match.whole_from, match.num_seen, match.num_held)
+            elif id(snapshot) not in self._kept:
+                cache.give_back(snapshot.pages, scrubs=True)
+            raise
         return True
 
     def make_room(self, num_pages: int) -> bool:
         """Drops snapshots until so many pages are free; whether they are then."""
         pool = self._cache.pool
+        if pool.num_free + self.num_pages < num_pages:
+            return False
         while pool.num_free < num_pages and self._kept:
             self._drop(next(iter(self._kept.values())))
             self.num_evicted += 1
         return pool.num_free >= num_pages
 
     def begin_generation(self, number: int) -> None:
-        """Forgets those of another one: no context that is to come is of theirs."""
-        if number != self._generation:
-            self._generation = number
+        """Forgets those of earlier ones: no context that is to come is of theirs."""
+        if number > self.generation:
+            self.generation = number
             self.forget_all()
 
     def forget_all(self) -> None:

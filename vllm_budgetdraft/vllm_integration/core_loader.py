@@ -1,18 +1,24 @@
 """A ``DraftProposer`` for an engine: what both runners load, log and capture."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
     VocabParallelEmbedding,
 )
 
 from vllm_budgetdraft.attention.backend import is_gpu
+from vllm_budgetdraft.drafter.checkpoint import WEIGHTS
 from vllm_budgetdraft.drafter.configuration import range_warning
+from vllm_budgetdraft.drafter.feature_checkpoint import EMBEDDING
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.drafter.folder import read_config
 from vllm_budgetdraft.drafter.packing import weight_bytes
+from vllm_budgetdraft.drafter.weights import StoredWeights
 from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -57,23 +63,28 @@ def load_core(
     warm_up(core)
     if is_gpu(device) and not vllm_config.model_config.enforce_eager:
         capture_graphs(core, CudaGraphCapture())
-    _log_memory(core, vllm_config.model_config.dtype)
+    is_alone = vllm_config.parallel_config.tensor_parallel_size == 1
+    _log_memory(core, vllm_config.model_config.dtype if is_alone else None)
     if warning := range_warning(core.config, core.drafter.config, max_model_len):
         logger.warning(warning)
     return core
 
 
-def embedding_of(target: nn.Module) -> Tensor | None:
+def embedding_for(head: str, target: nn.Module) -> Tensor | None:
     """The target's embeddings [vocab_size, hidden_size], for a head that has none.
 
     The same memory, if one rank has it all; else every rank must call this, and gets a
-    copy. None where they are no numbers.
+    copy. None where they are no numbers, or the head's folder has its own.
     """
+    if not StoredWeights(Path(head), WEIGHTS).lacks(EMBEDDING):
+        return None
     for module in target.modules():
+        if isinstance(module, ParallelLMHead):
+            continue
         if isinstance(module, VocabParallelEmbedding):
             weight = getattr(module, "weight", None)
             if weight is None or not weight.is_floating_point():
-                continue
+                return None
             if module.tp_size > 1:
                 weight = tensor_model_parallel_all_gather(weight, dim=0)
             return weight[: module.org_vocab_size].detach()
@@ -109,7 +120,11 @@ def capture_graphs(core: DraftProposer, capture: Capture) -> None:
         logger.info("BudgetDraft captured %d CUDA graphs of its drafts", num_graphs)
 
 
-def _log_memory(core: DraftProposer, target_dtype: torch.dtype) -> None:
+def _log_memory(core: DraftProposer, shared_dtype: torch.dtype | None) -> None:
+    """
+    Args:
+        shared_dtype: of the target's embeddings, if a head can use their memory.
+    """
     drafter, dtype = core.drafter, core.cache.pool.keys.dtype
     weights = weight_bytes(
         drafter.config,
@@ -118,7 +133,7 @@ def _log_memory(core: DraftProposer, target_dtype: torch.dtype) -> None:
         drafter.draft_ids,
         isinstance(drafter, FeatureDrafter)
         and drafter.shares_embedding
-        and dtype == target_dtype,
+        and dtype == shared_dtype,
     )
     bill = core.plan.describe(weights=weights, scratch=core.scratch_bytes)
     logger.info("BudgetDraft memory: %s", bill)

@@ -34,17 +34,25 @@ class Remembered:
     Attributes:
         scope: which others it may serve.
         tokens: [n] int32, of its context when it began.
+        num_prompt: of these, those of its prompt.
         num_shared: of these, those that another request had before, as far as the
             target's prefix cache says so.
+        generation: see ``SnapshotStore``.
     """
 
     scope: Hashable
     tokens: np.ndarray
+    num_prompt: int
     num_shared: int
+    generation: int
 
 
 def remember(
-    core: DraftProposer, state: Any, kv_budget: int | None, tokens: Any
+    core: DraftProposer,
+    state: Any,
+    kv_budget: int | None,
+    tokens: Any,
+    num_prompt: int,
 ) -> Remembered | None:
     """What a request begins with; None if nothing of it is kept.
 
@@ -60,7 +68,8 @@ def remember(
         return None
     told: Told = getattr(state, ATTRIBUTE)
     core.snapshots.begin_generation(told.num_resets)
-    return Remembered(scope, np.array(tokens, dtype=np.int32), told.num_shared)
+    copied = np.array(tokens, dtype=np.int32)
+    return Remembered(scope, copied, num_prompt, told.num_shared, told.num_resets)
 
 
 def start_reading(
@@ -84,7 +93,7 @@ def start_reading(
         PagePoolExhaustedError: too few pages are free.
     """
     num_known, match, mark = 0, None, None
-    if core.snapshots is not None and remembered is not None:
+    if core.snapshots is not None and remembered is not None and num_tokens > 0:
         tokens = remembered.tokens[:num_tokens]
         match = core.snapshots.match(remembered.scope, tokens)
         num_known = match.spared if match else 0
@@ -124,7 +133,7 @@ def start_reading_features(
     if match:
         first = match.snapshot.origin
         if core.go_on_reading(slot, end - first, kv_budget, match):
-            origin, num_known = first, match.spared
+            origin, num_known = first, match.spared - first
     if not num_known:
         core.start_reading(slot, end - origin, kv_budget)
     # What the target does not compute is not read.
@@ -164,3 +173,11 @@ def written_by(state: Any) -> np.ndarray:
     tokens = np.array(state.output_token_ids, dtype=np.int32)
     unknown = tokens < 0  # vLLM's sign for what is still to be copied from a device
     return tokens[: unknown.argmax()] if unknown.any() else tokens
+
+
+def may_keep(core: DraftProposer, remembered: Remembered | None) -> bool:
+    """Whether a request that is over may leave a snapshot: none from before a reset."""
+    store = core.snapshots
+    if store is None or remembered is None:
+        return False
+    return remembered.generation == store.generation

@@ -20,6 +20,7 @@ from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.remembering import (
     Remembered,
+    may_keep,
     remember,
     start_reading,
     written_by,
@@ -247,35 +248,42 @@ class RequestDrafter:
         )
 
     def _remembered(self, request: Request, holding: Holding) -> Remembered | None:
-        budget, tokens = holding.settings.kv_budget, request.context
-        holding.remembered = remember(self._core, request.state, budget, tokens)
+        holding.remembered = remember(
+            self._core,
+            request.state,
+            holding.settings.kv_budget,
+            request.context,
+            request.state.num_prompt_tokens,
+        )
         return holding.remembered
 
     def _end(self, request_id: str) -> None:
         """Releases a request, of which a snapshot is kept if there is one to keep."""
         holding, store = self._slots.holding(request_id), self._core.snapshots
         remembered, state = holding.remembered, holding.state
-        # A session's prompt has grown, and what it had written is a part of that.
-        is_known = remembered is not None and holding.is_read
-        if store is None or remembered is None or not is_known:
+        if (
+            store is None
+            or remembered is None
+            or not (holding.is_read and may_keep(self._core, remembered))
+            # A session's prompt grows, by other tokens than it has written.
+            or state.num_prompt_tokens != remembered.num_prompt
+        ):
             self._release(request_id)
-        elif state.num_prompt_tokens > len(remembered.tokens):
+            return
+        prompt = remembered.tokens[: remembered.num_prompt]
+        try:
+            store.keep(
+                holding.slot,
+                remembered.scope,
+                np.append(prompt, written_by(state)),
+                holding.num_cached,
+                origin=holding.origin,
+            )
+        except Exception as error:
+            self._faults.report(f"a snapshot of request {request_id}", error)
             self._release(request_id)
         else:
-            prompt = remembered.tokens[: state.num_prompt_tokens]
-            try:
-                store.keep(
-                    holding.slot,
-                    remembered.scope,
-                    np.append(prompt, written_by(state)),
-                    holding.num_cached,
-                    origin=holding.origin,
-                )
-            except Exception as error:
-                self._faults.report(f"a snapshot of request {request_id}", error)
-                self._release(request_id)
-            else:
-                self._slots.release(request_id)
+            self._slots.release(request_id)
 
     def _read(self, unread: list[tuple[Request, Holding]]) -> None:
         """Reads on in contexts, as far as this step may."""
@@ -388,7 +396,9 @@ class RequestDrafter:
         self._faults.report(f"request {request.request_id}", error)
 
     def _release(self, request_id: str) -> None:
-        self._core.release_request(self._slots.release(request_id))
+        slot = self._slots.release(request_id)
+        if self._core.cache.is_held(slot):  # not so if keeping it failed half way
+            self._core.release_request(slot)
 
 
 def max_drafts(request: Request, settings: RequestSettings) -> int:

@@ -18,7 +18,7 @@ from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import doublings, scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.vllm_integration.core_loader import embedding_of, load_core
+from vllm_budgetdraft.vllm_integration.core_loader import embedding_for, load_core
 from vllm_budgetdraft.vllm_integration.faults import logger
 from vllm_budgetdraft.vllm_integration.feature_requests import FeatureRequestDrafter
 from vllm_budgetdraft.vllm_integration.patches import (
@@ -65,7 +65,9 @@ class BudgetDraftProposer:
                 f"vLLM {vllm.__version__}: its model runner V1 asks no target for what "
                 "an EAGLE-3 head reads; use a newer vLLM, or a decoder"
             )
-        embedding = embedding_of(target) if self.reads_features else None
+        embedding = None
+        if self.reads_features:
+            embedding = embedding_for(self._config.model, target)
         if not self._is_leader:
             return
         if self._config.drafter_type == "flexdraft":

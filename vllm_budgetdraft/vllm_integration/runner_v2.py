@@ -16,12 +16,16 @@ from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.memory import resolve_dtype
 from vllm_budgetdraft.proposer.step_costs import StepCosts
-from vllm_budgetdraft.vllm_integration.core_loader import embedding_of, load_core
+from vllm_budgetdraft.vllm_integration.core_loader import embedding_for, load_core
 from vllm_budgetdraft.vllm_integration.draft_output import DraftOutput
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
-from vllm_budgetdraft.vllm_integration.remembering import remember, start_reading
+from vllm_budgetdraft.vllm_integration.remembering import (
+    may_keep,
+    remember,
+    start_reading,
+)
 from vllm_budgetdraft.vllm_integration.sampling import draft_sampling, is_greedy
 from vllm_budgetdraft.vllm_integration.speculator_base import SpeculatorWithoutModule
 from vllm_budgetdraft.vllm_integration.statistics import STEP_COSTS, DraftStatistics
@@ -71,7 +75,9 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         device, config = self.device, self._config
         num_slots = self.vllm_config.scheduler_config.max_num_seqs
         num_drafts, drawn_logits = config.num_speculative_tokens, None
-        embedding = embedding_of(target_model) if self.reads_features else None
+        embedding = None
+        if self.reads_features:
+            embedding = embedding_for(self._config.model, target_model)
         if self._is_leader:
             self._core = load_core(
                 self.vllm_config, target_model, tells_logits=True, embedding=embedding
@@ -130,8 +136,9 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
                 sampling = draft_sampling(params)
                 self._temperatures[index], self._top_k[index] = sampling
                 progress.is_cut = sampling.top_k > 0
+            tokens = request.prefill_token_ids
             progress.remembered = remember(
-                self._core, request, settings.kv_budget, request.prefill_token_ids
+                self._core, request, settings.kv_budget, tokens, len(tokens)
             )
             self._start_reading(index, progress, request.num_computed_tokens)
 
@@ -280,7 +287,11 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         core, states = self._core, self._states
         is_held = core.cache.is_held(index) and progress.is_read
         remembered = progress.remembered
-        if core.snapshots is None or remembered is None or not is_held:
+        if (
+            core.snapshots is None
+            or remembered is None
+            or not (is_held and may_keep(core, remembered))
+        ):
             self._release(index)
             return
         known = len(remembered.tokens)
