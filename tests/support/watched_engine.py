@@ -14,6 +14,7 @@ from tests.support.adapter import Engine, Request
 from tests.support.list_twin import ListTwin
 from vllm_budgetdraft.config import RequestSettings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
+from vllm_budgetdraft.proposer.reading import Begun, Mark
 
 
 class WatchedEngine(Engine):
@@ -174,9 +175,16 @@ class WatchedEngine(Engine):
         return original(request, *rest)
 
     def _start_reading(
-        self, original: Callable, slot: int, num_tokens: int, budget: int | None
+        self,
+        original: Callable,
+        slot: int,
+        num_tokens: int,
+        budget: int | None,
+        begun: Begun,
+        mark: Mark | None,
     ) -> None:
-        original(slot, num_tokens, budget)
+        original(slot, num_tokens, budget, begun, mark)
+        assert not begun.num_held and mark is None  # its requests are of no scope
         name = self._name_of(slot)
         assert num_tokens == self._num_readable(name), name
         self.half_read[name] = ListTwin(
