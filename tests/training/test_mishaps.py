@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from tests.support.disks import small_files
 from tests.support.training_runs import losses, train, write_inputs
-from vllm_budgetdraft.drafter import checkpoint
+from vllm_budgetdraft.drafter import weights
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 
 
@@ -33,7 +33,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(
             save_file(tensors, path, **kwargs)
         raise error.value
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(SystemExit):
         train(inputs, tmp_path, steps=5)
     assert "no space left" in capsys.readouterr().err
