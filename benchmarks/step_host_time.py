@@ -116,7 +116,7 @@ class RunnerV1:
         self._are_drafted = 0 if draft_seconds else num_drafts
         drafting = {1: {1: draft_seconds}, num_drafts: {1: draft_seconds}}
         costs = StepCosts({1: STEP_SECONDS}, drafting, num_drafts)
-        with mock.patch.object(runner_v1, "load_core", lambda *_: self._core):
+        with mock.patch.object(runner_v1, "load_core", lambda *_, **__: self._core):
             self._proposer = runner_v1.BudgetDraftProposer(config)
             self._proposer.load_model(None)
         with mock.patch.object(runner_v1, "time_steps", lambda *_: costs):
@@ -124,7 +124,11 @@ class RunnerV1:
         self._names = [f"request {i}" for i in range(batch_size)]
         self._runner = SimpleNamespace(
             requests={
-                name: SimpleNamespace(sampling_params=SAMPLING, prompt_embeds=None)
+                name: SimpleNamespace(
+                    sampling_params=SAMPLING,
+                    prompt_embeds=None,
+                    num_prompt_tokens=PROMPT_TOKENS,
+                )
                 for name in self._names
             },
             input_batch=SimpleNamespace(
