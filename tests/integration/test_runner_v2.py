@@ -64,7 +64,6 @@ def budgeted() -> Iterator[EngineProcess]:
 test_prefixes = lifecycle.test_cached_prefixes_are_read_by_the_drafter_all_the_same
 test_chunks = lifecycle.test_chunks_of_a_prompt_and_drafts_share_steps
 test_conversations = lifecycle.test_a_conversation_is_read_on_where_it_ended
-test_instructions = lifecycle.test_a_beginning_that_calls_share_is_read_twice
 test_max_tokens = lifecycle.test_max_tokens_inside_an_accepted_draft_is_the_end
 test_grammars = lifecycle.test_structured_outputs_are_plain_vllms
 test_no_drafts = (
@@ -74,6 +73,13 @@ test_less = lifecycle.test_a_request_may_ask_for_fewer_drafts_and_a_smaller_budg
 test_too_much = (
     lifecycle.test_a_request_that_asks_for_more_is_refused_and_the_next_is_served
 )
+
+
+@pytest.mark.slow
+def test_instructions(self_drafting, budgeted, plain):
+    lifecycle.test_a_beginning_that_calls_share_is_read_twice(
+        self_drafting, budgeted, plain
+    )
 
 
 @pytest.mark.slow
