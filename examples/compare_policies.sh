@@ -16,6 +16,8 @@
 #   sink_window             5.77      5.40
 #   keep_all                5.88      5.18
 #
+# (last_query and key_diversity came later and are not in this table.)
+#
 # Every output was plain vLLM's. So few prompts rank no policies, and the embedded pair is
 # easy on all of them: see models/books-9m-drafter.
 set -euo pipefail

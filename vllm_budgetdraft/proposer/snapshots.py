@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vllm_budgetdraft.attention.backend import is_gpu
-from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache, Pages
+from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
+from vllm_budgetdraft.cache.detached_pages import Pages
 
 #: Keys and values [num_layers, num_tokens, num_kv_heads, head_dim], and what each token
 #: received [num_layers, num_kv_heads, num_tokens], if that is counted.
