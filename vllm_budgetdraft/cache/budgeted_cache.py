@@ -168,8 +168,7 @@ class BudgetedCache:
     def give_back(self, pages: Pages, *, scrubs: bool) -> None:
         """Frees pages that no slot holds, zeroed if they are to be: see ``scrub``."""
         if scrubs:
-            for states in (self.pool.keys, self.pool.values):
-                states.index_fill_(1, pages.order, 0)
+            self._zero(pages.order)
         self._free(pages.held)
 
     def cut(self, pages: Pages, order: list[int], count: int) -> Pages:
@@ -305,7 +304,9 @@ class BudgetedCache:
 
         Plain attention multiplies the values that it masks by zero.
         """
-        pages = self.page_table.pages[slot, : len(self._held[slot])]
+        self._zero(self.page_table.pages[slot, : len(self._held[slot])])
+
+    def _zero(self, pages: Tensor) -> None:
         for states in (self.pool.keys, self.pool.values):
             states.index_fill_(1, pages, 0)
 

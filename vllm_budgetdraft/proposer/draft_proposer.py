@@ -30,7 +30,7 @@ from vllm_budgetdraft.proposer.prompt_reader import PromptReader, TokensOf
 from vllm_budgetdraft.proposer.reading import Begun, Mark
 from vllm_budgetdraft.proposer.snapshots import Match, SnapshotStore, States
 
-#: Of a beginning that contexts share, for a snapshot of it: about what a pass takes.
+#: A beginning that contexts share is kept for others if it has as many tokens or more.
 MIN_SHARED_TOKENS = 64
 
 

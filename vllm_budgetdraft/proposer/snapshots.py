@@ -33,7 +33,8 @@ class Facts(NamedTuple):
         end: position of the context after the last that the cache knows.
         num_evicted: positions before it that the cache dropped.
         is_finite: whether all keys and values are.
-        page_order: numbers of its pages in the order of tokens; empty if none is spare.
+        page_order: numbers of its pages in the order of tokens; empty for a shared
+            beginning, whose pages are all in use.
     """
 
     tokens: np.ndarray

@@ -37,7 +37,8 @@ class Remembered:
         num_prompt: of these, those of its prompt.
         num_shared: of these, those that another request had before, as far as the
             target's prefix cache says so.
-        generation: see ``SnapshotStore``.
+        generation: of the snapshot store when it began; of another one, nothing is
+            kept.
     """
 
     scope: Hashable
@@ -173,11 +174,3 @@ def written_by(state: Any) -> np.ndarray:
     tokens = np.array(state.output_token_ids, dtype=np.int32)
     unknown = tokens < 0  # vLLM's sign for what is still to be copied from a device
     return tokens[: unknown.argmax()] if unknown.any() else tokens
-
-
-def may_keep(core: DraftProposer, remembered: Remembered | None) -> bool:
-    """Whether a request that is over may leave a snapshot: none from before a reset."""
-    store = core.snapshots
-    if store is None or remembered is None:
-        return False
-    return remembered.generation == store.generation

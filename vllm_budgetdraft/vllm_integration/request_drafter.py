@@ -20,7 +20,6 @@ from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.remembering import (
     Remembered,
-    may_keep,
     remember,
     start_reading,
     written_by,
@@ -264,7 +263,8 @@ class RequestDrafter:
         if (
             store is None
             or remembered is None
-            or not (holding.is_read and may_keep(self._core, remembered))
+            or not holding.is_read
+            or remembered.generation != store.generation
             # A session's prompt grows, by other tokens than it has written.
             or state.num_prompt_tokens != remembered.num_prompt
         ):

@@ -22,7 +22,6 @@ from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
 from vllm_budgetdraft.vllm_integration.remembering import (
-    may_keep,
     remember,
     start_reading,
 )
@@ -290,7 +289,8 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         if (
             core.snapshots is None
             or remembered is None
-            or not (is_held and may_keep(core, remembered))
+            or not is_held
+            or remembered.generation != core.snapshots.generation
         ):
             self._release(index)
             return
