@@ -114,6 +114,7 @@ def load_flexdraft(
         num_layers=config["num_layers"],
         calibration_rank=config["calibration_rank"],
         sees_bonus=config["sees_bonus"],
+        drafts_blind=config.get("drafts_blind", not config["sees_bonus"]),
         chains=config["chains"],
         max_positions=max_positions,
     )
@@ -158,6 +159,7 @@ def save_flexdraft(
         "num_layers": drafter.num_layers,
         "calibration_rank": drafter.calibration_rank,
         "sees_bonus": drafter.sees_bonus,
+        "drafts_blind": drafter.drafts_blind,
         "chains": drafter.chains,
         **settings,
     }

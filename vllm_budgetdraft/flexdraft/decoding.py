@@ -98,18 +98,18 @@ class FlexDecoder:
         """New tokens of each prompt.
 
         Args:
-            mode: "auto" is what ``switch`` chooses; sequential, if the drafter
-                ``sees_bonus``.
+            mode: "auto" is what ``switch`` chooses; sequential, if the drafter cannot
+                draft blind.
 
         Raises:
             ConfigurationError: mode "parallel" of such a drafter.
         """
-        if self._drafter.sees_bonus:
+        if not self._drafter.drafts_blind:
             if mode == "parallel":
                 raise ConfigurationError(
-                    "mode='parallel': this drafter's mask tokens know the bonus token "
-                    "(sees_bonus), which verification has yet to find; use "
-                    "'sequential'"
+                    "mode='parallel': this drafter's mask tokens must know the bonus "
+                    "token, which verification has yet to find; use 'sequential', or "
+                    "train with blind_fraction"
                 )
             mode = "sequential"
         device = self._device
@@ -205,7 +205,7 @@ class FlexDecoder:
             # Group i takes i drafts for accepted: its bonus token stands after them.
             groups = torch.arange(fed.shape[1], device=fed.device)
             starts = cache.lengths[:, None] + 1 + groups
-            unknown = self._parts.embed(fed)  # as many groups as tokens
+            unknown = torch.zeros_like(self._parts.embed(fed))  # a group for each token
         hidden, masks = self._pass(cache, fed, starts, unknown)
         accepted, following = self._accept(
             hidden, drafts, lengths, temperature, generator

@@ -53,9 +53,9 @@ class FlexDraft(nn.Module):
     unused. The others predict the tokens at their own positions. Calibration then adds
     W2 SiLU(W1 [embedding of the bonus token; hidden] + b1) + b2 to their logits.
 
-    Two additions are ours. Where masks always come after verification, they may know
-    the bonus token from the start (``sees_bonus``): W0 times its embedding is added to
-    the mask embedding. And calibration may go by the token before each draft, which is
+    Two additions are ours. Where masks come after verification, they may know the bonus
+    token from the start (``sees_bonus``): W0 times its embedding is added to the mask
+    embedding, and nothing where it is unknown. And calibration may go by the token before each draft, which is
     the bonus token for the first alone (``chains``): then a draft is no longer blind to
     the one before it, at the cost of k small products, one after the other.
     """
@@ -67,6 +67,7 @@ class FlexDraft(nn.Module):
         num_layers: int,
         calibration_rank: int,
         sees_bonus: bool = False,
+        drafts_blind: bool = True,
         chains: bool = False,
         max_positions: int,
     ) -> None:
@@ -76,13 +77,16 @@ class FlexDraft(nn.Module):
             num_layers: how many of its last layers mask tokens go through.
             calibration_rank: width of the calibration; 0 for none.
             sees_bonus: whether mask tokens enter with the bonus token's embedding.
+            drafts_blind: whether they were trained to draft without it, too, as they
+                must along with verification.
             chains: whether calibration goes by the token before, not the bonus token.
             max_positions: rows of the rotary table; positions stay below.
         """
         super().__init__()
         self.config = config
         self.num_layers, self.calibration_rank = num_layers, calibration_rank
-        self.sees_bonus, self.chains = sees_bonus, chains
+        self.sees_bonus, self.drafts_blind = sees_bonus, drafts_blind
+        self.chains = chains
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
         hidden = config.hidden_size
@@ -117,8 +121,8 @@ class FlexDraft(nn.Module):
         """Mask tokens as they enter the first of the layers.
 
         Args:
-            bonus: embeddings of the bonus tokens, [..., hidden_size]; their values are
-                of no account unless the drafter ``sees_bonus``.
+            bonus: embeddings of the bonus tokens, [..., hidden_size], 0 where they are
+                unknown; of no account unless the drafter ``sees_bonus``.
             block: mask tokens of each.
 
         Returns:

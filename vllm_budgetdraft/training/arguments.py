@@ -75,8 +75,15 @@ class FlexDraftArguments:
     sees_bonus: bool = field(
         default=False,
         metadata={
-            "help": "Whether mask tokens know the bonus token from the start, for "
-            "drafting after verification only, as in vLLM."
+            "help": "Whether mask tokens know the bonus token from the start, which "
+            "drafting after verification can tell them."
+        },
+    )
+    blind_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "With sees_bonus, share of drafts whose mask tokens are not told: "
+            "above 0, the drafter can draft along with verification, too."
         },
     )
     chains: bool = field(

@@ -194,6 +194,7 @@ def make_flexdraft(
         num_layers=num_layers,
         calibration_rank=flexdraft.calibration_rank,
         sees_bonus=flexdraft.sees_bonus,
+        drafts_blind=flexdraft.blind_fraction > 0 or not flexdraft.sees_bonus,
         chains=flexdraft.chains,
         max_positions=window,
     )

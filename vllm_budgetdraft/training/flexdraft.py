@@ -57,6 +57,7 @@ class FlexDraftModel(DrafterTraining):
         self._selector = PageSelector(view, flexdraft.selection_page_size)
         self._parts = TargetParts(target, drafter.num_layers)
         self._num_anchors = flexdraft.anchors_per_window
+        self._blind_fraction = flexdraft.blind_fraction
         self._settings = settings
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
@@ -104,13 +105,15 @@ class FlexDraftModel(DrafterTraining):
         seen, names = self._seen(keys, prefix_ids.shape[1])
         parts = self._parts
         bonus = parts.embed(continuation_ids[:, anchors])
+        # The mask tokens of some drafts are not told the bonus token.
+        is_told = torch.rand(count) >= self._blind_fraction
         found = mask_hidden(
             self.drafter,
             parts,
             keys,
             values,
             anchors + prefix_ids.shape[1],
-            bonus,
+            bonus * is_told.to(bonus)[:, None],
             num_drafts + 1,
             seen,
         )
