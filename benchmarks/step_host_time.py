@@ -31,9 +31,9 @@ from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.proposer import adaptive_length
 from vllm_budgetdraft.proposer.building import build_proposer
-from vllm_budgetdraft.proposer.draft_loop import Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
+from vllm_budgetdraft.proposer.picking import Drafts
 from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration import runner_v1, runner_v2
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from tests.support.models import VOCAB_SIZE, random_tokens
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.proposer import building
-from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.picking import Drafts
 from vllm_budgetdraft.proposer.prompt_reader import TokensOf
 
 

@@ -19,6 +19,7 @@ NUM_LAYERS, RANK = 2, 5
 def random_drafter(target: PreTrainedModel, seed: int = 0, **changes: Any) -> FlexDraft:
     """All of whose weights matter, and none is the target's."""
     sizes = {"num_layers": NUM_LAYERS, "calibration_rank": RANK, "max_positions": 512}
+    sizes["drafts_blind"] = not changes.get("sees_bonus")
     drafter = FlexDraft(target.config, **{**sizes, **changes})
     torch.manual_seed(seed)
     begin_as_target(drafter, target)
@@ -43,6 +44,7 @@ def twin_logits(
     num_drafts: int,
     seen: Tensor | None = None,
     forced: list[int] | None = None,
+    is_told: bool = True,
 ) -> Tensor:
     """Logits of the drafts after ``context`` and the bonus token, [k, V].
 
@@ -50,12 +52,13 @@ def twin_logits(
         seen: [layers, G, len(context)] bool; None for all of it.
         forced: the bonus token and those after it, where drafts go by the token before
             them; None for the likeliest ones.
+        is_told: whether the mask tokens know the bonus token, where they can.
     """
     cache = DynamicCache()
     target.model(torch.tensor([context]), past_key_values=cache)
     rotary = LlamaRotaryEmbedding(target.config)
     x = drafter.mask_embedding.repeat(num_drafts + 1, 1)
-    if drafter.sees_bonus:
+    if drafter.sees_bonus and is_told:
         x = x + drafter.bonus_in @ target.model.embed_tokens.weight[bonus]
     positions = torch.arange(len(context), len(context) + num_drafts + 1)
     cos, sin = rotary(x[None], positions[None])

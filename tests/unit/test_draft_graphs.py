@@ -94,13 +94,13 @@ def test_a_replay_runs_none_of_our_code_and_allocates_nothing_itself(
     proposer = captured(drafter_folder)
     for each in ("draft", "_places", "_attention"):
         monkeypatch.delattr(DraftLoop, each)
-    draft = proposer._graphs.draft
+    draft = proposer._calls._graphs.draft
 
     def watched(*args):
         with forbid_allocation():
             return draft(*args)
 
-    proposer._graphs.draft = watched
+    proposer._calls._graphs.draft = watched
     torch.testing.assert_close(history(proposer, 5), expected)
 
 

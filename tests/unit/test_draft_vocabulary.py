@@ -24,9 +24,9 @@ from vllm_budgetdraft.drafter.draft_vocabulary import (
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.drafter.packing import can_pack, weight_bytes
 from vllm_budgetdraft.errors import ConfigurationError, UnsupportedDrafterError
-from vllm_budgetdraft.proposer.draft_loop import Drafts
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.drawn_logits import NEVER, DrawnLogits
+from vllm_budgetdraft.proposer.picking import Drafts
 
 SIZE, NUM_SLOTS = 20, 4
 #: The likeliest first.

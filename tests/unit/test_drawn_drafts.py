@@ -5,7 +5,7 @@ import torch
 
 from tests.support.drafting import Requests, build_proposer
 from tests.support.models import VOCAB_SIZE
-from vllm_budgetdraft.proposer.draft_loop import Drafts
+from vllm_budgetdraft.proposer.picking import Drafts
 
 NUM_DRAFTS = 3
 

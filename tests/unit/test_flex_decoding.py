@@ -166,7 +166,7 @@ def test_acceptance_is_that_of_decoding(tmp_path):
 
 
 def test_masks_that_know_the_bonus_token_come_after_verification(target):
-    drafter = random_drafter(target, sees_bonus=True)
+    drafter = random_drafter(target, sees_bonus=True, drafts_blind=False)
     decoding = FlexDecoder(target, drafter, num_drafts=NUM_DRAFTS)
     with pytest.raises(ConfigurationError, match="has yet to find; use 'sequential'"):
         decoding.generate(prompts(1), 3, mode="parallel")

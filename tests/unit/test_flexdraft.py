@@ -196,6 +196,7 @@ def test_paged_attention_is_the_definition(target, is_budgeted):
         ("sequential", {}),
         ("parallel", {}),
         ("parallel", {"chains": True}),
+        ("parallel", {"sees_bonus": True, "drafts_blind": True, "chains": True}),
         ("auto", {"sees_bonus": True, "chains": True}),
     ],
 )
@@ -218,7 +219,13 @@ def test_decoding_drafts_as_defined(mode, variant, budget, target):
             read = torch.tensor(prompt[:-1])
             seen = seen_of(target, read, len(context) - 1)
         logits = twin_logits(
-            target, drafter, context[:-1], context[-1], NUM_DRAFTS, seen
+            target,
+            drafter,
+            context[:-1],
+            context[-1],
+            NUM_DRAFTS,
+            seen,
+            is_told=mode != "parallel" or context == prompt,  # before any round
         )
         assert tokens.tolist() == logits.argmax(-1).tolist()
 

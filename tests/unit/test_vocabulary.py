@@ -14,7 +14,7 @@ from tests.support.tiny_pair import LETTERS
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.drafter.vocabulary import check_vocabulary
 from vllm_budgetdraft.errors import UnsupportedDrafterError
-from vllm_budgetdraft.proposer.draft_loop import Drafts
+from vllm_budgetdraft.proposer.picking import Drafts
 
 NUM_DRAFTS = 4
 

@@ -18,8 +18,9 @@ from vllm_budgetdraft.config import parse_speculative_config
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.evaluation.target_reader import TargetReader
 from vllm_budgetdraft.proposer.building import build_proposer
-from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH, Drafts
+from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.memory import resolve_dtype
+from vllm_budgetdraft.proposer.picking import Drafts
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.flexdraft.decoding import FlexDecoder
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.flexdraft.target_pass import ContextCache
-from vllm_budgetdraft.proposer.draft_loop import Drafts
+from vllm_budgetdraft.proposer.picking import Drafts
 
 
 class FlexDraftAcceptance(HeldOutAcceptance):

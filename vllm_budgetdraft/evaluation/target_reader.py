@@ -9,8 +9,9 @@ from vllm_budgetdraft.drafter.feature_modeling import (
     default_aux_layers,
     target_thoughts,
 )
-from vllm_budgetdraft.proposer.draft_loop import Drafts, Fed
+from vllm_budgetdraft.proposer.draft_loop import Fed
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
+from vllm_budgetdraft.proposer.picking import Drafts
 
 
 class TargetReader:

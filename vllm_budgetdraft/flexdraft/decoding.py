@@ -23,7 +23,7 @@ from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.flexdraft.target_pass import ContextCache, TargetPass
 from vllm_budgetdraft.proposer.draft_length import confident_lengths
-from vllm_budgetdraft.proposer.draft_loop import Drafts
+from vllm_budgetdraft.proposer.picking import Drafts
 
 Mode = Literal["parallel", "sequential"]
 #: Rounds of each mode before the faster one is chosen.

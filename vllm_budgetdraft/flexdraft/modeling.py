@@ -55,9 +55,10 @@ class FlexDraft(nn.Module):
 
     Two additions are ours. Where masks come after verification, they may know the bonus
     token from the start (``sees_bonus``): W0 times its embedding is added to the mask
-    embedding, and nothing where it is unknown. And calibration may go by the token before each draft, which is
-    the bonus token for the first alone (``chains``): then a draft is no longer blind to
-    the one before it, at the cost of k small products, one after the other.
+    embedding, and nothing where it is unknown. And calibration may go by the token
+    before each draft, which is the bonus token for the first alone (``chains``): then a
+    draft is no longer blind to the one before it, at the cost of k small products, one
+    after the other.
     """
 
     def __init__(

@@ -2,18 +2,16 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from vllm_budgetdraft.proposer.draft_loop import (
     FIRST_WIDTH,
     DraftInputs,
-    DraftLoop,
-    Drafts,
-    Draws,
     Fed,
 )
+from vllm_budgetdraft.proposer.picking import Drafts, Draws
 
 #: Picked, drawn from the whole vocabulary, or drawn from the top-k.
 Kind = Literal["greedy", "drawn", "cut"]
@@ -37,6 +35,13 @@ class CudaGraphCapture:
         return graph.replay
 
 
+class Loop(Protocol):
+    """What makes drafts by device work alone, of fixed shapes."""
+
+    def draft(self, inputs: DraftInputs, num_drafts: int, *, validate: bool) -> Drafts:
+        """See ``DraftProposer.draft``."""
+
+
 class DraftGraphs:
     """One graph for each batch size of ``sizes`` and length of ``lengths``.
 
@@ -46,7 +51,7 @@ class DraftGraphs:
 
     def __init__(
         self,
-        loop: DraftLoop,
+        loop: Loop,
         *,
         spare_slot: int,
         sizes: Sequence[int],

@@ -10,42 +10,12 @@ from vllm_budgetdraft.attention.paged import PagedAttention
 from vllm_budgetdraft.cache.budgeted_cache import BudgetedCache
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
-from vllm_budgetdraft.proposer.truncation import truncated
+from vllm_budgetdraft.proposer.picking import Drafts, Draws, Picker
 
 #: Tokens that a decoder is fed in the first step of a draft. After a full acceptance
 #: its cache lacks the last draft token and the bonus token; otherwise it lacks the
 #: bonus token alone, and the token before it is computed again, to the same result.
 FIRST_WIDTH = 2
-
-
-class Drafts(NamedTuple):
-    """What was drafted, valid until the next call.
-
-    Attributes:
-        tokens: [B, k] int64.
-        confidences: [B, k] float32, the largest probability at each position; not
-            finite where the drafter's logits were not.
-        probabilities: [B, k, V] float32, what each token was drawn from; None where all
-            were picked greedily, or what they were drawn from is in ``DrawnLogits``.
-    """
-
-    tokens: Tensor
-    confidences: Tensor
-    probabilities: Tensor | None
-
-
-class Draws(NamedTuple):
-    """How tokens are drawn.
-
-    Attributes:
-        temperatures: [B] float32, 0 where the likeliest token is to be picked.
-        uniforms: [k, B] float32, of [0, 1).
-        top_k: [B] int64, see ``truncated``; None where nothing is cut.
-    """
-
-    temperatures: Tensor
-    uniforms: Tensor
-    top_k: Tensor | None = None
 
 
 class DraftInputs(NamedTuple):
@@ -105,9 +75,7 @@ class DraftLoop:
             is_relative: whether positions are cache indices, see ``position_mode``.
             max_width: most tokens of a request that ``append`` takes, at least
                 ``FIRST_WIDTH``.
-            draws: whether drafts may be drawn, and not picked.
-            drawn_logits: where to store what they are drawn from; if None, it is among
-                the results, as probabilities.
+            draws, drawn_logits: see ``Picker``.
             counts_attention: whether the cache evicts by it.
         """
         self._drafter = drafter
@@ -121,15 +89,16 @@ class DraftLoop:
         self._query_starts = {
             width: starts * width for width in range(1, max_width + 1)
         }
-        shape = (num_slots, max_drafts)
-        self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._confidences = torch.zeros(shape, device=device)
-        self._probabilities: Tensor | None = None
-        self._drawn_logits = drawn_logits
-        if draws and drawn_logits is None:
-            self._probabilities = torch.zeros(
-                (*shape, drafter.config.vocab_size), device=device
-            )
+        self._picker = Picker(
+            operations,
+            num_slots=num_slots,
+            max_drafts=max_drafts,
+            vocab_size=drafter.config.vocab_size,
+            draws=draws,
+            drawn_logits=drawn_logits,
+            draft_ids=drafter.draft_ids,
+            device=device,
+        )
         self._page_mass: Tensor | None = None
         if counts_attention:
             num_tokens = max_width * num_slots
@@ -140,10 +109,8 @@ class DraftLoop:
     @property
     def num_bytes(self) -> int:
         """Of counts of attention and drafts' distributions."""
-        buffers = [self._page_mass, self._probabilities]
-        if self._drawn_logits is not None:
-            buffers.append(self._drawn_logits.logits)
-        return sum(x.nbytes for x in buffers if x is not None)
+        mass = self._page_mass
+        return self._picker.num_bytes + (0 if mass is None else mass.nbytes)
 
     def append(
         self,
@@ -193,14 +160,7 @@ class DraftLoop:
             strict=True,
         )
         attention = self._attention(slots, validate)
-        drafts = self._tokens[:batch, :num_drafts]
-        confidences = self._confidences[:batch, :num_drafts]
-        draws, drawn_logits = inputs.draws, self._drawn_logits
-        probabilities = None
-        if draws is not None and self._probabilities is not None:
-            probabilities = self._probabilities[:batch, :num_drafts]
-        if draws is not None and drawn_logits is not None:
-            drawn_logits.begin(slots)
+        drafts = self._picker.begin(slots, num_drafts, inputs.draws)
         fed, features = inputs.tokens.flatten(), None
         last: slice | Tensor = slice(width - 1, None, width)  # of each request
         if inputs.fed is not None:
@@ -214,34 +174,12 @@ class DraftLoop:
                 hidden = hidden[last]
                 features = None if features is None else features[last]
             logits = self._drafter.logits(hidden)
-            places = drafts[:, step], confidences[:, step]
-            ids = self._drafter.draft_ids
-            if draws is None:
-                self._operations.greedy_pick(
-                    logits, ids=ids, out=places, validate=validate
-                )
-            else:
-                if draws.top_k is not None:
-                    logits = truncated(logits, draws.top_k)
-                drawn_from = None
-                if drawn_logits is not None:
-                    logits = drawn_logits.store(slots, step, logits)
-                if probabilities is not None:
-                    # What is never drafted remains at 0.
-                    drawn_from = probabilities[:, step]
-                    if ids is None:
-                        drawn_from = drawn_from[:, : logits.shape[1]]
-                self._operations.sampled_pick(
-                    logits,
-                    draws.temperatures,
-                    draws.uniforms[step],
-                    ids=ids,
-                    out=(*places, drawn_from),
-                    validate=validate,
-                )
-            fed, width = drafts[:, step], 1
+            picked = self._picker.pick(
+                drafts, step, slots, logits, inputs.draws, validate=validate
+            )
+            fed, width = picked, 1
         self._count(slots, attention)
-        return Drafts(drafts, confidences, probabilities)
+        return drafts
 
     def _positions(self, inputs: DraftInputs, num_drafts: int) -> tuple[Tensor, Tensor]:
         """Of each token fed, [B, W + num_drafts - 1], and what all are below, [B].

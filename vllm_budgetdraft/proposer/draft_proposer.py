@@ -14,18 +14,17 @@ from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.drafter.modeling import Drafter
 from vllm_budgetdraft.eviction.base import EvictionPolicy
-from vllm_budgetdraft.proposer.draft_graphs import Capture, DraftGraphs
-from vllm_budgetdraft.proposer.draft_length import draft_lengths, ladder
+from vllm_budgetdraft.proposer.draft_calls import DraftCalls
+from vllm_budgetdraft.proposer.draft_graphs import Capture
 from vllm_budgetdraft.proposer.draft_loop import (
     FIRST_WIDTH,
     DraftInputs,
     DraftLoop,
-    Drafts,
-    Draws,
     Fed,
 )
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.memory import MemoryPlan
+from vllm_budgetdraft.proposer.picking import Drafts
 from vllm_budgetdraft.proposer.prompt_reader import PromptReader, TokensOf
 from vllm_budgetdraft.proposer.reading import Begun, Mark
 from vllm_budgetdraft.proposer.snapshots import Match, SnapshotStore, States
@@ -47,7 +46,6 @@ class DraftProposer:
         max_append: most tokens of a request that one ``append`` takes.
         reads_features: whether the drafter is fed what the target thought.
         first_width: tokens of a request that ``draft`` is fed.
-        num_graphs: graphs that drafts replay; 0 where they run eagerly.
         drawn_logits: what drafts are drawn from, if it is told as logits.
     """
 
@@ -93,9 +91,6 @@ class DraftProposer:
         )
         self.device = cache.num_evicted.device
         draws = config.draft_sample_method == "probabilistic"
-        if draws:
-            # Its own, for verification must not know the noise of what it verifies.
-            self._generator = torch.Generator(self.device).manual_seed(seed)
         self.drawn_logits: DrawnLogits | None = None
         if draws and tells_logits:
             self.drawn_logits = DrawnLogits(
@@ -117,8 +112,12 @@ class DraftProposer:
             drawn_logits=self.drawn_logits,
             counts_attention=policy.accumulates_attention,
         )
-        self._graphs: DraftGraphs | None = None
-        self.num_graphs = 0
+        self._calls = DraftCalls(self._loop, config, self.device, seed)
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that drafts replay; 0 where they run eagerly."""
+        return self._calls.num_graphs
 
     @property
     def scratch_bytes(self) -> int:
@@ -330,16 +329,18 @@ class DraftProposer:
                 the device.
         """
         num_drafts = num_drafts or self.max_drafts
-        draws: Draws | None = None
-        if temperatures is not None:
-            uniforms = torch.rand(
-                (num_drafts, len(slots)), generator=self._generator, device=self.device
-            )
-            draws = Draws(temperatures, uniforms, top_k)
+        draws = self._calls.draws(temperatures, num_drafts, top_k)
         inputs = DraftInputs(slots, ends, tokens, draws, fed)
-        if self._graphs is not None:
-            return self._graphs.draft(inputs, num_drafts)
-        return self._loop.draft(inputs, num_drafts, validate=validate)
+        return self._calls.draft(inputs, num_drafts, validate=validate)
+
+    def draft_for_nobody(self, batch: int, num_drafts: int) -> Tensor:
+        """Tokens of a draft over caches as full as they get, to be timed."""
+        slots = torch.full((batch,), self.cache.spare_slot, device=self.device)
+        end = min(self.cache.capacity, self.max_model_len) - self.max_drafts - 1
+        ends = torch.full_like(slots, max(end, FIRST_WIDTH))
+        tokens = torch.zeros_like(slots)[:, None].expand(-1, self.first_width)
+        fed = self.blank_fed(batch)
+        return self.draft(slots, tokens, ends, num_drafts, fed=fed).tokens
 
     def blank_features(self, count: int) -> Tensor:
         """[count, hidden_size] of zeros, as a drafter that reads features is fed."""
@@ -361,16 +362,10 @@ class DraftProposer:
         Returns:
             How many were captured.
         """
-        graphs = DraftGraphs(
-            self._loop,
+        return self._calls.capture(
+            capture,
+            num_slots=self.cache.num_slots,
             spare_slot=self.cache.spare_slot,
-            sizes=ladder(self.cache.num_slots),
-            lengths=draft_lengths(self.config),
-            draws=self.config.draft_sample_method == "probabilistic",
-            device=self.device,
             width=self.first_width,
             fed=self.blank_fed(self.cache.num_slots),
         )
-        self.num_graphs = graphs.capture(capture)
-        self._graphs = graphs
-        return self.num_graphs

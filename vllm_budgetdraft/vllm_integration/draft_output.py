@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
-from vllm_budgetdraft.proposer.draft_loop import Drafts
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
+from vllm_budgetdraft.proposer.picking import Drafts
 
 
 class DraftOutput:

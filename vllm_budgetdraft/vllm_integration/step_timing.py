@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_budgetdraft.proposer.draft_length import doublings
-from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
-from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration.faults import logger
 
@@ -21,8 +19,15 @@ LONG_PASS_SECONDS = 0.25
 NUM_SAMPLES = 4
 
 
+class Core(Protocol):
+    """What drafts, with a cache of its own or without."""
+
+    def draft_for_nobody(self, batch: int, num_drafts: int) -> Tensor:
+        """Tokens of a draft over caches as full as they get, to be timed."""
+
+
 @torch.inference_mode()
-def time_steps(runner: Any, core: DraftProposer | None) -> StepCosts | None:
+def time_steps(runner: Any, core: Core | None) -> StepCosts | None:
     """Times the target of a vLLM model runner, and a drafter, when all is compiled.
 
     Args:
@@ -88,14 +93,8 @@ def time_steps(runner: Any, core: DraftProposer | None) -> StepCosts | None:
     return costs
 
 
-def _draft_seconds(core: DraftProposer, size: int, length: int) -> float:
-    """Of a batch that drafts for nobody, with caches as full as they get."""
-    slots = torch.full((size,), core.cache.spare_slot, device=core.device)
-    end = min(core.cache.capacity, core.max_model_len) - core.max_drafts - 1
-    ends = torch.full_like(slots, max(end, FIRST_WIDTH))
-    tokens = torch.zeros_like(slots)[:, None].expand(-1, core.first_width)
-    fed = core.blank_fed(size)
-    return _seconds(lambda: core.draft(slots, tokens, ends, length, fed=fed).tokens)
+def _draft_seconds(core: Core, size: int, length: int) -> float:
+    return _seconds(lambda: core.draft_for_nobody(size, length))
 
 
 def _seconds(run: Callable[[], Tensor]) -> float:
