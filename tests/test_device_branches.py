@@ -20,6 +20,7 @@ TOGETHER = "unit/test_engines_together.py::"
 BACKEND = "unit/test_attention_backend.py::"
 PACKED = "unit/test_packed_attention.py::"
 READER = "unit/test_prompt_reader.py::"
+MASKS = "unit/test_mask_proposer.py::"
 AUTO = BACKEND + "test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu"
 CUT = SMALL + "test_kernels_are_cut_as_was_chosen_for_the_gpu"
 TOOK = SMALL + "test_an_engine_says_what_it_took_of_the_gpu"
@@ -57,6 +58,8 @@ BRANCHES = {
     f"{OURS}.diagnosis.env._backend": SMALL
     + "test_env_names_the_gpu_and_what_runs_on_it",
     f"{OURS}.diagnosis.env._gpu": SMALL + "test_env_names_the_gpu_and_what_runs_on_it",
+    f"{OURS}.flexdraft.proposer.MaskProposer.warm_up": MASKS
+    + "test_graphs_draft_what_the_loop_drafts",
     f"{OURS}.proposer.draft_graphs.CudaGraphCapture.__call__": ENGINES,
     f"{OURS}.proposer.snapshots.SnapshotStore.keep": "unit/test_snapshots.py::"
     + "test_on_a_gpu_nothing_waits_until_somebody_asks",
@@ -70,6 +73,8 @@ BRANCHES = {
     "test_check_bills_what_will_be_packed",
     f"{OURS}.proposer.memory.resolve_dtype": SMALL
     + "test_drafters_have_the_targets_type_on_a_gpu",
+    f"{SEAM}.core_loader.finish_core": MASKS
+    + "test_a_gpu_captures_graphs_once_the_cache_is_there",
     f"{SEAM}.core_loader.load_core": ENGINES,
     f"{SEAM}.engine_process._describe": TOOK,
     f"{SEAM}.engine_process._when_idle": TOOK,

@@ -1,6 +1,5 @@
 """The drafter that reads vLLM's cache, over a cache laid out as vLLM's, by hand."""
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +13,14 @@ from tests.support import models
 from tests.support.flex_twin import NUM_LAYERS, random_drafter, twin_logits
 from vllm_budgetdraft.config import SettledConfig
 from vllm_budgetdraft.errors import UnsupportedVllmError
+from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.training.flexdraft import target_states
 
 pytestmark = pytest.mark.vllm
 
 PAGE_SIZE, NUM_PAGES, HEAD_SIZE = 8, 64, 10
 NUM_DRAFTS = 4
+MAX_MODEL_LEN, NUM_SLOTS = 128, 4
 PROMPT_TOKENS = 50
 
 
@@ -78,7 +79,8 @@ def cache() -> Cache:
     return Cache()
 
 
-def drafter_of(cache: Cache, **settings: Any) -> Any:
+def drafter_of(cache: Cache, num_kinds: int = 1, **settings: Any) -> Any:
+    from vllm_budgetdraft.vllm_integration.target_cache import bind_to_target
     from vllm_budgetdraft.vllm_integration.target_drafter import TargetDrafter
 
     config = SettledConfig(
@@ -92,7 +94,19 @@ def drafter_of(cache: Cache, **settings: Any) -> Any:
         },
     )
     own = random_drafter(cache.model, sees_bonus=True, chains=True)
-    return TargetDrafter(config, cache.model, own, reference, seed=0)
+    core = MaskProposer(
+        own,
+        cache.model,
+        config,
+        reference,
+        num_slots=NUM_SLOTS,
+        max_model_len=MAX_MODEL_LEN,
+        seed=0,
+    )
+    core.warm_up_head()
+    bind_to_target(core, num_kinds)
+    core.warm_up()
+    return TargetDrafter(core, NUM_SLOTS)
 
 
 def request(
@@ -123,12 +137,10 @@ def expected(
     drafter: Any,
     each: Any,
     seen: Tensor | None,
-    num_drafts: int = NUM_DRAFTS,
 ) -> list[int]:
-    """Of a step that drafts so many at most: mask tokens see each other."""
     context = each.context.tolist()
-    own = drafter._drafter
-    logits = twin_logits(cache.model, own, context[:-1], context[-1], num_drafts, seen)
+    own = drafter._core.drafter
+    logits = twin_logits(cache.model, own, context[:-1], context[-1], NUM_DRAFTS, seen)
     return logits.argmax(-1).tolist()
 
 
@@ -137,7 +149,9 @@ def seen_of(cache: Cache, drafter: Any, each: Any, budget: int, window: int) -> 
     context = torch.tensor(each.context[:-1])
     prompt = context[: each.state.num_prompt_tokens]
     _, keys, _ = target_states(cache.model, prompt[None], NUM_LAYERS)
-    visible = torch.stack([drafter._selector.visible(k, budget)[0] for k in keys])
+    visible = torch.stack(
+        [drafter._core.loop.lists.selector.visible(k, budget)[0] for k in keys]
+    )
     more = len(context) - len(prompt)
     seen = torch.cat([visible, visible.new_ones(*visible.shape[:2], more)], -1)
     # The prompt's last page goes on in the output.
@@ -201,7 +215,7 @@ def test_requests_get_what_they_ask_for(cache):
     drafts = drafter.draft(requests)
     assert {row: len(tokens) for row, tokens in drafts.items()} == {1: 2, 2: 3}
     for each in requests[1:3]:
-        whole = expected(cache, drafter, each, None, num_drafts=3)
+        whole = expected(cache, drafter, each, None)
         assert drafts[each.row] == whole[: len(drafts[each.row])]
 
 
@@ -219,7 +233,7 @@ def test_drawn_drafts_come_with_their_distributions(cache):
     context = drawn.context.tolist()
     logits = twin_logits(
         cache.model,
-        drafter._drafter,
+        drafter._core.drafter,
         context[:-1],
         context[-1],
         NUM_DRAFTS,
@@ -266,31 +280,29 @@ def test_a_request_whose_cache_is_broken_drafts_no_more(cache):
 
 
 def test_an_unknown_layout_is_said(cache):
-    drafter = drafter_of(cache)
     cache.layers[0].isa = "amx"
     with pytest.raises(UnsupportedVllmError, match="a layout that flexdraft does"):
-        drafter.draft([request(cache, 0, 20, State(19))])
+        drafter_of(cache)
     cache.layers[0].isa = "vec"
     cache.layers[0].kv_cache_dtype = "fp8"
     with pytest.raises(UnsupportedVllmError, match="use kv_cache_dtype='auto'"):
-        drafter.draft([request(cache, 0, 20, State(19))])
+        drafter_of(cache)
     cache.layers[0].kv_cache_dtype = "auto"
-    two_kinds = request(cache, 0, 20, State(19))
-    tables = two_kinds.block_tables * 2
-    for _ in range(2):  # and not only the first time
-        with pytest.raises(UnsupportedVllmError, match="2 kinds of cache"):
-            drafter.draft([request(cache, 0, 20, State(19), block_tables=tables)])
+    with pytest.raises(UnsupportedVllmError, match="2 kinds of cache"):
+        drafter_of(cache, num_kinds=2)
 
 
-def test_a_failure_of_no_request_is_met_three_times_at_most(cache):
-    """A target with two kinds of cache, say, fails at every step."""
+def test_a_failure_of_no_request_is_met_three_times_at_most(cache, monkeypatch):
     drafter = drafter_of(cache)
     met = request(cache, 0, 20, State(19))
-    tables = met.block_tables * 2
-    faulty = dataclasses.replace(met, block_tables=tables)
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(drafter._core, "draft", fail)
     for _ in range(6):
         try:
-            assert drafter.draft([faulty]) == {}
+            assert drafter.draft([met]) == {}
         except Exception as error:
             drafter.reset(error)
     assert drafter._faults.num_faults == 3

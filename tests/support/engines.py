@@ -288,11 +288,12 @@ class SteppedEngine:
             return
         self.become_idle()
         assert drafter._faults.num_faults == 0, "drafting failed"
-        if not hasattr(drafter, "_core"):
+        core = getattr(drafter, "_core", None)
+        if core is None or not hasattr(core, "cache"):  # the target drafts for itself
             return
-        cache = drafter._core.cache
+        cache = core.cache
         cache.check_invariants()
-        free = drafter._core.num_free_pages
+        free = core.num_free_pages
         assert free == cache.pool.num_pages, "pages are still held"
 
     def _observe(self) -> None:

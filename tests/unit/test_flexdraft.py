@@ -66,8 +66,15 @@ def logits_of(
     drafter: FlexDraft, hidden: Tensor, parts: TargetParts, bonus: Tensor
 ) -> Tensor:
     """Of greedy drafts from [B, k, hidden_size]: [B, k, V]."""
-    picked = drafter.draft(hidden, parts, bonus, lambda x: (x.argmax(-1), x))
-    return torch.stack([logits for _, logits in picked], 1)
+    found = []
+
+    def pick(place: int, logits: Tensor) -> Tensor:
+        assert place == len(found)
+        found.append(logits)
+        return logits.argmax(-1)
+
+    drafter.draft(hidden, parts, bonus, pick)
+    return torch.stack(found, 1)
 
 
 def rounds(

@@ -23,6 +23,8 @@ class MaskAttention:
         lengths: Tensor,
         rotary: tuple[Tensor, Tensor],
         block: int,
+        *,
+        validate: bool = False,
     ) -> None:
         """
         Args:
@@ -32,9 +34,10 @@ class MaskAttention:
             lengths: [B] int64, tokens in the pages of each request.
             rotary: cos and sin of the mask tokens' positions, [B * block, D] each.
             block: mask tokens of a request.
+            validate: see ``paged_sparse_attention``.
         """
         self._operations, self._pages, self._tables = operations, pages, page_tables
-        self._lengths, self._block = lengths, block
+        self._lengths, self._block, self._validate = lengths, block, validate
         self._rotary = [x[:, None] for x in rotary]
         count = len(lengths) + 1
         self._starts = block * torch.arange(count, device=lengths.device)
@@ -56,7 +59,7 @@ class MaskAttention:
             max_query_tokens=self._block,
             causal=False,
             lse=lse,
-            validate=False,
+            validate=self._validate,
         )
         return merge_own(of_context, lse, q, k, v, self._block)
 

@@ -226,17 +226,20 @@ class FlexDecoder:
     ) -> Drafts:
         """Drafts from mask tokens [B, k + 1, hidden_size]."""
 
-        def pick(logits: Tensor) -> tuple[Tensor, Tensor]:
-            probabilities = (logits.float() / (temperature or 1)).softmax(-1)
-            if temperature:
-                drawn = torch.multinomial(probabilities, 1, generator=generator)
-                return drawn[:, 0], probabilities
-            return logits.argmax(-1), probabilities
+        picked: list[Tensor] = []
+        chances: list[Tensor] = []
 
-        picked = self._drafter.draft(masks[:, 1:], self._parts, bonus, pick)
-        tokens, probabilities = (
-            torch.stack(each, 1) for each in zip(*picked, strict=True)
-        )
+        def pick(_: int, logits: Tensor) -> Tensor:
+            chances.append((logits.float() / (temperature or 1)).softmax(-1))
+            tokens = logits.argmax(-1)
+            if temperature:
+                drawn = torch.multinomial(chances[-1], 1, generator=generator)
+                tokens = drawn[:, 0]
+            picked.append(tokens)
+            return tokens
+
+        self._drafter.draft(masks[:, 1:], self._parts, bonus, pick)
+        tokens, probabilities = torch.stack(picked, 1), torch.stack(chances, 1)
         drawn_from = probabilities if temperature else None
         return Drafts(tokens, probabilities.amax(-1), drawn_from)
 

@@ -162,32 +162,28 @@ class FlexDraft(nn.Module):
         hidden: Tensor,
         target: TargetParts,
         bonus: Tensor,
-        pick: Callable[[Tensor], tuple[Tensor, ...]],
-    ) -> list[tuple[Tensor, ...]]:
-        """Picks drafts from hidden states [B, k, hidden_size], first to last.
+        pick: Callable[[int, Tensor], Tensor],
+    ) -> None:
+        """Has drafts picked from hidden states [B, k, hidden_size], first to last.
 
         Args:
             bonus: [B] int64, the bonus tokens.
-            pick: of logits [B, vocab_size], tokens [B] and what else there is to say.
-
-        Returns:
-            What ``pick`` returned for each of the k places.
+            pick: is told a place of k and its logits [B, vocab_size], and returns the
+                tokens [B] that it picks.
         """
         logits = F.linear(hidden, target.head)
         known = target.embed(bonus)
         if not self.chains:
             features = self.features(hidden, known[:, None].expand_as(hidden))
             logits = logits + self.correction(features)
-        picked = []
         for place in range(hidden.shape[1]):
             here = logits[:, place]
             if self.chains:
                 features = self.features(hidden[:, place], known)
                 here = here + self.correction(features)
-            picked.append(pick(here))
+            tokens = pick(place, here)
             if self.chains:
-                known = target.embed(picked[-1][0])
-        return picked
+                known = target.embed(tokens)
 
 
 @torch.no_grad()

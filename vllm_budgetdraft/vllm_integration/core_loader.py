@@ -11,7 +11,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from vllm_budgetdraft.attention.backend import is_gpu
+from vllm_budgetdraft.attention.backend import is_gpu, select_operations
 from vllm_budgetdraft.drafter.checkpoint import WEIGHTS
 from vllm_budgetdraft.drafter.configuration import range_warning
 from vllm_budgetdraft.drafter.feature_checkpoint import EMBEDDING
@@ -19,12 +19,15 @@ from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.drafter.folder import read_config
 from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.drafter.weights import StoredWeights
+from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
+from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.memory import resolve_dtype
 from vllm_budgetdraft.proposer.warm_up import warm_up
 from vllm_budgetdraft.vllm_integration.faults import logger
+from vllm_budgetdraft.vllm_integration.target_cache import bind_to_target
 
 
 def load_core(
@@ -70,6 +73,58 @@ def load_core(
     return core
 
 
+def load_mask_core(
+    vllm_config: VllmConfig, target: nn.Module, *, tells_logits: bool = False
+) -> MaskProposer:
+    """Loads a flexdraft drafter, which needs the target's cache to go on.
+
+    Args:
+        tells_logits: see ``build_proposer``.
+    """
+    config = vllm_config.speculative_config.settings
+    device = next(target.parameters()).device
+    max_model_len = vllm_config.model_config.max_model_len
+    drafter = load_flexdraft(
+        config.model,
+        target,
+        max_positions=max_model_len + config.num_speculative_tokens + 1,
+        dtype=vllm_config.model_config.dtype,
+        device=device,
+    )
+    core = MaskProposer(
+        drafter,
+        target,
+        config,
+        select_operations(config.attention_backend, device),
+        num_slots=vllm_config.scheduler_config.max_num_seqs,
+        max_model_len=max_model_len,
+        seed=vllm_config.model_config.seed,
+        tells_logits=tells_logits,
+    )
+    logger.info(
+        "BudgetDraft memory: FlexDraft weights %.1f MiB, drafts' distributions %.1f "
+        "MiB, no draft cache",
+        sum(x.nbytes for x in drafter.parameters()) / 2**20,
+        core.scratch_bytes / 2**20,
+    )
+    return core
+
+
+def finish_core(core: MaskProposer, vllm_config: VllmConfig, num_kinds: int) -> None:
+    """Lets mask tokens draft, now that the engine has its cache and is compiled.
+
+    Args:
+        num_kinds: see ``bind_to_target``.
+
+    Raises:
+        UnsupportedVllmError: they cannot read that cache.
+    """
+    bind_to_target(core, num_kinds)
+    core.warm_up()
+    if is_gpu(core.device) and not vllm_config.model_config.enforce_eager:
+        capture_graphs(core, CudaGraphCapture())
+
+
 def embedding_for(head: str, target: nn.Module) -> Tensor | None:
     """The target's embeddings [vocab_size, hidden_size], for a head that has none.
 
@@ -105,7 +160,7 @@ def _target_cost(vllm_config: VllmConfig) -> float:
     return cost
 
 
-def capture_graphs(core: DraftProposer, capture: Capture) -> None:
+def capture_graphs(core: DraftProposer | MaskProposer, capture: Capture) -> None:
     """Captures the drafts of every batch size, or says why they go on without."""
     try:
         num_graphs = core.capture_graphs(capture)

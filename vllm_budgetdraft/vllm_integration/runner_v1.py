@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
-from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.drafter.feature_checkpoint import read_feature_config
 from vllm_budgetdraft.errors import UnsupportedVllmError
-from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
+from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import doublings, scheduled_length
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.vllm_integration.core_loader import embedding_for, load_core
-from vllm_budgetdraft.vllm_integration.faults import logger
+from vllm_budgetdraft.vllm_integration.core_loader import (
+    embedding_for,
+    finish_core,
+    load_core,
+    load_mask_core,
+)
 from vllm_budgetdraft.vllm_integration.feature_requests import FeatureRequestDrafter
 from vllm_budgetdraft.vllm_integration.patches import (
     runner_v1,
@@ -42,11 +45,9 @@ class BudgetDraftProposer:
         self._config = vllm_config.speculative_config.settings
         self._num_slots = vllm_config.scheduler_config.max_num_seqs
         self._max_model_len = vllm_config.model_config.max_model_len
-        self._target_dtype = vllm_config.model_config.dtype
-        self._seed = vllm_config.model_config.seed
         self._is_parallel = vllm_config.parallel_config.tensor_parallel_size > 1
         self._drafter: RequestDrafter | TargetDrafter
-        self._core: DraftProposer | None = None
+        self._core: DraftProposer | MaskProposer | None = None
         self._runner: Any = None
         self._num_scheduled: dict[str, int] = {}
         self._states: list[Tensor] | None = None
@@ -71,7 +72,8 @@ class BudgetDraftProposer:
         if not self._is_leader:
             return
         if self._config.drafter_type == "flexdraft":
-            self._drafter = self._target_drafter(target)
+            self._core = load_mask_core(self._vllm_config, target)
+            self._drafter = TargetDrafter(self._core, self._num_slots)
         else:
             self._use(load_core(self._vllm_config, target, embedding=embedding))
 
@@ -89,23 +91,6 @@ class BudgetDraftProposer:
     def aux_layers(self) -> list[int] | None:
         """Of the target, see ``FeatureDrafter``."""
         return read_feature_config(self._config.model).aux_layers
-
-    def _target_drafter(self, target: nn.Module) -> TargetDrafter:
-        device = next(target.parameters()).device
-        drafter = load_flexdraft(
-            self._config.model,
-            target,
-            max_positions=self._max_model_len + self._config.num_speculative_tokens + 1,
-            dtype=self._target_dtype,
-            device=device,
-        )
-        weights = sum(p.nbytes for p in drafter.parameters())
-        logger.info(
-            "BudgetDraft memory: FlexDraft weights %.1f MiB, no draft cache",
-            weights / 2**20,
-        )
-        operations = select_operations(self._config.attention_backend, device)
-        return TargetDrafter(self._config, target, drafter, operations, self._seed)
 
     @property
     def _is_leader(self) -> bool:
@@ -163,6 +148,9 @@ class BudgetDraftProposer:
 
     def time_steps(self, runner: Any) -> None:
         """Begins to adapt the draft length, if it is to; every rank must call it."""
+        if isinstance(self._core, MaskProposer):
+            num_kinds = len(runner.kv_cache_config.kv_cache_groups)
+            finish_core(self._core, self._vllm_config, num_kinds)
         if self._config.adaptive_draft_length:
             costs = time_steps(runner, self._core)
             if costs and self._is_leader:

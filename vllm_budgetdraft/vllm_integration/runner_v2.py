@@ -15,6 +15,7 @@ from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.memory import resolve_dtype
+from vllm_budgetdraft.proposer.picking import Drafts
 from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration.core_loader import embedding_for, load_core
 from vllm_budgetdraft.vllm_integration.draft_output import DraftOutput
@@ -28,7 +29,7 @@ from vllm_budgetdraft.vllm_integration.remembering import (
 from vllm_budgetdraft.vllm_integration.sampling import draft_sampling, is_greedy
 from vllm_budgetdraft.vllm_integration.speculator_base import SpeculatorWithoutModule
 from vllm_budgetdraft.vllm_integration.statistics import STEP_COSTS, DraftStatistics
-from vllm_budgetdraft.vllm_integration.step_timing import time_steps
+from vllm_budgetdraft.vllm_integration.step_timing import Core, time_steps
 
 
 class BudgetDraftSpeculator(SpeculatorWithoutModule):
@@ -78,15 +79,9 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         if self.reads_features:
             embedding = embedding_for(self._config.model, target_model)
         if self._is_leader:
-            self._core = load_core(
-                self.vllm_config, target_model, tells_logits=True, embedding=embedding
-            )
-            drawn_logits = self._core.drawn_logits
-            self._observer = CoreObserver(self._core, self._statistics)
-            self._num_cached = torch.zeros(num_slots, dtype=torch.int64, device=device)
+            drawn_logits = self._load_core(target_model, embedding)
             self._temperatures = torch.zeros(num_slots, device=device)
             self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
-            self._offsets = torch.arange(self._core.max_append, device=device)
         elif config.draft_sample_method == "probabilistic":
             target = self.vllm_config.model_config
             dtype = resolve_dtype(config, device.type, target.dtype)
@@ -95,6 +90,19 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
             )
         self._output = DraftOutput(num_slots, num_drafts, drawn_logits, device)
         self.draft_logits = self._output.logits
+
+    def _load_core(
+        self, target_model: nn.Module, embedding: Tensor | None
+    ) -> DrawnLogits | None:
+        """Loads what drafts; returns where that tells what drafts are drawn from."""
+        self._core = load_core(
+            self.vllm_config, target_model, tells_logits=True, embedding=embedding
+        )
+        self._observer = CoreObserver(self._core, self._statistics)
+        num_slots, device = self._core.cache.num_slots, self.device
+        self._num_cached = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._offsets = torch.arange(self._core.max_append, device=device)
+        return self._core.drawn_logits
 
     @property
     def _is_leader(self) -> bool:
@@ -135,11 +143,15 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
                 sampling = draft_sampling(params)
                 self._temperatures[index], self._top_k[index] = sampling
                 progress.is_cut = sampling.top_k > 0
-            tokens = request.prefill_token_ids
-            progress.remembered = remember(
-                self._core, request, settings.kv_budget, tokens, len(tokens)
-            )
-            self._start_reading(index, progress, request.num_computed_tokens)
+            self._begin(index, progress, request)
+
+    def _begin(self, index: int, progress: Progress, request: Any) -> None:
+        """Begins to draft for a request that is to have drafts."""
+        tokens = request.prefill_token_ids
+        progress.remembered = remember(
+            self._core, request, progress.kv_budget, tokens, len(tokens)
+        )
+        self._start_reading(index, progress, request.num_computed_tokens)
 
     def _start_reading(self, index: int, progress: Progress, num_computed: int) -> None:
         """Gives a request its pages, and what a snapshot knows of its context."""
@@ -206,20 +218,27 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         """For the scheduler, if it is to adapt lengths; every rank must call it."""
         if self._config.adaptive_draft_length:
             self._step_costs = time_steps(
-                runner, self._core if self._is_leader else None
+                runner, self._timed_core if self._is_leader else None
             )
+
+    @property
+    def _timed_core(self) -> Core:
+        return self._core
 
     def take_statistics(self) -> dict[str, Any] | None:
         """What was drafted since the last call; None where another rank drafts."""
         if not self._is_leader:
             return None
-        self._observer.observe()
+        self._observe()
         self._statistics.count("draft_seconds", self._timer.take())
         taken = self._statistics.take()
         if self._step_costs is not None:
             taken[STEP_COSTS] = self._step_costs
             self._step_costs = None
         return taken
+
+    def _observe(self) -> None:
+        self._observer.observe()
 
     def _propose(self, input_batch: Any, last_tokens: Tensor, length: int) -> None:
         """Drafts of the rows that can, and last tokens of the others."""
@@ -246,12 +265,21 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
             temperatures = self._temperatures[slots]
         if any(progress.is_cut for progress in drafting):
             top_k = self._top_k[slots]
-        drafted = self._core.draft(
-            slots, *self._context_ends(slots), length, temperatures, top_k
-        )
+        drafted = self._draft(slots, length, temperatures, top_k)
         self._output.fill(where, slots, drafted, last_tokens[where], temperatures)
         self.drafted = {progress.request_id for progress in drafting}
         self._faults.drafted()
+
+    def _draft(
+        self,
+        slots: Tensor,
+        length: int,
+        temperatures: Tensor | None,
+        top_k: Tensor | None,
+    ) -> Drafts:
+        """Drafts of slots [B] that are ready to."""
+        tokens, ends = self._context_ends(slots)
+        return self._core.draft(slots, tokens, ends, length, temperatures, top_k)
 
     def make_way(self, new_requests: Iterable[Any]) -> None:
         """To be called before requests take the places of others, or their own again.

@@ -135,8 +135,7 @@ def make_config(
     else:
         settled = _check_decoder(ours, target_model_config)
     if settled.adaptive_draft_length == "auto" and (
-        settled.drafter_type == "flexdraft"
-        or target_parallel_config.data_parallel_size > 1
+        target_parallel_config.data_parallel_size > 1
         # Each rank has a scheduler, and only the first one's times.
         or target_parallel_config.distributed_executor_backend == "external_launcher"
     ):
@@ -173,13 +172,11 @@ def compare_vocabularies(drafter: str, target: Any) -> str | None:
 def only_on_v1(vllm_config: VllmConfig) -> list[str]:
     """What is asked for that needs vLLM's model runner V1, as vLLM names features.
 
-    FlexDraft lists the target's pages by lengths that V2 leaves on the device. With a
-    threshold, drafts tell how many of them are worth verifying, which V2's scheduler,
-    where it schedules ahead, has said before there are any.
+    With a threshold, drafts tell how many of them are worth verifying, which V2's
+    scheduler, where it schedules ahead, has said before there are any.
     """
     config: SettledConfig = vllm_config.speculative_config.settings
     needs = {
-        "budgetdraft's flexdraft drafters": config.drafter_type == "flexdraft",
         "budgetdraft's draft_confidence_threshold": config.draft_confidence_threshold,
         # Ranks would verify different numbers of drafts, and wait for each other.
         "budgetdraft's adaptive_draft_length with data parallelism": (

@@ -6,10 +6,29 @@ from torch import Tensor
 
 from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.errors import UnsupportedVllmError
+from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 
 #: Instruction sets whose blocks on a CPU hold plain numbers: keys by dimension, values
 #: by token. Others interleave them for their matrix instructions.
 PLAIN_CPU_BLOCKS = ("vec", "vec16")
+
+
+def bind_to_target(core: MaskProposer, num_kinds: int) -> None:
+    """Tells mask tokens where the target's cache is, once the engine has it.
+
+    Args:
+        num_kinds: of caches that the engine has for the target.
+
+    Raises:
+        UnsupportedVllmError: there are several kinds; see also ``pages_of``.
+    """
+    if num_kinds != 1:
+        raise UnsupportedVllmError(
+            f"the target has {num_kinds} kinds of cache; flexdraft drafts for targets "
+            "with full attention in every layer"
+        )
+    layers = core.loop.parts.layers
+    core.bind([pages_of(layer.self_attn.attn) for layer in layers])
 
 
 def pages_of(attention: Any) -> tuple[Tensor, Tensor]:

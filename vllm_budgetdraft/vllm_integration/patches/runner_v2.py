@@ -70,6 +70,7 @@ def _make_ours(original: Function) -> Function:
         from vllm_budgetdraft.vllm_integration.runner_v2_features import (
             FeatureSpeculator,
         )
+        from vllm_budgetdraft.vllm_integration.runner_v2_target import TargetSpeculator
 
         config = vllm_config.speculative_config
         if config.settings.adaptive_draft_length:
@@ -86,6 +87,8 @@ def _make_ours(original: Function) -> Function:
         kind = BudgetDraftSpeculator
         if config.settings.drafter_type == "eagle3":
             kind = FeatureSpeculator
+        elif config.settings.drafter_type == "flexdraft":
+            kind = TargetSpeculator
         return kind(vllm_config, device, req_states)
 
     return init_speculator

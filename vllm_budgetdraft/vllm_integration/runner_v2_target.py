@@ -1,0 +1,101 @@
+"""The speculator of model runner V2 for FlexDraft: the target drafts for itself."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vllm_budgetdraft.flexdraft.proposer import MaskProposer
+from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
+from vllm_budgetdraft.proposer.picking import Drafts
+from vllm_budgetdraft.vllm_integration.core_loader import finish_core, load_mask_core
+from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
+from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
+
+
+class TargetSpeculator(BudgetDraftSpeculator):
+    """Drafts from the target's cache: there is nothing to read, and nothing to feed.
+
+    Of a request ``Progress`` says whether what it sees of its prompt is chosen
+    (``is_read``); it can be once the prompt is in the target's cache.
+    """
+
+    def _load_core(
+        self, target_model: nn.Module, embedding: Tensor | None
+    ) -> DrawnLogits | None:
+        self._masks = load_mask_core(self.vllm_config, target_model, tells_logits=True)
+        return self._masks.drawn_logits
+
+    def time_steps(self, runner: Any) -> None:
+        """See ``BudgetDraftSpeculator``; the engine has its cache by now."""
+        num_kinds = len(runner.kv_cache_config.kv_cache_groups)
+        finish_core(self._masks, self.vllm_config, num_kinds)
+        # [max_num_reqs, max_pages], by index.
+        self._blocks = runner.block_tables.block_tables[0].gpu
+        super().time_steps(runner)
+
+    @property
+    def _timed_core(self) -> MaskProposer:
+        return self._masks
+
+    def propose(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See ``BudgetDraftSpeculator``."""
+        if kwargs.get("is_profile"):
+            self._masks.warm_up_head()
+        return super().propose(*args, **kwargs)
+
+    def _observe(self) -> None:
+        self._statistics.set("cuda_graphs", self._masks.num_graphs)
+
+    def _begin(self, index: int, progress: Progress, request: Any) -> None:
+        """Nothing: its prompt is not in the target's cache yet."""
+
+    def _end(self, index: int, progress: Progress) -> None:
+        del self._progress[index]
+
+    def _release(self, index: int) -> None:
+        self._progress.pop(index, None)
+
+    def _reset(self, error: Exception) -> None:
+        """See ``BudgetDraftSpeculator``: there is no cache that might be at fault."""
+        if self._faults.report_every(error):
+            for progress in self._progress.values():
+                progress.why_not = progress.why_not or "failed"
+
+    def _ready(self, batch: Any, length: int) -> list[int]:
+        """Rows that draft now: those that sampled."""
+        rows = []
+        for row, (index, num_prefilled, num_drafts) in enumerate(rows_of(batch)):
+            progress = self._progress.get(index)
+            if progress is None or not progress.step(num_prefilled, num_drafts):
+                continue
+            if not (progress.why_not or progress.is_read):
+                try:
+                    self._choose(index, progress)
+                except Exception as error:
+                    self._drop(index, progress, error)
+            if progress.why_not or not length:
+                reason = progress.why_not or "draft_length"
+                self._statistics.count("drafts_skipped", label=reason)
+            else:
+                rows.append(row)
+        return rows
+
+    def _choose(self, index: int, progress: Progress) -> None:
+        blocks, count = self._blocks[index], progress.num_prefill
+        self._masks.choose(index, blocks, count, progress.kv_budget)
+        progress.is_read = True
+
+    def _draft(
+        self,
+        slots: Tensor,
+        length: int,
+        temperatures: Tensor | None,
+        top_k: Tensor | None,
+    ) -> Drafts:
+        states = self._states
+        ends = states.total_len.gpu[slots].long()
+        last = states.all_token_ids.gpu[slots, ends - 1].long()
+        self._masks.place(slots, self._blocks[slots])
+        return self._masks.draft(
+            slots, last[:, None], ends, length, temperatures, top_k
+        )
