@@ -1,5 +1,7 @@
 """In vLLM: the target drafts for itself, and its output stays what it is."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,48 @@ def test_drafts_are_those_of_reference_decoding(policy):
         assert written == others
         rounds = len(decoder.accepted[0])
         assert answer.num_draft_tokens == rounds * NUM_DRAFTS
+        assert 0 < answer.num_accepted_tokens <= sum(decoder.accepted[0])
+
+
+@pytest.fixture(scope="module")
+def blind_drafter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded one, taken at its word that it can do without the bonus token."""
+    folder = tmp_path_factory.mktemp("blind") / "drafter"
+    shutil.copytree(FLEXDRAFT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["drafts_blind"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize("policy", ["keep_all", "chunk_retrieval"])
+def test_parallel_drafts_are_those_of_reference_decoding(policy, blind_drafter):
+    prompts = [book_tokens(n, start=n) for n in (100, 700)]
+    sampling = {"max_tokens": 60, "ignore_eos": True}
+    jobs = {str(i): Job([prompt], sampling) for i, prompt in enumerate(prompts)}
+    settings = {"model": blind_drafter, "flex_decoding": "parallel"}
+    arguments = engine_args(eviction_policy=policy, recent_window=512, **settings)
+    answers = run_jobs(arguments, jobs)
+    target = models.read_model(Path(TARGET))
+    view = EvictionSettings(eviction_policy=policy, local_tokens=64)
+    decoder = FlexDecoder(
+        target,
+        load_flexdraft(blind_drafter, target, max_positions=MAX_MODEL_LEN),
+        num_drafts=NUM_DRAFTS,
+        selector=PageSelector(view, BLOCK_SIZE),
+        kv_budget=256,
+        confidence_threshold=0.0,
+    )
+    for index, prompt in enumerate(prompts):
+        answer = answers[str(index)]
+        first, *others = answer.token_ids[0]
+        rounds = {}
+        for mode in ("sequential", "parallel"):
+            (written,) = decoder.generate([[*prompt, first]], 59, mode=mode)
+            assert written == others
+            rounds[mode] = len(decoder.accepted[0])
+        assert answer.num_draft_tokens == rounds["parallel"] * NUM_DRAFTS
+        assert rounds["parallel"] != rounds["sequential"], "they say the same"
         assert 0 < answer.num_accepted_tokens <= sum(decoder.accepted[0])
 
 

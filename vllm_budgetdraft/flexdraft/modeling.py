@@ -33,6 +33,8 @@ class TargetParts:
         """
         decoder = model.model
         self.layers = list(decoder.layers)[-num_layers:]
+        # As they are now: see ``parallel_round``.
+        self.mlps = [layer.mlp.forward for layer in self.layers]
         self.norm: Callable[[Tensor], Tensor] = decoder.norm
         self.embed = decoder.embed_tokens
         self._vocab_size = model.config.vocab_size
@@ -135,12 +137,17 @@ class FlexDraft(nn.Module):
 
     def forward(self, x: Tensor, target: TargetParts, attend: Attend) -> Tensor:
         """Mask tokens [..., T, hidden_size] to normed hidden states of that shape."""
-        tuned: Any = self.layers
-        for index, (own, theirs) in enumerate(zip(tuned, target.layers, strict=True)):
-            qkv = own.project(theirs.input_layernorm(x))
-            x = x + own.output(attend(index, qkv))
-            x = x + theirs.mlp(theirs.post_attention_layernorm(x))
+        for index, layer in enumerate(target.layers):
+            x = self.attended(index, x, layer, attend)
+            x = x + target.mlps[index](layer.post_attention_layernorm(x))
         return target.norm(x)
+
+    def attended(self, index: int, x: Tensor, layer: Any, attend: Attend) -> Tensor:
+        """The first half of one of the layers; the MLP is the other."""
+        own: Any = self.layers[index]
+        qkv = own.project(layer.input_layernorm(x))
+        attended: Tensor = own.output(attend(index, qkv))
+        return x + attended
 
     def features(self, hidden: Tensor, known: Tensor) -> Tensor:
         """SiLU(W1 [embedding of a known token; hidden] + b1), [..., calibration_rank].

@@ -26,6 +26,7 @@ class MaskProposer:
 
     Attributes:
         max_drafts: k.
+        max_model_len: tokens of a context, at most.
         drawn_logits: what drafts are drawn from, if it is told as logits.
         loop: its work on the device.
     """
@@ -51,7 +52,7 @@ class MaskProposer:
         self.drafter, self.config = drafter, config
         self.max_drafts = config.num_speculative_tokens
         self.device = drafter.mask_embedding.device
-        self._num_slots, self._max_model_len = num_slots, max_model_len
+        self._num_slots, self.max_model_len = num_slots, max_model_len
         self._operations = operations
         draws = config.draft_sample_method == "probabilistic"
         vocab_size = drafter.config.vocab_size
@@ -101,8 +102,8 @@ class MaskProposer:
             num_layers=self.drafter.num_layers,
             num_kv_heads=num_kv_heads,
             num_slots=self._num_slots,
-            max_tokens=self._max_model_len,
-            kv_budget=self.config.budget(self._max_model_len),
+            max_tokens=self.max_model_len,
+            kv_budget=self.config.budget(self.max_model_len),
             recent_window=self.config.recent_window,
             device=self.device,
         )
@@ -119,7 +120,7 @@ class MaskProposer:
             num_tokens: of the prompt.
             kv_budget: of this request; the configured one if None.
         """
-        budget = kv_budget or self.config.budget(self._max_model_len)
+        budget = kv_budget or self.config.budget(self.max_model_len)
         self.loop.lists.choose(slot, blocks, num_tokens, self._keys, budget)
 
     def place(self, slots: Tensor, blocks: Tensor) -> None:
@@ -150,27 +151,20 @@ class MaskProposer:
         inputs = DraftInputs(slots, ends, tokens, draws)
         return self._calls.draft(inputs, num_drafts, validate=validate)
 
-    @torch.inference_mode()
     def warm_up_head(self) -> None:
         """Drafts from nothing for as many as can be, which needs no cache.
 
         It takes the memory that drafts will take, where the engine measures that.
         """
-        width = self.drafter.mask_embedding.shape[0]
-        shape = (self._num_slots, self.max_drafts, width)
-        hidden = self.drafter.mask_embedding.new_zeros(shape)
-        slots = torch.arange(self._num_slots, device=self.device)
-        bonus = torch.zeros_like(slots)
-        for temperatures, top_k in self._kinds(self._num_slots):
-            draws = self._calls.draws(temperatures, self.max_drafts, top_k)
-            self.loop.pick(hidden, slots, bonus, draws, validate=False)
+        for draws in self._kinds(self._num_slots):
+            self.pick_for_nobody(self._num_slots, self.max_drafts, *draws)
 
     def warm_up(self) -> None:
         """Drafts for nobody, so that no request waits for kernels to be compiled."""
         is_compiled = self._operations is not reference
         for size in ladder(self._num_slots) if is_compiled else [1]:
-            for temperatures, top_k in self._kinds(size):
-                self._draft_for_nobody(size, self.max_drafts, temperatures, top_k)
+            for draws in self._kinds(size):
+                self.draft_for_nobody(size, self.max_drafts, *draws)
 
     def _kinds(self, batch: int) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """Temperatures [B] and top-k [B], as drafts may have them."""
@@ -180,22 +174,43 @@ class MaskProposer:
             yield temperatures, None
             yield temperatures, torch.ones_like(temperatures, dtype=torch.int64)
 
-    def draft_for_nobody(self, batch: int, num_drafts: int) -> Tensor:
-        """Tokens of a draft over lists as long as they get, to be timed."""
-        return self._draft_for_nobody(batch, num_drafts, None, None)
-
-    def _draft_for_nobody(
+    @torch.inference_mode()
+    def pick(
         self,
-        batch: int,
-        num_drafts: int,
-        temperatures: Tensor | None,
-        top_k: Tensor | None,
+        hidden: Tensor,
+        slots: Tensor,
+        bonus: Tensor,
+        temperatures: Tensor | None = None,
+        top_k: Tensor | None = None,
+    ) -> Drafts:
+        """Drafts from mask tokens that went along with the target: ``ParallelRound``.
+
+        Args:
+            hidden: [B, num_drafts, hidden_size], normed.
+            slots: [B] int64.
+            bonus: [B] int64, the bonus tokens.
+            temperatures, top_k: as of ``draft``.
+        """
+        draws = self._calls.draws(temperatures, hidden.shape[1], top_k)
+        return self.loop.pick(hidden, slots, bonus, draws, validate=False)
+
+    def draft_for_nobody(
+        self, batch: int, num_drafts: int, *draws: Tensor | None
     ) -> Tensor:
+        """Tokens of a draft over lists as long as they get, to be timed."""
         slots = torch.full((batch,), self.loop.lists.spare_slot, device=self.device)
-        ends = torch.full_like(slots, self._max_model_len - num_drafts - 1)
+        ends = torch.full_like(slots, self.max_model_len - num_drafts - 1)
         tokens = torch.zeros_like(slots)[:, None]
-        drafts = self.draft(slots, tokens, ends, num_drafts, temperatures, top_k)
-        return drafts.tokens
+        return self.draft(slots, tokens, ends, num_drafts, *draws).tokens
+
+    def pick_for_nobody(
+        self, batch: int, num_drafts: int, *draws: Tensor | None
+    ) -> Tensor:
+        """The same of a draft whose mask tokens went along with the target."""
+        mask = self.drafter.mask_embedding
+        hidden = mask.new_zeros((batch, num_drafts, len(mask)))
+        slots = torch.arange(batch, device=self.device)
+        return self.pick(hidden, slots, torch.zeros_like(slots), *draws).tokens
 
     def capture_graphs(self, capture: Capture) -> int:
         """From now on drafts replay graphs, which ``capture`` makes.

@@ -123,9 +123,7 @@ class TargetPass:
                     x = x + layer.mlp(layer.post_attention_layernorm(x))
                 continue
             if attend_masks is not None:
-                tuned: Any = drafter.layers[depth]
-                qkv = tuned.project(layer.input_layernorm(masks))
-                masks = masks + tuned.output(attend_masks(depth, qkv))
+                masks = drafter.attended(depth, masks, layer, attend_masks)
             # One product for both, so that the weights are read once.
             both = torch.cat([x, masks], 1)
             both = both + layer.mlp(layer.post_attention_layernorm(both))

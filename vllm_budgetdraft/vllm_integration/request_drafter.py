@@ -46,6 +46,7 @@ class Request:
         num_computed: tokens of the context that the target knew before this step.
         num_scheduled: tokens that it computed in this step, drafts among them.
         first_state: row of the first of them, among all that the step computed.
+        num_accepted: drafts that were accepted in this step.
         block_tables: of each kind of the target's cache, where its pages are.
     """
 
@@ -59,6 +60,7 @@ class Request:
     block_tables: tuple[np.ndarray, ...] = ()
     num_scheduled: int = 0
     first_state: int = 0
+    num_accepted: int = 0
 
 
 class RequestDrafter:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
+from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.drafter.feature_checkpoint import read_feature_config
 from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
@@ -24,6 +25,7 @@ from vllm_budgetdraft.vllm_integration.core_loader import (
     load_mask_core,
 )
 from vllm_budgetdraft.vllm_integration.feature_requests import FeatureRequestDrafter
+from vllm_budgetdraft.vllm_integration.flex_rounds import FlexRounds
 from vllm_budgetdraft.vllm_integration.patches import (
     runner_v1,
     statistics,
@@ -55,6 +57,7 @@ class BudgetDraftProposer:
         self._last_batch: set[str] = set()
         self._probabilities: tuple[list[str], Tensor] | None = None
         self._adaptive: AdaptiveLength | None = None
+        self._flex: FlexRounds | None = None
         runner_v1.apply(type(self))
         statistics.apply_to_worker()
         step_timing.apply_to_worker()
@@ -74,8 +77,25 @@ class BudgetDraftProposer:
         if self._config.drafter_type == "flexdraft":
             self._core = load_mask_core(self._vllm_config, target)
             self._drafter = TargetDrafter(self._core, self._num_slots)
+            self._flex = self._flex_rounds(self._core, self._drafter)
         else:
             self._use(load_core(self._vllm_config, target, embedding=embedding))
+
+    def _flex_rounds(
+        self, core: MaskProposer, drafter: TargetDrafter
+    ) -> FlexRounds | None:
+        """Raises UnsupportedVllmError: they were asked for, and cannot be had."""
+        mode = self._config.flex_decoding
+        if mode == "sequential" or not core.drafter.drafts_blind:
+            return None
+        if is_gpu(core.device) and not self._vllm_config.model_config.enforce_eager:
+            if mode == "parallel":
+                raise UnsupportedVllmError(
+                    "flex_decoding='parallel' with CUDA graphs of the target: mask "
+                    "tokens would not be in them; use enforce_eager, or 'auto'"
+                )
+            return None
+        return drafter.allow_rounds(mode)
 
     def _use(self, core: DraftProposer) -> None:
         self._core = core
@@ -151,6 +171,8 @@ class BudgetDraftProposer:
         if isinstance(self._core, MaskProposer):
             num_kinds = len(runner.kv_cache_config.kv_cache_groups)
             finish_core(self._core, self._vllm_config, num_kinds)
+        if self._flex is not None:
+            self._flex.time_steps(runner)
         if self._config.adaptive_draft_length:
             costs = time_steps(runner, self._core)
             if costs and self._is_leader:
@@ -265,6 +287,7 @@ class BudgetDraftProposer:
                 block_tables=tuple(table[row] for table in tables),
                 num_scheduled=num_scheduled[row],
                 first_state=first_states[row],
+                num_accepted=max(0, len(sampled) - 1),
             )
             requests.append(request)
         is_trial = self._adaptive is not None and self._adaptive.is_trying
@@ -276,7 +299,22 @@ class BudgetDraftProposer:
             drafts = self._drafter.draft(requests, is_trial)
         if self._adaptive is not None:
             self._adaptive.drafted(len(drafts), self._drafter.has_only_drafted)
+        if self._flex is not None:
+            are_all = all(sampled_token_ids) and self._drafter.has_only_drafted
+            outcomes = self._outcomes(sampled_token_ids)
+            self._flex.next(ids, outcomes, length, are_undisturbed=are_all)
         return drafts
+
+    def _outcomes(
+        self, sampled_token_ids: list[list[int]]
+    ) -> dict[str, tuple[int, int]]:
+        """Of each request that verified drafts: how many, and how many of them stay."""
+        ids = self._runner.input_batch.req_ids
+        return {
+            request_id: (self._verified[request_id], len(sampled) - 1)
+            for request_id, sampled in zip(ids, sampled_token_ids, strict=True)
+            if sampled and self._verified.get(request_id)
+        }
 
     def _choose_length(self, sampled_token_ids: list[list[int]]) -> int:
         """Most tokens to draft in this step."""
@@ -292,12 +330,6 @@ class BudgetDraftProposer:
         if self._last_batch.isdisjoint(ids):
             self._adaptive.forget_step()
         self._last_batch = set(ids)
-        self._adaptive.acceptance.record(
-            {
-                request_id: (self._verified[request_id], len(sampled) - 1)
-                for request_id, sampled in zip(ids, sampled_token_ids, strict=True)
-                if sampled and self._verified.get(request_id)
-            }
-        )
+        self._adaptive.acceptance.record(self._outcomes(sampled_token_ids))
         is_decoding = all(sampled_token_ids)
         return self._adaptive.choose(time.perf_counter(), ids, is_decoding, length)

@@ -11,6 +11,7 @@ from vllm_budgetdraft.config import parse_request_settings
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.vllm_integration.draft_lists import NOT_FINITE, confident, marked
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
+from vllm_budgetdraft.vllm_integration.flex_rounds import FlexRounds
 from vllm_budgetdraft.vllm_integration.observation import DraftTimer
 from vllm_budgetdraft.vllm_integration.request_drafter import (
     Request,
@@ -41,6 +42,12 @@ class TargetDrafter:
         self.timer = DraftTimer(core.device)
         self.probabilities: tuple[list[str], Tensor] | None = None
         self.has_only_drafted = False
+        self._rounds: FlexRounds | None = None
+
+    def allow_rounds(self, mode: str) -> FlexRounds:
+        """From now on drafts may be made in the target's own pass."""
+        self._rounds = FlexRounds(self._core, self._slots, self._faults, mode)
+        return self._rounds
 
     def observe(self) -> None:
         """Notes what drafting took; there is no draft cache."""
@@ -129,6 +136,12 @@ class TargetDrafter:
         return holding
 
     def _draft(self, ready: list[tuple[Request, Holding]]) -> dict[int, list[int]]:
+        count = max(max_drafts(request, each.settings) for request, each in ready)
+        draws = as_tensors([each.sampling for _, each in ready], self._core.device)
+        states = None
+        if self._rounds is not None:
+            last = [each.first_state + each.num_accepted for each, _ in ready]
+            states = self._rounds.take(last, count)
         blocks = np.stack([request.block_tables[0] for request, _ in ready])
         ends = [
             (holding.slot, len(request.context), request.context[-1])
@@ -136,18 +149,13 @@ class TargetDrafter:
         ]
         # At once, for each copy to a GPU makes the host wait.
         rows = self._tensor(np.concatenate([np.array(ends), blocks], 1))
-        slots = rows[:, 0]
-        self._core.place(slots, rows[:, 3:])
-        samplings = [holding.sampling for _, holding in ready]
-        temperatures, top_k = as_tensors(samplings, self._core.device)
-        tokens, confidences, probabilities = self._core.draft(
-            slots,
-            rows[:, 2:3],
-            rows[:, 1],
-            max(max_drafts(request, each.settings) for request, each in ready),
-            temperatures,
-            top_k,
-        )
+        slots, bonus = rows[:, 0], rows[:, 2]
+        if states is not None:
+            drafts = self._core.pick(states, slots, bonus, *draws)
+        else:
+            self._core.place(slots, rows[:, 3:])
+            drafts = self._core.draft(slots, rows[:, 2:3], rows[:, 1], count, *draws)
+        tokens, confidences, probabilities = drafts
         if probabilities is not None:
             self.probabilities = [each.request_id for each, _ in ready], probabilities
         threshold = self._core.config.draft_confidence_threshold
