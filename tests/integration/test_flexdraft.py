@@ -1,7 +1,5 @@
 """In vLLM: the target drafts for itself, and its output stays what it is."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from tests.support.distributions import (
     write_tokenizer,
 )
 from tests.support.engines import FLEXDRAFT, TARGET, Job, book_tokens, run_jobs
-from tests.support.flex_twin import random_drafter
+from tests.support.flex_twin import blind, random_drafter
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.flexdraft.checkpoint import (
     fingerprint,
@@ -84,19 +82,9 @@ def test_drafts_are_those_of_reference_decoding(policy):
         assert 0 < answer.num_accepted_tokens <= sum(decoder.accepted[0])
 
 
-@pytest.fixture(scope="module")
-def blind_drafter(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The embedded one, taken at its word that it can do without the bonus token."""
-    folder = tmp_path_factory.mktemp("blind") / "drafter"
-    shutil.copytree(FLEXDRAFT, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["drafts_blind"] = True
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
 @pytest.mark.parametrize("policy", ["keep_all", "chunk_retrieval"])
-def test_parallel_drafts_are_those_of_reference_decoding(policy, blind_drafter):
+def test_parallel_drafts_are_those_of_reference_decoding(policy, tmp_path):
+    blind_drafter = blind(tmp_path / "drafter")
     prompts = [book_tokens(n, start=n) for n in (100, 700)]
     sampling = {"max_tokens": 60, "ignore_eos": True}
     jobs = {str(i): Job([prompt], sampling) for i, prompt in enumerate(prompts)}

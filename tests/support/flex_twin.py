@@ -1,5 +1,8 @@
 """FlexDraft's mask tokens spelled out: one query, one layer, one softmax at a time."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from tests.support import models
+from tests.support.engines import FLEXDRAFT
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft, begin_as_target
 
 NUM_LAYERS, RANK = 2, 5
@@ -29,6 +33,14 @@ def random_drafter(target: PreTrainedModel, seed: int = 0, **changes: Any) -> Fl
             scale = parameter.shape[-1] ** -0.5 if wide else 0.3
             parameter.add_(scale * torch.randn_like(parameter))
     return drafter.eval().requires_grad_(False)
+
+
+def blind(folder: Path) -> str:
+    """The embedded drafter, as if it had learnt to do without the bonus token."""
+    shutil.copytree(FLEXDRAFT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"drafts_blind": True}))
+    return str(folder)
 
 
 def random_target(family: Any = models.llama, **changes: Any) -> PreTrainedModel:

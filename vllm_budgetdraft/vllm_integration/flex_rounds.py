@@ -1,19 +1,20 @@
-"""Rounds in which the target drafts while it verifies, in vLLM's model runner V1."""
+"""Rounds in which the target drafts while it verifies, in a vLLM engine."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.config import VllmConfig
 
+from vllm_budgetdraft.attention.backend import is_gpu
+from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.flexdraft.parallel_round import ParallelRound
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.flexdraft.switch import FlexSwitch, Mode
 from vllm_budgetdraft.vllm_integration.beside_target import put_beside
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
-from vllm_budgetdraft.vllm_integration.request_slots import RequestSlots
 from vllm_budgetdraft.vllm_integration.step_timing import time_steps
 
 
@@ -27,6 +28,38 @@ class _PickOnly:
         return self._core.pick_for_nobody(batch, num_drafts)
 
 
+def rounds_for(
+    core: MaskProposer,
+    vllm_config: VllmConfig,
+    faults: FaultLog,
+    tokens_of_pass: Callable[[], tuple[Tensor, Tensor] | None],
+    *,
+    can_choose: bool,
+) -> "FlexRounds | None":
+    """Parallel rounds, if there may be any. To be called before a target is compiled.
+
+    Args:
+        can_choose: whether ``FlexRounds.next`` will be told what it needs.
+
+    Raises:
+        UnsupportedVllmError: they were asked for, and cannot be had.
+    """
+    mode = core.config.flex_decoding
+    if mode == "sequential" or not core.drafter.drafts_blind:
+        return None
+    if mode == "auto" and not can_choose:
+        return None
+    if is_gpu(core.device) and not vllm_config.model_config.enforce_eager:
+        if mode == "parallel":
+            raise UnsupportedVllmError(
+                "flex_decoding='parallel' where the target runs as CUDA graphs, which "
+                "would not have the mask tokens in them; use enforce_eager=True, or "
+                "flex_decoding='auto'"
+            )
+        return None
+    return FlexRounds(core, faults, mode, tokens_of_pass)
+
+
 class FlexRounds:
     """Begins parallel rounds in the target's pass, and says when it pays.
 
@@ -35,17 +68,24 @@ class FlexRounds:
     """
 
     def __init__(
-        self, core: MaskProposer, slots: RequestSlots, faults: FaultLog, mode: str
+        self,
+        core: MaskProposer,
+        faults: FaultLog,
+        mode: str,
+        tokens_of_pass: Callable[[], tuple[Tensor, Tensor] | None],
     ) -> None:
         """
         Args:
             mode: "auto" for what pays best.
+            tokens_of_pass: asked in a pass of the target, for the slots and positions
+                [T] of its tokens, whose pages the core has been told; None if they are
+                not those of requests that draft.
         """
-        self._core, self._slots, self._faults = core, slots, faults
+        self._core, self._faults = core, faults
+        self._tokens_of_pass = tokens_of_pass
         self._masks = ParallelRound(core.loop, core.drafter)
         self._is_auto = mode == "auto"
         self.mode: Mode = "parallel" if mode == "parallel" else "sequential"
-        self._runner: Any = None
         self._switch: FlexSwitch | None = None
         self._is_rehearsing = False
         # Of the step before: its mode, requests and length, and when it ended.
@@ -56,7 +96,6 @@ class FlexRounds:
 
     def time_steps(self, runner: Any) -> None:
         """Times both modes, if one is to be chosen, when all is compiled."""
-        self._runner = runner
         if not self._is_auto:
             return
         sequential = time_steps(runner, self._core)
@@ -72,41 +111,17 @@ class FlexRounds:
         """Begins a round if this pass is to be one, and of decoding requests alone."""
         self._masks.cancel()
         if self._is_rehearsing:
-            places = torch.full((num_tokens,), self._core.loop.lists.spare_slot)
-            ends = torch.full_like(places, self._core.max_model_len - 1)
-            device = self._core.device
-            self._masks.begin(places.to(device), ends.to(device))
-            return
-        if self.mode == "sequential" or not is_forward_context_available():
-            return
-        metadata = get_forward_context().attn_metadata
-        if self._runner is None or not isinstance(metadata, dict):
-            return
-        runner, slots = self._runner, []
-        for request_id in runner.input_batch.req_ids:
-            holding = self._slots.get(request_id, runner.requests[request_id])
-            if holding is None:
-                return
-            slots.append(holding.slot)
-        layer = self._core.loop.parts.layers[0]
-        of_batch = metadata[layer.self_attn.attn.layer_name]
-        count = of_batch.num_actual_tokens
-        if count > len(slots) * self._core.loop.block:  # somebody goes on with a prompt
-            return
-        device = self._core.device
-        of_requests = torch.tensor(slots, device=device)
-        starts = of_batch.query_start_loc[: len(slots) + 1].long()
-        row = torch.repeat_interleave(starts.diff(), output_size=count)
-        # Its last token stands at the end of what the request has in the cache.
-        ends = (of_batch.seq_lens[: len(slots)] - starts[1:])[row]
-        positions = ends + torch.arange(count, device=device)
-        self._core.place(of_requests, of_batch.block_table[: len(slots)])
-        self._masks.begin(of_requests[row], positions)
+            lists, device = self._core.loop.lists, self._core.device
+            slots = torch.full((num_tokens,), lists.spare_slot, device=device)
+            last = self._core.max_model_len - self._core.max_drafts - 2
+            self._masks.begin(slots, torch.full_like(slots, last))
+        elif self.mode == "parallel" and (tokens := self._tokens_of_pass()):
+            self._masks.begin(*tokens)
 
     def _report(self, error: Exception) -> None:
         self._faults.report("a parallel round", error)
 
-    def take(self, rows: Sequence[int], num_drafts: int) -> Tensor | None:
+    def take(self, rows: Tensor, num_drafts: int) -> Tensor | None:
         """States of mask tokens after the rows [B] of the pass, if it was a round.
 
         Returns:
@@ -115,7 +130,7 @@ class FlexRounds:
         self._was_round = self._masks.is_on
         if not self._was_round:
             return None
-        return self._masks.end(torch.tensor(rows, device=self._core.device), num_drafts)
+        return self._masks.end(rows, num_drafts)
 
     def next(
         self,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
-from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.drafter.feature_checkpoint import read_feature_config
 from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
@@ -76,26 +75,10 @@ class BudgetDraftProposer:
             return
         if self._config.drafter_type == "flexdraft":
             self._core = load_mask_core(self._vllm_config, target)
-            self._drafter = TargetDrafter(self._core, self._num_slots)
-            self._flex = self._flex_rounds(self._core, self._drafter)
+            drafter = TargetDrafter(self._core, self._num_slots)
+            self._drafter, self._flex = drafter, drafter.allow_rounds(self._vllm_config)
         else:
             self._use(load_core(self._vllm_config, target, embedding=embedding))
-
-    def _flex_rounds(
-        self, core: MaskProposer, drafter: TargetDrafter
-    ) -> FlexRounds | None:
-        """Raises UnsupportedVllmError: they were asked for, and cannot be had."""
-        mode = self._config.flex_decoding
-        if mode == "sequential" or not core.drafter.drafts_blind:
-            return None
-        if is_gpu(core.device) and not self._vllm_config.model_config.enforce_eager:
-            if mode == "parallel":
-                raise UnsupportedVllmError(
-                    "flex_decoding='parallel' with CUDA graphs of the target: mask "
-                    "tokens would not be in them; use enforce_eager, or 'auto'"
-                )
-            return None
-        return drafter.allow_rounds(mode)
 
     def _use(self, core: DraftProposer) -> None:
         self._core = core
@@ -169,6 +152,8 @@ class BudgetDraftProposer:
     def time_steps(self, runner: Any) -> None:
         """Begins to adapt the draft length, if it is to; every rank must call it."""
         if isinstance(self._core, MaskProposer):
+            assert isinstance(self._drafter, TargetDrafter)
+            self._drafter.runner = runner
             num_kinds = len(runner.kv_cache_config.kv_cache_groups)
             finish_core(self._core, self._vllm_config, num_kinds)
         if self._flex is not None:

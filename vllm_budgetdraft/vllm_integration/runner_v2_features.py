@@ -17,12 +17,7 @@ from vllm_budgetdraft.proposer.draft_loop import Fed
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
 from vllm_budgetdraft.vllm_integration.remembering import start_reading_features
 from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
-
-#: The first arguments of ``propose``, in their order.
-GIVEN = (
-    *("input_batch", "attn_metadata", "slot_mappings", "last_hidden_states"),
-    *("aux_hidden_states", "num_sampled", "num_rejected"),
-)
+from vllm_budgetdraft.vllm_integration.speculator_base import GIVEN
 
 
 class FeatureSpeculator(BudgetDraftSpeculator):

@@ -2,14 +2,17 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.picking import Drafts
 from vllm_budgetdraft.vllm_integration.core_loader import finish_core, load_mask_core
+from vllm_budgetdraft.vllm_integration.flex_rounds import rounds_for
 from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
 from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
+from vllm_budgetdraft.vllm_integration.speculator_base import GIVEN
 
 
 class TargetSpeculator(BudgetDraftSpeculator):
@@ -17,13 +20,45 @@ class TargetSpeculator(BudgetDraftSpeculator):
 
     Of a request ``Progress`` says whether what it sees of its prompt is chosen
     (``is_read``); it can be once the prompt is in the target's cache.
+
+    In this runner ``flex_decoding`` "auto" is sequential: what drafts of either mode
+    are accepted only the device knows, and the scheduler.
     """
 
     def _load_core(
         self, target_model: nn.Module, embedding: Tensor | None
     ) -> DrawnLogits | None:
         self._masks = load_mask_core(self.vllm_config, target_model, tells_logits=True)
+        self._batch: Any = None
+        num_slots = self.vllm_config.scheduler_config.max_num_seqs
+        # By slot, the row of its last accepted token in the pass.
+        self._last_rows = torch.zeros(num_slots, dtype=torch.int64, device=self.device)
+        self._rounds = rounds_for(
+            self._masks,
+            self.vllm_config,
+            self._faults,
+            self._tokens_of_pass,
+            can_choose=False,
+        )
         return self._masks.drawn_logits
+
+    def note_batch(self, batch: Any) -> None:
+        """Takes vLLM's InputBatch of the pass that comes next."""
+        self._batch = batch
+
+    def _tokens_of_pass(self) -> tuple[Tensor, Tensor] | None:
+        """See ``FlexRounds``."""
+        batch, self._batch = self._batch, None
+        if batch is None or batch.has_prefill:
+            return None
+        indices = batch.idx_mapping_np.tolist()
+        if not all((each := self._progress.get(i)) and each.is_read for i in indices):
+            return None
+        slots, count = batch.idx_mapping, batch.num_tokens
+        starts = batch.query_start_loc[: batch.num_reqs + 1]
+        row = torch.repeat_interleave(starts.diff(), output_size=count)
+        self._masks.place(slots, self._blocks[slots])
+        return slots[row], batch.positions[:count]
 
     def time_steps(self, runner: Any) -> None:
         """See ``BudgetDraftSpeculator``; the engine has its cache by now."""
@@ -41,6 +76,8 @@ class TargetSpeculator(BudgetDraftSpeculator):
         """See ``BudgetDraftSpeculator``."""
         if kwargs.get("is_profile"):
             self._masks.warm_up_head()
+        given = dict(zip(GIVEN, args, strict=False)) | kwargs
+        self._passed = given["input_batch"], given["num_sampled"]
         return super().propose(*args, **kwargs)
 
     def _observe(self) -> None:
@@ -95,6 +132,14 @@ class TargetSpeculator(BudgetDraftSpeculator):
         states = self._states
         ends = states.total_len.gpu[slots].long()
         last = states.all_token_ids.gpu[slots, ends - 1].long()
+        hidden = None
+        if self._rounds is not None:
+            batch, num_sampled = self._passed
+            last_rows = batch.query_start_loc[: batch.num_reqs] + num_sampled - 1
+            self._last_rows[batch.idx_mapping] = last_rows.long()
+            hidden = self._rounds.take(self._last_rows[slots], length)
+        if hidden is not None:
+            return self._masks.pick(hidden, slots, last, temperatures, top_k)
         self._masks.place(slots, self._blocks[slots])
         return self._masks.draft(
             slots, last[:, None], ends, length, temperatures, top_k

@@ -134,6 +134,11 @@ def make_config(
         settled = _check_eagle3(ours, target_model_config)
     else:
         settled = _check_decoder(ours, target_model_config)
+    if kind != "flexdraft" and "flex_decoding" in ours.model_fields_set:
+        raise ConfigurationError(
+            f"flex_decoding={ours.flex_decoding!r} is about flexdraft drafters, and "
+            f"{ours.model} is none; leave it out"
+        )
     if settled.adaptive_draft_length == "auto" and (
         target_parallel_config.data_parallel_size > 1
         # Each rank has a scheduler, and only the first one's times.
@@ -279,6 +284,13 @@ def _check_flexdraft(
     policy = {k: v for k, v in trained.items() if k not in CACHE_SETTINGS}
     settled = _settle(config, policy, "flexdraft")
     PageSelector(settled, page_size=1)
+    drafts_blind = found.get("drafts_blind", not found["sees_bonus"])
+    if config.flex_decoding == "parallel" and not drafts_blind:
+        raise ConfigurationError(
+            f"flex_decoding='parallel': mask tokens of {config.model} must know the "
+            "bonus token, which verification has yet to find; use 'sequential', or "
+            "train with blind_fraction"
+        )
     if config.num_speculative_tokens > found["draft_tokens"]:
         raise ConfigurationError(
             f"num_speculative_tokens={config.num_speculative_tokens}, but the drafter "

@@ -5,6 +5,12 @@ from typing import Any
 from torch import nn
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
+#: The first arguments of ``propose``, in their order.
+GIVEN = (
+    *("input_batch", "attn_metadata", "slot_mappings", "last_hidden_states"),
+    *("aux_hidden_states", "num_sampled", "num_rejected"),
+)
+
 
 class SpeculatorWithoutModule(DraftModelSpeculator):
     """It has no attention layers of vLLM's, nor whatever hangs on them."""

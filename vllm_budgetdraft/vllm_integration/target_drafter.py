@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from vllm_budgetdraft.config import parse_request_settings
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.vllm_integration.draft_lists import NOT_FINITE, confident, marked
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
-from vllm_budgetdraft.vllm_integration.flex_rounds import FlexRounds
+from vllm_budgetdraft.vllm_integration.flex_rounds import FlexRounds, rounds_for
 from vllm_budgetdraft.vllm_integration.observation import DraftTimer
 from vllm_budgetdraft.vllm_integration.request_drafter import (
     Request,
@@ -31,6 +33,7 @@ class TargetDrafter:
 
     Attributes:
         statistics, timer, probabilities, has_only_drafted: see ``RequestDrafter``.
+        runner: vLLM's, once there is one.
     """
 
     def __init__(self, core: MaskProposer, num_slots: int) -> None:
@@ -43,11 +46,42 @@ class TargetDrafter:
         self.probabilities: tuple[list[str], Tensor] | None = None
         self.has_only_drafted = False
         self._rounds: FlexRounds | None = None
+        self.runner: Any = None
 
-    def allow_rounds(self, mode: str) -> FlexRounds:
-        """From now on drafts may be made in the target's own pass."""
-        self._rounds = FlexRounds(self._core, self._slots, self._faults, mode)
+    def allow_rounds(self, vllm_config: VllmConfig) -> FlexRounds | None:
+        """Lets drafts be made in the target's own pass; see ``rounds_for``."""
+        self._rounds = rounds_for(
+            self._core, vllm_config, self._faults, self._tokens_of_pass, can_choose=True
+        )
         return self._rounds
+
+    def _tokens_of_pass(self) -> tuple[Tensor, Tensor] | None:
+        """See ``FlexRounds``; what vLLM has prepared for its attention knows where."""
+        if self.runner is None or not is_forward_context_available():
+            return None
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):  # a pass of no requests
+            return None
+        slots = []
+        for request_id in self.runner.input_batch.req_ids:
+            state = self.runner.requests[request_id]
+            holding = self._slots.get(request_id, state)
+            if holding is None or holding.num_cached != state.num_prompt_tokens:
+                return None
+            slots.append(holding.slot)
+        layer = self._core.loop.parts.layers[0]
+        of_pass = metadata[layer.self_attn.attn.layer_name]
+        count = of_pass.num_actual_tokens
+        if count > len(slots) * self._core.loop.block:  # somebody goes on with a prompt
+            return None
+        starts = of_pass.query_start_loc[: len(slots) + 1].long()
+        row = torch.repeat_interleave(starts.diff(), output_size=count)
+        # The last token of a request stands at the end of what the cache will have.
+        shift = (of_pass.seq_lens[: len(slots)] - starts[1:])[row]
+        positions = shift + torch.arange(count, device=self._core.device)
+        of_rows = self._tensor(slots)
+        self._core.place(of_rows, of_pass.block_table[: len(slots)])
+        return of_rows[row], positions
 
     def observe(self) -> None:
         """Notes what drafting took; there is no draft cache."""
@@ -141,7 +175,7 @@ class TargetDrafter:
         states = None
         if self._rounds is not None:
             last = [each.first_state + each.num_accepted for each, _ in ready]
-            states = self._rounds.take(last, count)
+            states = self._rounds.take(self._tensor(last), count)
         blocks = np.stack([request.block_tables[0] for request, _ in ready])
         ends = [
             (holding.slot, len(request.context), request.context[-1])

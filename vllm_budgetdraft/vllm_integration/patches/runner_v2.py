@@ -89,6 +89,7 @@ def _make_ours(original: Function) -> Function:
             kind = FeatureSpeculator
         elif config.settings.drafter_type == "flexdraft":
             kind = TargetSpeculator
+            wrap_method(GPUModelRunner, "prepare_attn", _note_batch)
         return kind(vllm_config, device, req_states)
 
     return init_speculator
@@ -111,6 +112,22 @@ def _ask_for_states(original: Function) -> Function:
             self.model.set_aux_hidden_state_layers(tuple(self.speculator.aux_layers))
 
     return load_model
+
+
+def _note_batch(original: Function) -> Function:
+    """Symptom: mask tokens that go along with verification cannot tell whose tokens
+    they follow (``flex_decoding`` "parallel").
+
+    Reason: a speculator is told of a batch after the target's pass. Remove when it is
+    told before, too.
+    """
+
+    def prepare_attn(self: Any, input_batch: Any) -> Any:
+        if hasattr(self.speculator, "note_batch"):
+            self.speculator.note_batch(input_batch)
+        return original(self, input_batch)
+
+    return prepare_attn
 
 
 def _announce(original: Function) -> Function:

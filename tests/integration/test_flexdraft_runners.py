@@ -1,0 +1,92 @@
+"""FlexDraft in both of vLLM's model runners; V2's kernels run in the interpreter."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.engine_settings import COMMON, FEW_BLOCKS, draft
+from tests.support.engines import FLEXDRAFT, EngineProcess, engine_process
+from tests.support.flex_twin import blind
+from tests.support.runner_v2 import schedule_ahead
+from tests.support.scripts import (
+    aborts,
+    all_at_once,
+    check,
+    low_priority_first,
+    of_book,
+    one_id_again_and_again,
+)
+
+pytestmark = pytest.mark.vllm
+
+FLEX = draft(model=FLEXDRAFT, kv_budget=128, recent_window=64, local_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[EngineProcess]:
+    with engine_process(COMMON) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def v1() -> Iterator[EngineProcess]:
+    with engine_process(COMMON | FEW_BLOCKS | FLEX) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def v2() -> Iterator[EngineProcess]:
+    with engine_process(COMMON | FEW_BLOCKS | FLEX, schedule_ahead) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings by which the target drafts while it verifies."""
+    drafter = blind(tmp_path_factory.mktemp("blind") / "drafter")
+    config = FLEX["speculative_config"]
+    return {
+        "speculative_config": {
+            **config,
+            "model": drafter,
+            "flex_decoding": "parallel",
+        }
+    }
+
+
+@pytest.fixture(scope="module")
+def parallel_v1(parallel) -> Iterator[EngineProcess]:
+    with engine_process(COMMON | FEW_BLOCKS | parallel) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def parallel_v2(parallel) -> Iterator[EngineProcess]:
+    with engine_process(COMMON | FEW_BLOCKS | parallel, schedule_ahead) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_both_runners_draft_the_same(mode, plain, request):
+    """Prompts within the budget and beyond it, whose prefill takes several steps."""
+    names = ("v1", "v2") if mode == "sequential" else ("parallel_v1", "parallel_v2")
+    requests = [of_book(n, 60, start=3 * n) for n in (60, 200, 500)]
+    engines = [request.getfixturevalue(name) for name in names]
+    played = [engine.play(all_at_once, requests) for engine in engines]
+    for each in played:
+        check(each, plain)
+    first, second = ([c.gains for c in each.courses] for each in played)
+    assert first == second
+    assert max(max(gains) for gains in first) > 2
+
+
+@pytest.mark.parametrize("script", [low_priority_first, aborts])
+@pytest.mark.parametrize("name", ["v1", "v2", "parallel_v1", "parallel_v2"])
+def test_requests_come_and_go(name, script, plain, request):
+    check(request.getfixturevalue(name).play(script), plain)
+
+
+def test_an_id_may_be_used_again_and_again(v1, parallel_v1, plain):
+    for engine in (v1, parallel_v1):
+        check(engine.play(one_id_again_and_again), plain)
