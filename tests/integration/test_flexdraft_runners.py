@@ -5,10 +5,15 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine_settings import COMMON, FEW_BLOCKS, draft
-from tests.support.engines import FLEXDRAFT, EngineProcess, engine_process
+from tests.support.engine_settings import COMMON, FEW_BLOCKS, NUM_DRAFTS, draft
+from tests.support.engines import (
+    FLEXDRAFT,
+    EngineProcess,
+    engine_process,
+    nothing,
+)
 from tests.support.flex_twin import blind
-from tests.support.runner_v2 import schedule_ahead
+from tests.support.runner_v2 import interpret_kernels, schedule_ahead
 from tests.support.scripts import (
     aborts,
     all_at_once,
@@ -79,6 +84,23 @@ def test_both_runners_draft_the_same(mode, plain, request):
     first, second = ([c.gains for c in each.courses] for each in played)
     assert first == second
     assert max(max(gains) for gains in first) > 2
+
+
+def test_both_runners_verify_what_the_drafter_is_confident_of(plain):
+    """In V2 where it does not schedule ahead."""
+    config = FLEX["speculative_config"] | {"draft_confidence_threshold": 0.2}
+    settings = COMMON | FEW_BLOCKS | {"speculative_config": config}
+    requests = [of_book(n, 40, start=3 * n) for n in (60, 300)]
+    played = []
+    for prepare in (nothing, interpret_kernels):
+        with engine_process(settings, prepare) as engine:
+            played.append(engine.play(all_at_once, requests))
+            check(played[-1], plain)
+    first, second = ([c.gains for c in each.courses] for each in played)
+    assert first == second
+    assert played[0].drafted == played[1].drafted
+    num_steps = sum(map(len, first))
+    assert 0 < played[0].drafted < 0.8 * num_steps * NUM_DRAFTS
 
 
 @pytest.mark.parametrize("script", [low_priority_first, aborts])

@@ -10,13 +10,16 @@ from vllm_budgetdraft.config import SettledConfig
 pytestmark = pytest.mark.vllm
 
 
-def only_on_v1(data_parallel_size: int = 1, **settings: object) -> list[str]:
+def only_on_v1(
+    data_parallel_size: int = 1, is_ahead: bool | None = None, **settings: object
+) -> list[str]:
     from vllm_budgetdraft.vllm_integration import speculative_config
 
     settings = {"model": DRAFTER, "num_speculative_tokens": 4, **settings}
     config = SimpleNamespace(
         speculative_config=SimpleNamespace(settings=SettledConfig(**settings)),
         parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size),
+        scheduler_config=SimpleNamespace(async_scheduling=is_ahead),
     )
     return speculative_config.only_on_v1(config)
 
@@ -24,8 +27,10 @@ def only_on_v1(data_parallel_size: int = 1, **settings: object) -> list[str]:
 @pytest.mark.parametrize(
     ("settings", "feature"),
     [
-        ({"drafter_type": "flexdraft"}, "flexdraft drafters"),
-        ({"draft_confidence_threshold": 0.3}, "draft_confidence_threshold"),
+        (
+            {"draft_confidence_threshold": 0.3, "is_ahead": True},
+            "draft_confidence_threshold with asynchronous scheduling",
+        ),
         (
             {"adaptive_draft_length": True, "data_parallel_size": 2},
             "adaptive_draft_length with data parallelism",
@@ -38,10 +43,26 @@ def test_what_v2_cannot_do_is_named_and_has_v1_taken(settings, feature):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"adaptive_draft_length": True}, {"data_parallel_size": 2}],
+    [
+        {},
+        {"adaptive_draft_length": True},
+        {"data_parallel_size": 2},
+        {"drafter_type": "flexdraft"},
+        {"draft_confidence_threshold": 0.3, "is_ahead": False},
+    ],
 )
 def test_v2_does_the_rest(settings):
     assert only_on_v1(**settings) == []
+
+
+@pytest.mark.parametrize(("version", "is_ahead"), [("0.32.1", False), ("0.33.0", True)])
+def test_a_threshold_needs_v1_where_vllm_will_schedule_ahead(
+    version, is_ahead, monkeypatch
+):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    assert bool(only_on_v1(draft_confidence_threshold=0.3)) == is_ahead
 
 
 def test_vllm_asks_us_and_other_methods_are_judged_as_before(monkeypatch):
@@ -61,9 +82,13 @@ def test_vllm_asks_us_and_other_methods_are_judged_as_before(monkeypatch):
     ours = SimpleNamespace(
         speculative_config=SimpleNamespace(settings=settings, budgetdraft={}),
         parallel_config=parallel,
+        scheduler_config=SimpleNamespace(async_scheduling=True),
     )
     others = SimpleNamespace(speculative_config=SimpleNamespace())
     plain = SimpleNamespace(speculative_config=None)
     ask = getattr(VllmConfig, name)
-    assert ask(ours) == ["something else", "budgetdraft's draft_confidence_threshold"]
+    assert ask(ours) == [
+        "something else",
+        "budgetdraft's draft_confidence_threshold with asynchronous scheduling",
+    ]
     assert ask(others) == ask(plain) == theirs

@@ -8,6 +8,8 @@ from vllm_budgetdraft.errors import UnsupportedVllmError
 OLDEST, NEWEST = (0, 25), (0, 33)
 #: Whose model runner V2 has the interface that ``runner_v2`` implements.
 OLDEST_WITH_RUNNER_V2 = (0, 32)
+#: In older versions a "custom_class" is never scheduled ahead.
+OLDEST_THAT_SCHEDULES_AHEAD = (0, 33)
 
 
 def check_vllm_version(version: str) -> None:
@@ -30,6 +32,12 @@ def supports_runner_v2(version: str) -> bool:
     """Whether drafting works in the model runner V2 of such a vLLM."""
     parsed = _parsed(version)
     return parsed is not None and parsed >= OLDEST_WITH_RUNNER_V2
+
+
+def schedules_custom_class_ahead(version: str) -> bool:
+    """Whether such a vLLM has "custom_class" methods scheduled ahead by default."""
+    parsed = _parsed(version)
+    return parsed is not None and parsed >= OLDEST_THAT_SCHEDULES_AHEAD
 
 
 def _parsed(version: str) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
+from vllm_budgetdraft.proposer.draft_length import confident_lengths
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.picking import Drafts
 
@@ -25,11 +26,28 @@ class DraftOutput:
         num_drafts: int,
         drawn_logits: DrawnLogits | None,
         device: torch.device,
+        threshold: float = 0.0,
     ) -> None:
+        """
+        Args:
+            threshold: see ``confident_lengths``; 0 for none.
+        """
+        self._threshold = threshold
+        self._lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)
         shape = (num_slots, num_drafts)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self._drawn_logits = drawn_logits
         self.logits = None if drawn_logits is None else drawn_logits.logits
+
+    def confident_lengths(self, num_rows: int) -> list[int] | None:
+        """How many drafts of the first rows are worth verifying, if there is a limit.
+
+        For rows that drafted; others have any number. Waits for the device.
+        """
+        if not self._threshold:
+            return None
+        lengths: list[int] = self._lengths[:num_rows].tolist()
+        return lengths
 
     def rows(self, num_rows: int) -> Tensor:
         """[num_rows, k] int64, the first."""
@@ -61,6 +79,9 @@ class DraftOutput:
             temperatures: [B], what was drafted at; 0 where the likeliest was picked,
                 whatever the target samples at. None if vLLM will look at no logits.
         """
+        if self._threshold:
+            confidences = drafted.confidences
+            self._lengths[rows] = confident_lengths(confidences, self._threshold)
         is_sound = drafted.confidences.isfinite()
         tokens = torch.where(is_sound, drafted.tokens, last_tokens)
         self._tokens[rows, : tokens.shape[1]] = tokens

@@ -88,7 +88,10 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
             drawn_logits = DrawnLogits(
                 num_slots, num_drafts, target.get_vocab_size(), dtype, device
             )
-        self._output = DraftOutput(num_slots, num_drafts, drawn_logits, device)
+        threshold = config.draft_confidence_threshold
+        self._output = DraftOutput(
+            num_slots, num_drafts, drawn_logits, device, threshold
+        )
         self.draft_logits = self._output.logits
 
     def _load_core(
@@ -280,6 +283,19 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         """Drafts of slots [B] that are ready to."""
         tokens, ends = self._context_ends(slots)
         return self._core.draft(slots, tokens, ends, length, temperatures, top_k)
+
+    def leave_out(self, request_ids: list[str], drafts: list[list[int]]) -> None:
+        """Cuts drafts, by row of the last batch, where they are not to be verified."""
+        lengths = self._output.confident_lengths(len(drafts))
+        for row, (request_id, tokens) in enumerate(
+            zip(request_ids, drafts, strict=True)
+        ):
+            if request_id not in self.drafted:
+                tokens.clear()
+            elif lengths is not None:
+                del tokens[lengths[row] :]
+                is_none = not tokens
+                self._statistics.count("drafts_skipped", is_none, "not_confident")
 
     def make_way(self, new_requests: Iterable[Any]) -> None:
         """To be called before requests take the places of others, or their own again.

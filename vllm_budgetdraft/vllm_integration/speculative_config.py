@@ -46,7 +46,10 @@ from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.flexdraft.checkpoint import drafter_type, read_flexdraft_config
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.proposer.memory import MemoryPlan, resolve_dtype
-from vllm_budgetdraft.vllm_integration.compatibility import check_vllm_version
+from vllm_budgetdraft.vllm_integration.compatibility import (
+    check_vllm_version,
+    schedules_custom_class_ahead,
+)
 from vllm_budgetdraft.vllm_integration.faults import logger
 from vllm_budgetdraft.vllm_integration.patches import (
     front_end,
@@ -177,12 +180,14 @@ def compare_vocabularies(drafter: str, target: Any) -> str | None:
 def only_on_v1(vllm_config: VllmConfig) -> list[str]:
     """What is asked for that needs vLLM's model runner V1, as vLLM names features.
 
-    With a threshold, drafts tell how many of them are worth verifying, which V2's
-    scheduler, where it schedules ahead, has said before there are any.
+    With a threshold, drafts tell how many of them are worth verifying. V2's scheduler
+    has said that before there are any, where it schedules ahead.
     """
     config: SettledConfig = vllm_config.speculative_config.settings
     needs = {
-        "budgetdraft's draft_confidence_threshold": config.draft_confidence_threshold,
+        "budgetdraft's draft_confidence_threshold with asynchronous scheduling": (
+            config.draft_confidence_threshold and _may_schedule_ahead(vllm_config)
+        ),
         # Ranks would verify different numbers of drafts, and wait for each other.
         "budgetdraft's adaptive_draft_length with data parallelism": (
             config.adaptive_draft_length is True
@@ -190,6 +195,14 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
         ),
     }
     return [feature for feature, needed in needs.items() if needed]
+
+
+def _may_schedule_ahead(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM will, or has yet to decide; it asks before and after it has."""
+    asked = vllm_config.scheduler_config.async_scheduling
+    if asked is None:
+        return schedules_custom_class_ahead(vllm.__version__)
+    return bool(asked)
 
 
 def _settle(

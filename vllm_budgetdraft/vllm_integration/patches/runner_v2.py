@@ -150,11 +150,12 @@ def _announce(original: Function) -> Function:
 
 
 def _leave_out(original: Function) -> Function:
-    """Symptom: of a request that did not draft, its last token is verified, repeated.
+    """Symptom: of a request that did not draft, its last token is verified, repeated;
+    and drafts are verified that the drafter is not confident of.
 
     Reason: the runner says that every row has drafts, and asks no speculator. Where the
     engine schedules ahead, nobody asks the runner either. Remove when a speculator can
-    say whose drafts there are.
+    say how many drafts of each request there are.
     """
 
     def take_draft_token_ids(self: Any) -> Any:
@@ -168,11 +169,7 @@ def _leave_out(original: Function) -> Function:
             and config.parallel_config.distributed_executor_backend
             != "external_launcher"
         ):
-            for request_id, tokens in zip(
-                taken.req_ids, taken.draft_token_ids, strict=True
-            ):
-                if request_id not in self.speculator.drafted:
-                    tokens.clear()
+            self.speculator.leave_out(taken.req_ids, taken.draft_token_ids)
         return taken
 
     return take_draft_token_ids
