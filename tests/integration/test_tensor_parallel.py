@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support import models
 from tests.support.engines import nothing
+from tests.support.flex_twin import random_drafter
 from tests.support.heads import write_head
 from tests.support.runner_v2 import in_every_process
+from vllm_budgetdraft.config import EvictionSettings
+from vllm_budgetdraft.flexdraft.checkpoint import fingerprint, save_flexdraft
+from vllm_budgetdraft.flexdraft.decoding import FlexDecoder
+from vllm_budgetdraft.flexdraft.pages import PageSelector
 
 pytestmark = pytest.mark.vllm
+
+#: vLLM's on a CPU, unless told otherwise.
+BLOCK_SIZE = 32
 
 #: A target that two ranks can share; models/books-9m has five heads.
 SIZES = {
@@ -76,8 +85,16 @@ def embeddings_are(worker: Any, rows: list[list[float]]) -> bool | None:
     return torch.equal(core.drafter.embedding, torch.tensor(rows))
 
 
+def prompts_of(vocab_size: int) -> list[list[int]]:
+    tokens = (models.random_tokens(n, seed=n) for n in PROMPT_TOKENS)
+    return [(each % vocab_size).tolist() for each in tokens]
+
+
 def generate(
-    folder: str, prepare: Callable[[], None], head: str | None = None
+    folder: str,
+    prepare: Callable[[], None],
+    head: str | None = None,
+    flexdraft: str | None = None,
 ) -> dict[str, Any]:
     """Tokens, contexts by rank, and numbers of drafts of several jobs."""
     prepare()
@@ -102,13 +119,13 @@ def generate(
         disable_log_stats=False,
         speculative_config={
             "method": "budgetdraft",
-            "model": head or folder,
+            "model": head or flexdraft or folder,
             "num_speculative_tokens": 4,
             "kv_budget": 64,
-            "adaptive_draft_length": prepare is nothing and head is None,
+            "adaptive_draft_length": (prepare is nothing and not (head or flexdraft)),
         },
     )
-    prompts = [models.random_tokens(n, seed=n).tolist() for n in PROMPT_TOKENS]
+    prompts = prompts_of(llm.model_config.get_vocab_size())
     no_drafts = {"extra_args": {"num_speculative_tokens": 0}}
     jobs: dict[str, dict[str, Any]] = {
         "plain": {"temperature": 0.0, **no_drafts},
@@ -118,8 +135,9 @@ def generate(
         "not shared": {"temperature": 0.7},
     }
     results: dict[str, Any] = {}
-    if head:
+    if head or flexdraft:
         del jobs["adaptive"], jobs["not shared"]
+    if head:
         rows = models.read_model(Path(folder)).get_input_embeddings().weight.tolist()
         results["embeddings"] = llm.collective_rpc(embeddings_are, args=(rows,))
     for name, settings in jobs.items():
@@ -197,3 +215,49 @@ def test_a_head_drafts_for_both_with_the_embeddings_of_both(
         _, (first, second), drafts = results[name]
         assert drafts["drafted"] > 100, name
         assert first == second, name
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        pytest.param(nothing, id="V1"),
+        pytest.param(in_every_process, id="V2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_target_on_two_ranks_drafts_for_itself_on_both(
+    tmp_path: Path, prepare: Callable[[], None]
+) -> None:
+    """Its drafts are those of one rank; of few tokens, so that many are accepted."""
+    few = {"vocab_size": 4, "bos_token_id": None, "eos_token_id": None}
+    config = models.llama(**SIZES, **few, attention_bias=True)
+    folder = str(models.write_model(tmp_path / "target", config))
+    target = models.read_model(Path(folder))
+    settings = {"target": "", "fingerprint": fingerprint(target), "draft_tokens": 4}
+    drafter = random_drafter(target, sees_bonus=True, chains=True)
+    save_flexdraft(drafter, tmp_path / "flex", settings, dtype=torch.float32)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as processes:
+        job = processes.submit(
+            generate, folder, prepare, flexdraft=str(tmp_path / "flex")
+        )
+        results = job.result()
+    assert results["greedy"][0] == results["plain"][0]
+    for name in ("greedy", "drawn"):
+        _, (first, second), drafts = results[name]
+        assert drafts["drafted"] > 100, name
+        assert first == second, name
+    one = FlexDecoder(
+        target,
+        drafter,
+        num_drafts=4,
+        selector=PageSelector(EvictionSettings(), BLOCK_SIZE),
+        kv_budget=64,
+        confidence_threshold=0.0,
+    )
+    accepted = 0
+    for prompt, written in zip(prompts_of(4), results["greedy"][0], strict=True):
+        assert one.generate([[*prompt, written[0]]], 59) == [written[1:]]
+        accepted += sum(one.accepted[0])
+    found = results["greedy"][2]["accepted"]
+    assert found > 20
+    assert 0 <= accepted - found <= 4 * len(PROMPT_TOKENS), "of the last steps"

@@ -91,19 +91,22 @@ def load_flexdraft(
     max_positions: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    has_all_of_target: bool = True,
 ) -> FlexDraft:
     """The drafter in a folder, for the target that it was trained with.
 
     Args:
         target: a causal language model of ``transformers`` or vLLM.
         max_positions: positions stay below.
+        has_all_of_target: False where the target's embeddings begin on another rank,
+            which sees whether it is the right one.
 
     Raises:
         UnsupportedDrafterError: the folder holds none, or one for another target; see
             also ``StoredWeights``.
     """
     config = read_flexdraft_config(folder)
-    if (found := fingerprint(target)) != config["fingerprint"]:
+    if has_all_of_target and (found := fingerprint(target)) != config["fingerprint"]:
         raise UnsupportedDrafterError(
             f"model={str(folder)!r} was trained for the target {config['target']!r} "
             f"(fingerprint {config['fingerprint']}); this is another one ({found}); "

@@ -26,11 +26,19 @@ class TargetParts:
     ``transformers`` and vLLM have the same ones for the Llama family.
     """
 
-    def __init__(self, model: Any, num_layers: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        num_layers: int,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """
         Args:
             num_layers: how many of the last layers.
+            gather: joins the logits [..., n] of all ranks, where each has a part of the
+                output matrix.
         """
+        self._gather = gather
         decoder = model.model
         self.layers = list(decoder.layers)[-num_layers:]
         # As they are now: see ``parallel_round``.
@@ -45,6 +53,13 @@ class TargetParts:
         """[vocab_size, hidden_size]; vLLM's has rows of padding."""
         weight: Tensor = self._head.weight
         return weight[: self._vocab_size]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of normed hidden states [..., hidden_size], [..., vocab_size]."""
+        if self._gather is None:
+            return F.linear(hidden, self.head)
+        logits = self._gather(F.linear(hidden, self._head.weight))
+        return logits[..., : self._vocab_size]
 
 
 class FlexDraft(nn.Module):
@@ -87,6 +102,8 @@ class FlexDraft(nn.Module):
         """
         super().__init__()
         self.config = config
+        #: Sums over ranks what each has of it; see ``sharding``.
+        self.reduce: Callable[[Tensor], Tensor] = lambda x: x
         self.num_layers, self.calibration_rank = num_layers, calibration_rank
         self.sees_bonus, self.drafts_blind = sees_bonus, drafts_blind
         self.chains = chains
@@ -146,8 +163,7 @@ class FlexDraft(nn.Module):
         """The first half of one of the layers; the MLP is the other."""
         own: Any = self.layers[index]
         qkv = own.project(layer.input_layernorm(x))
-        attended: Tensor = own.output(attend(index, qkv))
-        return x + attended
+        return x + self.reduce(own.output(attend(index, qkv)))
 
     def features(self, hidden: Tensor, known: Tensor) -> Tensor:
         """SiLU(W1 [embedding of a known token; hidden] + b1), [..., calibration_rank].
@@ -178,7 +194,7 @@ class FlexDraft(nn.Module):
             pick: is told a place of k and its logits [B, vocab_size], and returns the
                 tokens [B] that it picks.
         """
-        logits = F.linear(hidden, target.head)
+        logits = target.logits(hidden)
         known = target.embed(bonus)
         if not self.chains:
             features = self.features(hidden, known[:, None].expand_as(hidden))

@@ -1,6 +1,6 @@
 """Drafting with a target's own cache: fixed slots, tensors in, tensors out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -42,12 +42,14 @@ class MaskProposer:
         max_model_len: int,
         seed: int,
         tells_logits: bool = False,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """
         Args:
             target: a causal language model of ``transformers`` or vLLM.
             operations: see ``select_operations``.
             tells_logits: see ``build_proposer``.
+            gather: see ``TargetParts``.
         """
         self.drafter, self.config = drafter, config
         self.max_drafts = config.num_speculative_tokens
@@ -75,7 +77,7 @@ class MaskProposer:
             draft_ids=None,
             device=self.device,
         )
-        parts = TargetParts(target, drafter.num_layers)
+        parts = TargetParts(target, drafter.num_layers, gather)
         self.loop = MaskLoop(drafter, parts, operations, self._picker, self.max_drafts)
         self._calls = DraftCalls(self.loop, config, self.device, seed)
         self._keys: list[Tensor] = []

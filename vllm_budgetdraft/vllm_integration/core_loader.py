@@ -5,7 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.distributed import (
+    get_tp_group,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -21,6 +25,7 @@ from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.drafter.weights import StoredWeights
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
+from vllm_budgetdraft.flexdraft.sharding import take_share
 from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -78,19 +83,27 @@ def load_mask_core(
 ) -> MaskProposer:
     """Loads a flexdraft drafter, which needs the target's cache to go on.
 
+    Every rank must call this: each drafts with its part of the target's layers.
+
     Args:
         tells_logits: see ``build_proposer``.
     """
     config = vllm_config.speculative_config.settings
     device = next(target.parameters()).device
     max_model_len = vllm_config.model_config.max_model_len
+    group = get_tp_group()
+    rank, num_ranks = group.rank_in_group, group.world_size
     drafter = load_flexdraft(
         config.model,
         target,
         max_positions=max_model_len + config.num_speculative_tokens + 1,
         dtype=vllm_config.model_config.dtype,
         device=device,
+        has_all_of_target=rank == 0,
     )
+    if num_ranks > 1:
+        take_share(drafter, rank, num_ranks)
+        drafter.reduce = tensor_model_parallel_all_reduce
     core = MaskProposer(
         drafter,
         target,
@@ -100,6 +113,7 @@ def load_mask_core(
         max_model_len=max_model_len,
         seed=vllm_config.model_config.seed,
         tells_logits=tells_logits,
+        gather=tensor_model_parallel_all_gather if num_ranks > 1 else None,
     )
     logger.info(
         "BudgetDraft memory: FlexDraft weights %.1f MiB, drafts' distributions %.1f "

@@ -71,7 +71,7 @@ class BudgetDraftProposer:
         embedding = None
         if self.reads_features:
             embedding = embedding_for(self._config.model, target)
-        if not self._is_leader:
+        if not self._drafts:
             return
         if self._config.drafter_type == "flexdraft":
             self._core = load_mask_core(self._vllm_config, target)
@@ -96,8 +96,13 @@ class BudgetDraftProposer:
         return read_feature_config(self._config.model).aux_layers
 
     @property
+    def _drafts(self) -> bool:
+        """Whether this rank drafts; where the target does, each of its ranks has to."""
+        return self._is_leader or self._config.drafter_type == "flexdraft"
+
+    @property
     def _is_leader(self) -> bool:
-        """Whether this rank drafts, for all of its tensor-parallel group."""
+        """Whether this rank's drafts are those of all of its tensor-parallel group."""
         return not self._is_parallel or get_tp_group().is_first_rank
 
     def bind(
@@ -135,7 +140,7 @@ class BudgetDraftProposer:
 
     def release_ended(self) -> None:
         """Releases what requests hold that are over, as no ``propose`` follows."""
-        if not self._is_leader or self._runner is None:
+        if not self._drafts or self._runner is None:
             return
         try:
             self._drafter.forget_ended(self._runner.requests)
@@ -168,7 +173,7 @@ class BudgetDraftProposer:
                 )
 
     def profile_run(self) -> None:
-        if self._is_leader:
+        if self._drafts:
             self._drafter.warm_up()
 
     def propose(
@@ -190,7 +195,7 @@ class BudgetDraftProposer:
             on alone.
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        if self._is_leader:
+        if self._drafts:
             with self._drafter.timer.measure():
                 try:
                     drafted = self._propose(

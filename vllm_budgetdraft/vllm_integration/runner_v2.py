@@ -78,7 +78,7 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         embedding = None
         if self.reads_features:
             embedding = embedding_for(self._config.model, target_model)
-        if self._is_leader:
+        if self._drafts:
             drawn_logits = self._load_core(target_model, embedding)
             self._temperatures = torch.zeros(num_slots, device=device)
             self._top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -108,8 +108,13 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         return self._core.drawn_logits
 
     @property
+    def _drafts(self) -> bool:
+        """Whether this rank drafts."""
+        return self._is_leader
+
+    @property
     def _is_leader(self) -> bool:
-        """Whether this rank drafts, for all of its tensor-parallel group."""
+        """Whether this rank's drafts are those of all of its tensor-parallel group."""
         return not self._is_parallel or get_tp_group().is_first_rank
 
     def add_request(self, request_id: str, request: Any) -> None:
@@ -118,7 +123,7 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         Args:
             request: vLLM's NewRequestData.
         """
-        if not self._is_leader:
+        if not self._drafts:
             return
         index = self._states.req_id_to_index[request_id]
         self._progress[index] = progress = Progress(
@@ -199,7 +204,7 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         if dummy_run:
             return drafts
         indices = input_batch.idx_mapping
-        if self._is_leader:
+        if self._drafts:
             length = num_speculative_tokens
             if length is None:
                 length = self._config.num_speculative_tokens
@@ -221,7 +226,7 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         """For the scheduler, if it is to adapt lengths; every rank must call it."""
         if self._config.adaptive_draft_length:
             self._step_costs = time_steps(
-                runner, self._timed_core if self._is_leader else None
+                runner, self._timed_core if self._drafts else None
             )
 
     @property
@@ -303,7 +308,7 @@ class BudgetDraftSpeculator(SpeculatorWithoutModule):
         Args:
             new_requests: vLLM's NewRequestData.
         """
-        if not self._is_leader:
+        if not self._drafts:
             return
         try:
             self.release_ended({request.req_id for request in new_requests})

@@ -69,6 +69,11 @@ class TargetSpeculator(BudgetDraftSpeculator):
         super().time_steps(runner)
 
     @property
+    def _drafts(self) -> bool:
+        """Every rank, for the target is on all of them."""
+        return True
+
+    @property
     def _timed_core(self) -> MaskProposer:
         return self._masks
 

@@ -317,8 +317,17 @@ def _check_flexdraft(
             "flexdraft drafts for targets that see all of their context"
         )
     if parallel.tensor_parallel_size > 1:
-        raise UnsupportedVllmError(
-            f"tensor_parallel_size={parallel.tensor_parallel_size}: flexdraft drafts "
-            "on one device; use 1, or a drafter that is a decoder"
-        )
+        return _settle_for_ranks(settled, parallel.tensor_parallel_size)
     return settled
+
+
+def _settle_for_ranks(config: SettledConfig, num_ranks: int) -> SettledConfig:
+    """Of a flexdraft, for which all ranks must draft as many, and in one mode."""
+    if config.adaptive_draft_length is True or config.flex_decoding == "parallel":
+        raise UnsupportedVllmError(
+            f"adaptive_draft_length={config.adaptive_draft_length} and flex_decoding="
+            f"{config.flex_decoding!r} with tensor_parallel_size={num_ranks}: ranks of "
+            "a flexdraft drafter would wait for each other; leave both out"
+        )
+    changes = {"adaptive_draft_length": False, "flex_decoding": "sequential"}
+    return config.model_copy(update=changes)
