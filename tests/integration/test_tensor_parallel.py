@@ -228,7 +228,7 @@ def test_a_target_on_two_ranks_drafts_for_itself_on_both(
     tmp_path: Path, prepare: Callable[[], None]
 ) -> None:
     """Its drafts are those of one rank; of few tokens, so that many are accepted."""
-    few = {"vocab_size": 4, "bos_token_id": None, "eos_token_id": None}
+    few = {"vocab_size": 8, "bos_token_id": None, "eos_token_id": None}
     config = models.llama(**SIZES, **few, attention_bias=True)
     folder = str(models.write_model(tmp_path / "target", config))
     target = models.read_model(Path(folder))
@@ -255,9 +255,9 @@ def test_a_target_on_two_ranks_drafts_for_itself_on_both(
         confidence_threshold=0.0,
     )
     accepted = 0
-    for prompt, written in zip(prompts_of(4), results["greedy"][0], strict=True):
+    for prompt, written in zip(prompts_of(8), results["greedy"][0], strict=True):
         assert one.generate([[*prompt, written[0]]], 59) == [written[1:]]
         accepted += sum(one.accepted[0])
     found = results["greedy"][2]["accepted"]
-    assert found > 20
+    assert found > 10
     assert 0 <= accepted - found <= 4 * len(PROMPT_TOKENS), "of the last steps"
