@@ -23,7 +23,6 @@ from vllm_budgetdraft.flexdraft.pages import PageSelector
 
 pytestmark = pytest.mark.vllm
 
-#: vLLM's on a CPU, unless told otherwise.
 BLOCK_SIZE = 32
 
 #: A target that two ranks can share; models/books-9m has five heads.
@@ -115,6 +114,7 @@ def generate(
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
         max_model_len=512,
+        block_size=BLOCK_SIZE,
         max_num_seqs=len(PROMPT_TOKENS),
         disable_log_stats=False,
         speculative_config={
