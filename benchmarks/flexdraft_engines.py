@@ -6,9 +6,9 @@ r"""FlexDraft in vLLM engines, beside a decoder and beside what vLLM has itself.
 
 Two parts. ``speed``: engines of all methods take turns with the same prompts, by task,
 context and batch size; how long their answers take, how many drafts are accepted, and
-how long drafting takes of it. Prompts are in vLLM's prefix cache by then. ``draft``: the
-time of one draft of mask tokens and of the decoder, by context and budget, without an
-engine.
+how long drafting takes of it. Prompts are in vLLM's prefix cache by then. ``draft``:
+the time of one draft of mask tokens and of the decoder, by context and budget, without
+an engine.
 """
 
 import argparse

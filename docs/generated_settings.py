@@ -25,6 +25,7 @@ GROUPS = {
         "draft_confidence_threshold",
         "adaptive_draft_length",
     ],
+    "FlexDraft": ["flex_decoding"],
     "Sampling": ["draft_sample_method"],
     "Draft cache": [
         *("kv_budget", "recent_window", "page_size"),

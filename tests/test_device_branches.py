@@ -78,6 +78,8 @@ BRANCHES = {
     f"{SEAM}.core_loader.load_core": ENGINES,
     f"{SEAM}.engine_process._describe": TOOK,
     f"{SEAM}.engine_process._when_idle": TOOK,
+    f"{SEAM}.flex_rounds.rounds_for": MASKS
+    + "test_a_target_of_graphs_takes_no_masks_along",
     f"{SEAM}.observation.CoreObserver.__init__": ENGINES,
     f"{SEAM}.observation.CoreObserver.observe": ENGINES,
     f"{SEAM}.observation.DraftTimer.__init__": ENGINES,

@@ -78,7 +78,7 @@ def test_env_notices_that_plugins_are_chosen(plugins, said, monkeypatch):
 @pytest.mark.parametrize(
     ("version", "asked", "has_triton", "said"),
     [
-        ("0.32.0", None, True, "V2; V1 for flexdraft drafters, "),
+        ("0.32.0", None, True, "V2; V1 for draft_confidence_threshold "),
         ("0.33.0", None, False, "V1, for vLLM finds no Triton that runs here"),
         ("0.33.0", True, False, "V2, for VLLM_USE_V2_MODEL_RUNNER=1"),
         ("0.33.0", False, True, "V1, for VLLM_USE_V2_MODEL_RUNNER=0"),

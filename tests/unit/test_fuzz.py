@@ -153,6 +153,7 @@ SETTINGS: dict[str, Any] = {
     "draft_confidence_threshold": 0.25,
     "num_speculative_tokens_per_batch_size": [[1, 8, 6], [9, 32, 2], [33, 256, 0]],
     "adaptive_draft_length": True,
+    "flex_decoding": "sequential",
     "kv_budget": 256,
     "recent_window": 128,
     "page_size": 8,

@@ -13,6 +13,7 @@ from tests.support import models
 from tests.support.fake_graph import FakeGraph, forbid_host_reads
 from tests.support.flex_twin import NUM_LAYERS, random_drafter, twin_logits
 from vllm_budgetdraft.config import EvictionSettings, SettledConfig
+from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.flexdraft.page_lists import PageLists
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
@@ -261,3 +262,29 @@ def test_a_gpu_captures_graphs_once_the_cache_is_there(monkeypatch):
             core_loader.finish_core(engine.core, config, 1)
         assert engine.core.num_graphs == num_graphs
         assert bound.pop() == (engine.core, 1)
+
+
+def test_a_target_of_graphs_takes_no_masks_along(monkeypatch):
+    pytest.importorskip("vllm")
+    from tests.support.fake_gpu import cpus_are_gpus
+    from vllm_budgetdraft.vllm_integration import flex_rounds
+
+    monkeypatch.setattr(flex_rounds, "put_beside", lambda *args: None)
+
+    def rounds(mode: str, enforce_eager: bool, can_choose: bool = True) -> Any:
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(enforce_eager=enforce_eager)
+        )
+        core = Engine(flex_decoding=mode).core
+        return flex_rounds.rounds_for(
+            core, config, None, lambda: None, can_choose=can_choose
+        )
+
+    with cpus_are_gpus():
+        assert rounds("auto", enforce_eager=False) is None
+        with pytest.raises(UnsupportedVllmError, match="use enforce_eager=True"):
+            rounds("parallel", enforce_eager=False)
+        assert rounds("parallel", enforce_eager=True).mode == "parallel"
+    assert rounds("auto", enforce_eager=False).mode == "sequential"
+    assert rounds("auto", enforce_eager=False, can_choose=False) is None
+    assert rounds("sequential", enforce_eager=True) is None

@@ -61,15 +61,15 @@ class BudgetDraftConfig(ViewSettings):
     adaptive_draft_length: Switch = Field(
         "auto",
         description="Whether each step drafts as many tokens as pay best by its time "
-        "and their acceptance, down to none; auto does, but with data parallelism, and "
-        "with an external launcher.",
+        "and their acceptance, down to none; auto does, but with data parallelism, "
+        "with an external launcher, and for flexdraft on several ranks.",
     )
     flex_decoding: Literal["auto", "parallel", "sequential"] = Field(
         "auto",
         description="When flexdraft drafts: parallel, in the pass in which the target "
-        "verifies; sequential, after it; auto is what brings more tokens a second at "
-        "a batch size, and sequential where there is no choice: in model runner V2, "
-        "with CUDA graphs, and for a drafter that must know the bonus token.",
+        "verifies; sequential, after it; auto is what brings more tokens a second, and "
+        "sequential where there is no choice: in model runner V2, with CUDA graphs, "
+        "on several ranks, and for a drafter that must know the bonus token.",
     )
     kv_budget: int = Field(
         512,

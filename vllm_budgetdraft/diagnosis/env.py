@@ -163,7 +163,7 @@ def _model_runner(version: str | None) -> str:
     if not HAS_TRITON:
         return "V1, for vLLM finds no Triton that runs here"
     return (
-        "V2; V1 for flexdraft drafters, draft_confidence_threshold, and "
+        "V2; V1 for draft_confidence_threshold where vLLM schedules ahead, and for "
         "adaptive_draft_length with data parallelism"
     )
 
