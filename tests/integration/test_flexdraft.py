@@ -125,7 +125,8 @@ def test_requests_that_are_preempted_go_on_as_they_would() -> None:
     assert drafted.num_accepted_tokens > 0
 
 
-def test_samples_have_the_targets_distribution(tmp_path):
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_samples_have_the_targets_distribution(mode, tmp_path):
     letters, prompt = "abcdefg", [2, 1, 5]
     sizes = {
         "vocab_size": len(letters) + 1,
@@ -142,7 +143,7 @@ def test_samples_have_the_targets_distribution(tmp_path):
     write_tokenizer(folder, letters)
     target = models.read_model(folder)
     settings = {"target": "", "fingerprint": fingerprint(target), "draft_tokens": 3}
-    drafter = random_drafter(target, num_layers=1)
+    drafter = random_drafter(target, num_layers=1, chains=True)
     save_flexdraft(drafter, tmp_path / "drafter", settings, dtype=torch.float32)
     arguments = {
         "model": str(folder),
@@ -150,7 +151,9 @@ def test_samples_have_the_targets_distribution(tmp_path):
         "max_num_seqs": 1000,
         "enable_prefix_caching": False,
         "speculative_config": draft(
-            model=str(tmp_path / "drafter"), num_speculative_tokens=3
+            model=str(tmp_path / "drafter"),
+            num_speculative_tokens=3,
+            flex_decoding=mode,
         ),
     }
     job = Job([prompt] * 10_000, {"max_tokens": 3, "temperature": 1.0})
@@ -170,7 +173,12 @@ def test_samples_have_the_targets_distribution(tmp_path):
         ({"eviction_policy": "heavy_hitter"}, {}, "by keys alone"),
         ({"drafter_type": "decoder"}, {}, "drafters are one of"),
         ({"model": TARGET, "drafter_type": "flexdraft"}, {}, "of model_type 'flexd"),
-        ({}, {"tensor_parallel_size": 2}, "flexdraft drafts on one device"),
+        ({"flex_decoding": "parallel"}, {}, "must know the bonus token"),
+        (
+            {"adaptive_draft_length": True},
+            {"tensor_parallel_size": 2},
+            "would wait for each other",
+        ),
         ({}, {"model": "another"}, "was trained for the target 'books-9m'"),
     ],
 )

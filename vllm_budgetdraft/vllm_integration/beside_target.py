@@ -6,25 +6,34 @@ that it does not look into, as attention is.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.forward_context import get_forward_context
 
 from vllm_budgetdraft.flexdraft.parallel_round import ParallelRound
 
-#: What runs in place of MLPs, by number.
-_replaced: list[Callable[[Tensor], Tensor]] = []
+#: Of an attention layer of vLLM's, what runs in place of the MLP after it.
+ATTRIBUTE = "budgetdraft_mlp"
 
 
 @torch.library.custom_op("budgetdraft::mlp_with_masks", mutates_args=())
-def mlp_with_masks(x: Tensor, number: int) -> Tensor:
-    """An MLP over tokens [T, hidden_size], and whatever goes along with them."""
-    return _replaced[number](x)
+def mlp_with_masks(x: Tensor, layer_name: str) -> Tensor:
+    """An MLP over tokens [T, hidden_size], and whatever goes along with them.
+
+    Args:
+        layer_name: of the attention before it, by which the engine that runs knows it:
+            a compiled graph may be that of an engine before.
+    """
+    attention = get_forward_context().no_compile_layers[layer_name]
+    out: Tensor = getattr(attention, ATTRIBUTE)(x)
+    return out
 
 
 @mlp_with_masks.register_fake
-def _(x: Tensor, number: int) -> Tensor:
+def _(x: Tensor, layer_name: str) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -43,7 +52,10 @@ def put_beside(
         report: called with what fails in a round, which costs the round alone.
     """
     for index, layer in enumerate(layers):
-        layer.mlp.forward = _with_masks(index, layer.mlp.forward, masks, begin, report)
+        attention, mlp = layer.self_attn.attn, layer.mlp
+        run = _with_masks(index, mlp.forward, masks, begin, report)
+        setattr(attention, ATTRIBUTE, run)
+        mlp.forward = partial(mlp_with_masks, layer_name=attention.layer_name)
 
 
 def _with_masks(
@@ -64,10 +76,4 @@ def _with_masks(
             report(error)
         return mlp(x)
 
-    _replaced.append(run)
-    number = len(_replaced) - 1
-
-    def forward(x: Tensor) -> Tensor:
-        return mlp_with_masks(x, number)
-
-    return forward
+    return run

@@ -75,16 +75,21 @@ class BudgetDraftSpeculativeConfig(SpeculativeConfig):
         return SettledConfig(**self.budgetdraft)
 
     def compute_hash(self) -> str:
-        """Of what the target's compiled graph depends on: what a head asks of it, too.
+        """Of what the target's compiled graph depends on.
 
-        vLLM adds that for its own heads, by the names of methods.
+        That is what a head asks of it, which vLLM adds for its own heads by the names
+        of methods, and the layers that mask tokens may go through.
         """
-        found = super().compute_hash()
-        settings = self.settings
-        if settings.drafter_type != "eagle3":
+        found, settings = super().compute_hash(), self.settings
+        asked: Any = None
+        if settings.drafter_type == "eagle3":
+            asked = read_feature_config(settings.model).aux_layers
+        elif settings.drafter_type == "flexdraft":
+            layers = read_flexdraft_config(settings.model)["num_layers"]
+            asked = settings.flex_decoding, layers
+        if asked is None:
             return found
-        layers = read_feature_config(settings.model).aux_layers
-        return hashlib.sha256(f"{found} {layers}".encode()).hexdigest()
+        return hashlib.sha256(f"{found} {asked}".encode()).hexdigest()
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.budgetdraft.items())
