@@ -78,6 +78,14 @@ BRANCHES = {
     f"{SEAM}.core_loader.load_core": ENGINES,
     f"{SEAM}.engine_process._describe": TOOK,
     f"{SEAM}.engine_process._when_idle": TOOK,
+    f"{OURS}.flexdraft.page_lists.PageLists.__init__": MASKS
+    + "test_graphs_draft_what_the_loop_drafts",
+    f"{OURS}.flexdraft.proposer.MaskProposer.capture_graphs": MASKS
+    + "test_a_gpu_captures_graphs_once_the_cache_is_there",
+    f"{SEAM}.core_loader.load_mask_core": MASKS
+    + "test_a_gpu_holds_memory_for_graphs_until_they_are_captured",
+    f"{SEAM}.speculative_config._check_flexdraft": MASKS
+    + "test_a_target_of_graphs_takes_no_masks_along",
     f"{SEAM}.flex_rounds.rounds_for": MASKS
     + "test_a_target_of_graphs_takes_no_masks_along",
     f"{SEAM}.observation.CoreObserver.__init__": ENGINES,

@@ -11,14 +11,19 @@ pytestmark = pytest.mark.vllm
 
 
 def only_on_v1(
-    data_parallel_size: int = 1, is_ahead: bool | None = None, **settings: object
+    data_parallel_size: int = 1,
+    is_ahead: bool | None = None,
+    executor: str | None = None,
+    **settings: object,
 ) -> list[str]:
     from vllm_budgetdraft.vllm_integration import speculative_config
 
     settings = {"model": DRAFTER, "num_speculative_tokens": 4, **settings}
     config = SimpleNamespace(
         speculative_config=SimpleNamespace(settings=SettledConfig(**settings)),
-        parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size),
+        parallel_config=SimpleNamespace(
+            data_parallel_size=data_parallel_size, distributed_executor_backend=executor
+        ),
         scheduler_config=SimpleNamespace(async_scheduling=is_ahead),
     )
     return speculative_config.only_on_v1(config)
@@ -30,6 +35,14 @@ def only_on_v1(
         (
             {"draft_confidence_threshold": 0.3, "is_ahead": True},
             "draft_confidence_threshold with asynchronous scheduling",
+        ),
+        (
+            {
+                "draft_confidence_threshold": 0.3,
+                "is_ahead": False,
+                "executor": "external_launcher",
+            },
+            "draft_confidence_threshold with an external launcher",
         ),
         (
             {"adaptive_draft_length": True, "data_parallel_size": 2},
@@ -78,7 +91,7 @@ def test_vllm_asks_us_and_other_methods_are_judged_as_before(monkeypatch):
     settings = SettledConfig(
         model=DRAFTER, num_speculative_tokens=4, draft_confidence_threshold=0.3
     )
-    parallel = SimpleNamespace(data_parallel_size=1)
+    parallel = SimpleNamespace(data_parallel_size=1, distributed_executor_backend=None)
     ours = SimpleNamespace(
         speculative_config=SimpleNamespace(settings=settings, budgetdraft={}),
         parallel_config=parallel,

@@ -17,6 +17,7 @@ from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.flexdraft.page_lists import PageLists
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
+from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.training.flexdraft import target_states
 
 NUM_SLOTS, NUM_DRAFTS, PAGE_SIZE, MAX_MODEL_LEN = 3, 4, 4, 160
@@ -151,6 +152,7 @@ def test_a_request_may_have_a_smaller_budget():
 
 def test_lists_are_no_longer_for_a_longer_context():
     engine = Engine()
+    engine.core.loop.lists.are_cut = False  # as for graphs
     lengths = []
     for num_prompt in (30, 60, 150):
         engine.start(0, num_prompt)
@@ -239,6 +241,7 @@ def test_graphs_draft_what_the_loop_drafts(operations):
 
 def test_nothing_waits_for_the_device():
     engine = Engine()
+    engine.core.loop.lists.are_cut = False  # as on a GPU
     engine.start(0, 41)
     slots, ends, last = torch.tensor([0]), torch.tensor([42]), torch.tensor([[7]])
     with forbid_host_reads():
@@ -255,26 +258,62 @@ def test_a_gpu_captures_graphs_once_the_cache_is_there(monkeypatch):
     monkeypatch.setattr(core_loader, "bind_to_target", lambda *args: bound.append(args))
     for enforce_eager, num_graphs in ((True, 0), (False, 27)):
         engine = Engine()
-        config = SimpleNamespace(
-            model_config=SimpleNamespace(enforce_eager=enforce_eager)
-        )
         with cpus_are_gpus():
+            config = settings_of_engine(enforce_eager)
             core_loader.finish_core(engine.core, config, 1)
         assert engine.core.num_graphs == num_graphs
         assert bound.pop() == (engine.core, 1)
 
 
+def settings_of_engine(enforce_eager: bool, **speculation: Any) -> Any:
+    """What is asked of vLLM's config."""
+    settings = SettledConfig(model="", **SETTINGS | speculation)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            enforce_eager=enforce_eager,
+            max_model_len=MAX_MODEL_LEN,
+            dtype=torch.float32,
+            seed=0,
+        ),
+        scheduler_config=SimpleNamespace(
+            max_num_seqs=NUM_SLOTS, max_num_batched_tokens=512
+        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        speculative_config=SimpleNamespace(settings=settings),
+    )
+
+
+def test_a_gpu_holds_memory_for_graphs_until_they_are_captured(monkeypatch):
+    pytest.importorskip("vllm")
+    from tests.support.fake_gpu import cpus_are_gpus
+    from vllm_budgetdraft.vllm_integration import core_loader
+
+    engine = Engine()
+    alone = SimpleNamespace(rank_in_group=0, world_size=1)
+    monkeypatch.setattr(core_loader, "get_tp_group", lambda: alone)
+    monkeypatch.setattr(
+        core_loader, "load_flexdraft", lambda *args, **kwargs: engine.drafter
+    )
+    with cpus_are_gpus():
+        for enforce_eager in (True, False):
+            config = settings_of_engine(enforce_eager)
+            core = core_loader.load_mask_core(config, engine.target)
+            assert (core._reserved is None) == enforce_eager
+        assert core._reserved.numel() == 2 * NUM_SLOTS * NUM_DRAFTS * models.VOCAB_SIZE
+        core.bind(engine.pages)
+        core.capture_graphs(FakeGraph)
+        assert core._reserved is None
+
+
 def test_a_target_of_graphs_takes_no_masks_along(monkeypatch):
     pytest.importorskip("vllm")
     from tests.support.fake_gpu import cpus_are_gpus
-    from vllm_budgetdraft.vllm_integration import flex_rounds
+    from vllm_budgetdraft.vllm_integration import flex_rounds, speculative_config
 
     monkeypatch.setattr(flex_rounds, "put_beside", lambda *args: None)
 
     def rounds(mode: str, enforce_eager: bool, can_choose: bool = True) -> Any:
-        config = SimpleNamespace(
-            model_config=SimpleNamespace(enforce_eager=enforce_eager)
-        )
+        config = settings_of_engine(enforce_eager)
         core = Engine(flex_decoding=mode).core
         return flex_rounds.rounds_for(
             core, config, None, lambda: None, can_choose=can_choose
@@ -282,9 +321,71 @@ def test_a_target_of_graphs_takes_no_masks_along(monkeypatch):
 
     with cpus_are_gpus():
         assert rounds("auto", enforce_eager=False) is None
-        with pytest.raises(UnsupportedVllmError, match="use enforce_eager=True"):
-            rounds("parallel", enforce_eager=False)
         assert rounds("parallel", enforce_eager=True).mode == "parallel"
+        target = SimpleNamespace(
+            enforce_eager=False,
+            hf_text_config=models.llama(),
+            get_sliding_window=lambda: None,
+        )
+        config = SettledConfig(model="", **SETTINGS, flex_decoding="parallel")
+        written = {"draft_tokens": 4, "sees_bonus": False}
+        monkeypatch.setattr(
+            speculative_config, "read_flexdraft_config", lambda folder: written
+        )
+        with pytest.raises(UnsupportedVllmError, match="use enforce_eager=True"):
+            speculative_config._check_flexdraft(config, target, SimpleNamespace())
     assert rounds("auto", enforce_eager=False).mode == "sequential"
     assert rounds("auto", enforce_eager=False, can_choose=False) is None
     assert rounds("sequential", enforce_eager=True) is None
+
+
+def test_a_step_is_timed_where_the_batch_stays_and_all_draft(monkeypatch):
+    """vLLM's list of requests is one list, whatever is in it."""
+    pytest.importorskip("vllm")
+    from vllm_budgetdraft.vllm_integration import flex_rounds
+
+    monkeypatch.setattr(flex_rounds, "put_beside", lambda *args: None)
+    monkeypatch.setattr(
+        flex_rounds,
+        "time_steps",
+        lambda runner, core: StepCosts({1: 1.0}, {1: {1: 0.1}, 4: {1: 0.1}}, 4),
+    )
+    core = Engine(flex_decoding="auto").core
+    config = settings_of_engine(True)
+    rounds = flex_rounds.rounds_for(core, config, None, lambda: None, can_choose=True)
+    rounds.time_steps(None)
+    timed, ids = [], ["a"]
+    monkeypatch.setattr(
+        rounds._switch, "took", lambda mode, size, *args: timed.append(size)
+    )
+    for step in range(6):
+        rounds.begin_step()
+        if step == 2:
+            ids.append("b")  # prefilled in this step
+        if step == 4:
+            continue  # nobody drafts
+        rounds.take(torch.tensor([0]), 4)
+        rounds.next(ids, {}, 4, are_undisturbed=True)
+    assert timed == [1, 2]
+
+
+def test_no_masks_go_along_with_what_nobody_drafts_after(monkeypatch):
+    pytest.importorskip("vllm")
+    from vllm_budgetdraft.vllm_integration import flex_rounds
+
+    monkeypatch.setattr(flex_rounds, "put_beside", lambda *args: None)
+    core, passes = Engine(flex_decoding="parallel").core, []
+    config = settings_of_engine(True)
+    rounds = flex_rounds.rounds_for(
+        core, config, None, lambda: passes.append(1), can_choose=False
+    )
+    rounds._begin(5)
+    assert not passes
+    rounds.begin_step()
+    rounds.take(torch.tensor([0]), 4)
+    rounds._begin(5)
+    rounds._begin(512 // 6 + 1)  # more tokens than vLLM has measured
+    assert len(passes) == 1
+    rounds.begin_step()  # and nobody drafts
+    rounds._begin(5)
+    assert len(passes) == 1

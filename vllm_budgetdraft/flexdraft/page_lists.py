@@ -6,6 +6,7 @@ Letters in shapes: L layers, B requests, G KV heads, D head size, N pages of a l
 import torch
 from torch import Tensor
 
+from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 
 
@@ -18,6 +19,8 @@ class PageLists:
 
     Attributes:
         selector: what chooses.
+        are_cut: whether lists are cut to the longest of them, which waits for the
+            device; else they have one length, as graphs need.
         spare_slot: a slot of no request, whose list is as long as any.
         max_pages: of a context, at most.
     """
@@ -57,6 +60,7 @@ class PageLists:
         )
         shape = (num_layers, rows, num_kv_heads, width if self._most_chosen else 0)
         self._chosen = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.are_cut = not is_gpu(device)
         self._num_chosen[-1] = self._prompt_pages[-1] = self._most_chosen
 
     @property
@@ -116,16 +120,18 @@ class PageLists:
         num_pages = (ends + (size - 1)) // size
         num_chosen, prompt_pages = self._num_chosen[slots], self._prompt_pages[slots]
         first = (num_pages - self._window).maximum(prompt_pages)
-        recent = first[:, None] + self._places - num_chosen[:, None]
-        recent = recent.clamp(0, self.max_pages - 1)
         listed = num_chosen + num_pages - first
         lengths = listed * size - (num_pages * size - ends)
+        places = self._places
+        if self.are_cut:
+            places = places[: max(1, int(listed.max()))]
+        recent = first[:, None] + places - num_chosen[:, None]
+        recent = recent.clamp(0, self.max_pages - 1)
         num_layers, _, num_kv_heads, _ = self._chosen.shape
         if not self._most_chosen:
             return [blocks.gather(1, recent)] * num_layers, lengths
-        is_chosen = self._places < num_chosen[:, None]
-        order = torch.where(
-            is_chosen[:, None], self._chosen[:, slots], recent[:, None]
-        )  # [L, B, G, N]
+        is_chosen = (places < num_chosen[:, None])[:, None]
+        chosen = self._chosen[:, slots, :, : len(places)]  # [L, B, G, N]
+        order = torch.where(is_chosen, chosen, recent[:, None])
         blocks = blocks[:, None].expand(num_layers, -1, num_kv_heads, -1)
         return list(blocks.gather(-1, order)), lengths

@@ -81,6 +81,7 @@ class MaskProposer:
         self.loop = MaskLoop(drafter, parts, operations, self._picker, self.max_drafts)
         self._calls = DraftCalls(self.loop, config, self.device, seed)
         self._keys: list[Tensor] = []
+        self._reserved: Tensor | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -91,6 +92,17 @@ class MaskProposer:
     def scratch_bytes(self) -> int:
         """Of drafts' distributions."""
         return self._picker.num_bytes
+
+    def reserve_for_graphs(self) -> None:
+        """Holds the memory that graphs will take until they are captured.
+
+        An engine measures what is held, and graphs need the target's cache, which the
+        engine makes afterwards.
+        """
+        drafts = self._num_slots * self.max_drafts
+        logits = 2 * drafts * self.drafter.config.vocab_size  # and what corrects them
+        mask = self.drafter.mask_embedding
+        self._reserved = torch.empty(logits, dtype=mask.dtype, device=self.device)
 
     def bind(self, pages: list[tuple[Tensor, Tensor]]) -> None:
         """Takes the target's cache, once the engine has it.
@@ -220,6 +232,8 @@ class MaskProposer:
         Returns:
             How many were captured.
         """
+        self.loop.lists.are_cut, self._reserved = False, None
+        torch.cuda.empty_cache()  # for graphs have memory of their own
         return self._calls.capture(
             capture,
             num_slots=self._num_slots,

@@ -115,6 +115,8 @@ def load_mask_core(
         tells_logits=tells_logits,
         gather=tensor_model_parallel_all_gather if num_ranks > 1 else None,
     )
+    if is_gpu(device) and not vllm_config.model_config.enforce_eager:
+        core.reserve_for_graphs()
     logger.info(
         "BudgetDraft memory: FlexDraft weights %.1f MiB, drafts' distributions %.1f "
         "MiB, no draft cache",
@@ -136,7 +138,8 @@ def finish_core(core: MaskProposer, vllm_config: VllmConfig, num_kinds: int) -> 
     bind_to_target(core, num_kinds)
     core.warm_up()
     if is_gpu(core.device) and not vllm_config.model_config.enforce_eager:
-        capture_graphs(core, CudaGraphCapture())
+        is_alone = vllm_config.parallel_config.tensor_parallel_size == 1
+        capture_graphs(core, CudaGraphCapture(), may_fail=is_alone)
 
 
 def embedding_for(head: str, target: nn.Module) -> Tensor | None:
@@ -174,11 +177,19 @@ def _target_cost(vllm_config: VllmConfig) -> float:
     return cost
 
 
-def capture_graphs(core: DraftProposer | MaskProposer, capture: Capture) -> None:
-    """Captures the drafts of every batch size, or says why they go on without."""
+def capture_graphs(
+    core: DraftProposer | MaskProposer, capture: Capture, *, may_fail: bool = True
+) -> None:
+    """Captures the drafts of every batch size, or says why they go on without.
+
+    Args:
+        may_fail: False where other ranks would wait for this one.
+    """
     try:
         num_graphs = core.capture_graphs(capture)
     except Exception as error:
+        if not may_fail:
+            raise
         logger.warning(
             "BudgetDraft drafts without CUDA graphs, more slowly: capturing them "
             "failed with %s: %s",

@@ -9,10 +9,10 @@ from torch import Tensor
 from vllm.config import VllmConfig
 
 from vllm_budgetdraft.attention.backend import is_gpu
-from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.flexdraft.parallel_round import ParallelRound
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.flexdraft.switch import FlexSwitch, Mode
+from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration.beside_target import put_beside
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.step_timing import time_steps
@@ -40,24 +40,15 @@ def rounds_for(
 
     Args:
         can_choose: whether ``FlexRounds.next`` will be told what it needs.
-
-    Raises:
-        UnsupportedVllmError: they were asked for, and cannot be had.
     """
     mode = core.config.flex_decoding
+    as_graphs = is_gpu(core.device) and not vllm_config.model_config.enforce_eager
     if mode == "sequential" or not core.drafter.drafts_blind:
         return None
-    if mode == "auto" and not can_choose:
+    if mode == "auto" and (as_graphs or not can_choose):
         return None
-    if is_gpu(core.device) and not vllm_config.model_config.enforce_eager:
-        if mode == "parallel":
-            raise UnsupportedVllmError(
-                "flex_decoding='parallel' where the target runs as CUDA graphs, which "
-                "would not have the mask tokens in them; use enforce_eager=True, or "
-                "flex_decoding='auto'"
-            )
-        return None
-    return FlexRounds(core, faults, mode, tokens_of_pass)
+    max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    return FlexRounds(core, faults, mode, tokens_of_pass, max_tokens)
 
 
 class FlexRounds:
@@ -73,6 +64,7 @@ class FlexRounds:
         faults: FaultLog,
         mode: str,
         tokens_of_pass: Callable[[], tuple[Tensor, Tensor] | None],
+        max_tokens: int,
     ) -> None:
         """
         Args:
@@ -80,46 +72,63 @@ class FlexRounds:
             tokens_of_pass: asked in a pass of the target, for the slots and positions
                 [T] of its tokens, whose pages the core has been told; None if they are
                 not those of requests that draft.
+            max_tokens: of a pass, for which vLLM has measured that there is memory.
         """
         self._core, self._faults = core, faults
-        self._tokens_of_pass = tokens_of_pass
+        self._tokens_of_pass, self._max_tokens = tokens_of_pass, max_tokens
         self._masks = ParallelRound(core.loop, core.drafter)
         self._is_auto = mode == "auto"
         self.mode: Mode = "parallel" if mode == "parallel" else "sequential"
         self._switch: FlexSwitch | None = None
         self._is_rehearsing = False
-        # Of the step before: its mode, requests and length, and when it ended.
-        self._last: tuple[Mode, Sequence[str], int, float] | None = None
+        # Whether the last step drafted, and whether it did so in the target's pass.
+        self._is_wanted = self._was_round = False
+        # The mode in which the drafts were made that the target verifies next.
         self._made_in: Mode = "sequential"
-        self._was_round = False
+        # Of the last step, if all drafted: mode, requests, length, and when it ended.
+        self._last: tuple[Mode, Sequence[str], int, float] | None = None
         put_beside(core.loop.parts.layers, self._masks, self._begin, self._report)
 
-    def time_steps(self, runner: Any) -> None:
-        """Times both modes, if one is to be chosen, when all is compiled."""
-        if not self._is_auto:
-            return
-        sequential = time_steps(runner, self._core)
+    def time_steps(self, runner: Any) -> StepCosts | None:
+        """Times the modes that there may be, when all is compiled; None if it fails.
+
+        Returns:
+            Costs of the mode that was asked for, and of "sequential" for "auto".
+        """
+        sequential = time_steps(runner, self._core) if self._is_auto else None
         self._is_rehearsing = True
         try:
             parallel = time_steps(runner, _PickOnly(self._core))
         finally:
             self._is_rehearsing = False
+        if not self._is_auto:
+            return parallel
         if sequential and parallel:
             self._switch = FlexSwitch({"sequential": sequential, "parallel": parallel})
+        return sequential
 
     def _begin(self, num_tokens: int) -> None:
         """Begins a round if this pass is to be one, and of decoding requests alone."""
         self._masks.cancel()
+        if num_tokens * (1 + self._core.loop.block) > self._max_tokens:
+            return
         if self._is_rehearsing:
             lists, device = self._core.loop.lists, self._core.device
             slots = torch.full((num_tokens,), lists.spare_slot, device=device)
             last = self._core.max_model_len - self._core.max_drafts - 2
             self._masks.begin(slots, torch.full_like(slots, last))
-        elif self.mode == "parallel" and (tokens := self._tokens_of_pass()):
-            self._masks.begin(*tokens)
+        elif self._is_wanted and self.mode == "parallel":
+            if tokens := self._tokens_of_pass():
+                self._masks.begin(*tokens)
 
     def _report(self, error: Exception) -> None:
         self._faults.report("a parallel round", error)
+
+    def begin_step(self) -> None:
+        """Says that the target's pass is over, and whoever is to draft will."""
+        if not self._is_wanted:
+            self._last = None
+        self._is_wanted = self._was_round = False
 
     def take(self, rows: Tensor, num_drafts: int) -> Tensor | None:
         """States of mask tokens after the rows [B] of the pass, if it was a round.
@@ -127,7 +136,7 @@ class FlexRounds:
         Returns:
             [B, num_drafts, hidden_size], normed.
         """
-        self._was_round = self._masks.is_on
+        self._is_wanted, self._was_round = True, self._masks.is_on
         if not self._was_round:
             return None
         return self._masks.end(rows, num_drafts)
@@ -150,9 +159,8 @@ class FlexRounds:
         """
         if self._switch is None:
             return
-        now = time.perf_counter()
+        now, requests = time.perf_counter(), list(requests)  # vLLM's list changes
         mode: Mode = "parallel" if self._was_round else "sequential"
-        self._was_round = False
         self._switch.accepted(self._made_in, requests, outcomes)
         self._made_in = mode
         if self._last is not None and are_undisturbed:

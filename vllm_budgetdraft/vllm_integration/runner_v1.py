@@ -161,10 +161,12 @@ class BudgetDraftProposer:
             self._drafter.runner = runner
             num_kinds = len(runner.kv_cache_config.kv_cache_groups)
             finish_core(self._core, self._vllm_config, num_kinds)
+        costs = None
         if self._flex is not None:
-            self._flex.time_steps(runner)
-        if self._config.adaptive_draft_length:
+            costs = self._flex.time_steps(runner)
+        elif self._config.adaptive_draft_length:
             costs = time_steps(runner, self._core)
+        if self._config.adaptive_draft_length:
             if costs and self._is_leader:
                 # Graphs of drafts are of some lengths alone.
                 lengths = [0, *doublings(costs.max_length)]
@@ -195,6 +197,8 @@ class BudgetDraftProposer:
             on alone.
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        if self._flex is not None:
+            self._flex.begin_step()
         if self._drafts:
             with self._drafter.timer.measure():
                 try:

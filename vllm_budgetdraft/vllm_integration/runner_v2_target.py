@@ -51,9 +51,10 @@ class TargetSpeculator(BudgetDraftSpeculator):
         batch, self._batch = self._batch, None
         if batch is None or batch.has_prefill:
             return None
-        indices = batch.idx_mapping_np.tolist()
-        if not all((each := self._progress.get(i)) and each.is_read for i in indices):
-            return None
+        for index in batch.idx_mapping_np.tolist():
+            progress = self._progress.get(index)
+            if progress is None or not (progress.is_read or progress.why_not):
+                return None
         slots, count = batch.idx_mapping, batch.num_tokens
         starts = batch.query_start_loc[: batch.num_reqs + 1]
         row = torch.repeat_interleave(starts.diff(), output_size=count)
@@ -66,7 +67,12 @@ class TargetSpeculator(BudgetDraftSpeculator):
         finish_core(self._masks, self.vllm_config, num_kinds)
         # [max_num_reqs, max_pages], by index.
         self._blocks = runner.block_tables.block_tables[0].gpu
-        super().time_steps(runner)
+        if self._rounds is None:
+            super().time_steps(runner)
+        elif (costs := self._rounds.time_steps(runner)) and (
+            self._config.adaptive_draft_length
+        ):
+            self._step_costs = costs
 
     @property
     def _drafts(self) -> bool:
@@ -81,6 +87,8 @@ class TargetSpeculator(BudgetDraftSpeculator):
         """See ``BudgetDraftSpeculator``."""
         if kwargs.get("is_profile"):
             self._masks.warm_up_head()
+        if self._rounds is not None:
+            self._rounds.begin_step()
         given = dict(zip(GIVEN, args, strict=False)) | kwargs
         self._passed = given["input_batch"], given["num_sampled"]
         return super().propose(*args, **kwargs)

@@ -11,7 +11,7 @@ from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
-from vllm_budgetdraft.attention.backend import select_operations
+from vllm_budgetdraft.attention.backend import is_gpu, select_operations
 from vllm_budgetdraft.attention.paged import MAX_WIDTH
 from vllm_budgetdraft.config import (
     CACHE_SETTINGS,
@@ -193,6 +193,12 @@ def only_on_v1(vllm_config: VllmConfig) -> list[str]:
         "budgetdraft's draft_confidence_threshold with asynchronous scheduling": (
             config.draft_confidence_threshold and _may_schedule_ahead(vllm_config)
         ),
+        # Each rank has a scheduler there, and only the first one drafts.
+        "budgetdraft's draft_confidence_threshold with an external launcher": (
+            config.draft_confidence_threshold
+            and vllm_config.parallel_config.distributed_executor_backend
+            == "external_launcher"
+        ),
         # Ranks would verify different numbers of drafts, and wait for each other.
         "budgetdraft's adaptive_draft_length with data parallelism": (
             config.adaptive_draft_length is True
@@ -320,6 +326,19 @@ def _check_flexdraft(
         raise UnsupportedDrafterError(
             f"the target has a sliding window of {target.get_sliding_window()} tokens; "
             "flexdraft drafts for targets that see all of their context"
+        )
+    device = torch.device(current_platform.device_type)
+    if config.flex_decoding == "parallel" and is_gpu(device):
+        if not target.enforce_eager:
+            raise UnsupportedVllmError(
+                "flex_decoding='parallel' where the target runs as CUDA graphs, which "
+                "would not have the mask tokens in them; use enforce_eager=True, or "
+                "flex_decoding='auto'"
+            )
+    if (ranks := getattr(parallel, "decode_context_parallel_size", 1)) > 1:
+        raise UnsupportedVllmError(
+            f"decode_context_parallel_size={ranks}: flexdraft reads contexts that lie "
+            "on one rank; use 1, or a drafter that is a decoder"
         )
     if parallel.tensor_parallel_size > 1:
         return _settle_for_ranks(settled, parallel.tensor_parallel_size)

@@ -62,26 +62,29 @@ class TargetDrafter:
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # a pass of no requests
             return None
-        slots = []
-        for request_id in self.runner.input_batch.req_ids:
+        slots, batch = [], self.runner.input_batch
+        for row, request_id in enumerate(batch.req_ids):
             state = self.runner.requests[request_id]
             holding = self._slots.get(request_id, state)
-            if holding is None or holding.num_cached != state.num_prompt_tokens:
+            if self._slots.why_given_up(request_id, state):
+                slots.append(self._core.loop.lists.spare_slot)
+            elif holding and batch.num_computed_tokens_cpu[row] >= holding.num_cached:
+                slots.append(holding.slot)
+            else:  # it begins, or begins again
                 return None
-            slots.append(holding.slot)
         layer = self._core.loop.parts.layers[0]
         of_pass = metadata[layer.self_attn.attn.layer_name]
         count = of_pass.num_actual_tokens
         if count > len(slots) * self._core.loop.block:  # somebody goes on with a prompt
             return None
         starts = of_pass.query_start_loc[: len(slots) + 1].long()
-        row = torch.repeat_interleave(starts.diff(), output_size=count)
+        rows = torch.repeat_interleave(starts.diff(), output_size=count)
         # The last token of a request stands at the end of what the cache will have.
-        shift = (of_pass.seq_lens[: len(slots)] - starts[1:])[row]
+        shift = (of_pass.seq_lens[: len(slots)] - starts[1:])[rows]
         positions = shift + torch.arange(count, device=self._core.device)
         of_rows = self._tensor(slots)
         self._core.place(of_rows, of_pass.block_table[: len(slots)])
-        return of_rows[row], positions
+        return of_rows[rows], positions
 
     def observe(self) -> None:
         """Notes what drafting took; there is no draft cache."""
