@@ -18,13 +18,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from vllm_budgetdraft import provenance
+from vllm_budgetdraft.comparison.engine_process import BatchGeneration, preload
 from vllm_budgetdraft.comparison.engines import running, together_or_in_turn
 from vllm_budgetdraft.comparison.measure import prepare_environment, take_turns
 from vllm_budgetdraft.comparison.methods import PLAIN, Method, all_methods
 from vllm_budgetdraft.comparison.prompts import build_prompts
 from vllm_budgetdraft.comparison.room import memory_at_hand
-from vllm_budgetdraft.evaluation import provenance
-from vllm_budgetdraft.vllm_integration.engine_process import BatchGeneration, preload
 
 #: By method: a turn's requests with one new token, and with all.
 Turns = dict[str, list[tuple[BatchGeneration, BatchGeneration]]]

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from vllm_budgetdraft.comparison.measure import PAUSE_SECONDS, prepare_environment
-from vllm_budgetdraft.comparison.prompts import EXCERPT
-from vllm_budgetdraft.evaluation import provenance
-from vllm_budgetdraft.vllm_integration.engine_process import (
+from vllm_budgetdraft import provenance
+from vllm_budgetdraft.comparison.engine_process import (
     BatchGeneration,
     EngineProcess,
 )
+from vllm_budgetdraft.comparison.measure import PAUSE_SECONDS, prepare_environment
+from vllm_budgetdraft.comparison.prompts import EXCERPT
 
 PLAIN, SYNCHRONOUS = "vllm", "vllm, synchronous"
 ADAPTIVE, RANDOM = "adaptive", "adaptive, random drafter"

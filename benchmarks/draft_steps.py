@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.attention.backend import default_device
 from vllm_budgetdraft.config import BudgetDraftConfig, settle
 from vllm_budgetdraft.drafter.configuration import read_drafter_config
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_graphs import CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH

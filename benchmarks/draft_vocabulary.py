@@ -26,15 +26,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_budgetdraft import provenance
+from vllm_budgetdraft.comparison.engine_process import EngineProcess
 from vllm_budgetdraft.comparison.measure import PAUSE_SECONDS, prepare_environment
 from vllm_budgetdraft.comparison.prompts import build_prompts
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.packing import weight_bytes
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.evaluation.acceptance import AcceptanceRow, HeldOutAcceptance
 from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
-from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
 PLAIN = "vllm"
 #: What is timed of drafts: requests at once, and tokens that each has read.

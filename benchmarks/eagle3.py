@@ -33,11 +33,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.comparison.measure import prepare_environment
 from vllm_budgetdraft.comparison.prompts import build_prompts
 from vllm_budgetdraft.config import BudgetDraftConfig
 from vllm_budgetdraft.drafter.checkpoint import EMBEDDING, embeddings_of
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance
 from vllm_budgetdraft.proposer.building import build_proposer
 
@@ -249,7 +249,7 @@ def long_run(
     from vllm import LLM, SamplingParams
     from vllm.v1.spec_decode.eagle import EagleProposer
 
-    from vllm_budgetdraft.vllm_integration.runner_v1 import BudgetDraftProposer
+    from vllm_budgetdraft.vllm_integration.v1.proposer import BudgetDraftProposer
 
     is_ours = speculative["method"] == "budgetdraft"
     kind: Any = BudgetDraftProposer if is_ours else EagleProposer

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.attention.backend import default_device
 from vllm_budgetdraft.config import EvictionSettings
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance, passages
 from vllm_budgetdraft.evaluation.flexdraft_acceptance import FlexDraftAcceptance
 from vllm_budgetdraft.flexdraft.checkpoint import is_flexdraft, load_flexdraft

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.comparison.measure import prepare_environment
 from vllm_budgetdraft.comparison.prompts import build_prompts
 from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.proposer.building import build_proposer

@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.comparison.prompts import EXCERPT
-from vllm_budgetdraft.evaluation import provenance
 
 TARGET = "models/books-9m"
 
@@ -91,7 +91,7 @@ def measured(
     new_tokens: int,
 ) -> tuple[dict[int, float], dict[int, list[list[int]]]]:
     """Acceptance length and outputs, by context."""
-    from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
+    from vllm_budgetdraft.comparison.engine_process import EngineProcess
 
     engine_args = {
         "model": TARGET,

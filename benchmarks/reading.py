@@ -24,16 +24,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.attention.backend import default_device
 from vllm_budgetdraft.comparison.measure import prepare_environment
 from vllm_budgetdraft.comparison.prompts import build_prompts
 from vllm_budgetdraft.config import BudgetDraftConfig
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.warm_up import warm_up
-from vllm_budgetdraft.vllm_integration import metrics
-from vllm_budgetdraft.vllm_integration.statistics import KEY
+from vllm_budgetdraft.vllm_integration.metrics import prometheus as metrics
+from vllm_budgetdraft.vllm_integration.metrics.statistics import KEY
 
 NEW_TOKENS = 24
 #: Steps between arrivals, where requests do not come at once.

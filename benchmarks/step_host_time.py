@@ -27,15 +27,16 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.config import BudgetDraftConfig
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.proposer import adaptive_length
 from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.picking import Drafts
 from vllm_budgetdraft.proposer.step_costs import StepCosts
-from vllm_budgetdraft.vllm_integration import runner_v1, runner_v2
+from vllm_budgetdraft.vllm_integration.v1 import proposer as runner_v1
+from vllm_budgetdraft.vllm_integration.v2 import speculator as runner_v2
 
 PROMPT_TOKENS, MAX_MODEL_LEN, KV_BUDGET, WARM_UP = 100, 2048, 64, 20
 #: What is drafted, and what the target writes.

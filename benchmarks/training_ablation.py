@@ -34,7 +34,7 @@ import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance, passages
 from vllm_budgetdraft.training.sources import read_texts
 

@@ -24,8 +24,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.comparison.measure import prepare_environment
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.evaluation.acceptance import passages
 from vllm_budgetdraft.training.sources import read_texts
 

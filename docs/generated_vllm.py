@@ -7,7 +7,7 @@ from pathlib import Path
 
 from markup import code, prose, table
 
-from vllm_budgetdraft.vllm_integration.statistics import (
+from vllm_budgetdraft.vllm_integration.metrics.statistics import (
     COUNTERS,
     GAUGES,
     HISTOGRAMS,

@@ -76,8 +76,8 @@ BRANCHES = {
     f"{SEAM}.core_loader.finish_core": MASKS
     + "test_a_gpu_captures_graphs_once_the_cache_is_there",
     f"{SEAM}.core_loader.load_core": ENGINES,
-    f"{SEAM}.engine_process._describe": TOOK,
-    f"{SEAM}.engine_process._when_idle": TOOK,
+    f"{OURS}.comparison.engine_process._describe": TOOK,
+    f"{OURS}.comparison.engine_process._when_idle": TOOK,
     f"{OURS}.flexdraft.page_lists.PageLists.__init__": MASKS
     + "test_graphs_draft_what_the_loop_drafts",
     f"{OURS}.flexdraft.proposer.MaskProposer.capture_graphs": MASKS
@@ -88,10 +88,10 @@ BRANCHES = {
     + "test_a_target_of_graphs_takes_no_masks_along",
     f"{SEAM}.flex_rounds.rounds_for": MASKS
     + "test_a_target_of_graphs_takes_no_masks_along",
-    f"{SEAM}.observation.CoreObserver.__init__": ENGINES,
-    f"{SEAM}.observation.CoreObserver.observe": ENGINES,
-    f"{SEAM}.observation.DraftTimer.__init__": ENGINES,
-    f"{SEAM}.observation.DraftTimer.measure": ENGINES,
+    f"{SEAM}.metrics.observation.CoreObserver.__init__": ENGINES,
+    f"{SEAM}.metrics.observation.CoreObserver.observe": ENGINES,
+    f"{SEAM}.metrics.observation.DraftTimer.__init__": ENGINES,
+    f"{SEAM}.metrics.observation.DraftTimer.measure": ENGINES,
     f"{SEAM}.patches.rejection_sampler._expand_every_type.expand_batch_to_tokens": (
         ENGINES
     ),

@@ -22,8 +22,8 @@ from vllm_budgetdraft.config import (
 )
 from vllm_budgetdraft.eviction.base import PromptStates, check_selection
 from vllm_budgetdraft.eviction.catalogue import POLICIES, make_policy
-from vllm_budgetdraft.vllm_integration import statistics
 from vllm_budgetdraft.vllm_integration.compatibility import NEWEST, OLDEST
+from vllm_budgetdraft.vllm_integration.metrics import statistics
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)

@@ -25,7 +25,7 @@ from vllm_budgetdraft.config import (
 from vllm_budgetdraft.eviction.base import PromptStates, check_selection
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.vllm_integration.compatibility import NEWEST, OLDEST
-from vllm_budgetdraft.vllm_integration.statistics import (
+from vllm_budgetdraft.vllm_integration.metrics.statistics import (
     COUNTERS,
     GAUGES,
     HISTOGRAMS,

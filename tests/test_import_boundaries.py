@@ -12,7 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS, KERNELS = "vllm_budgetdraft", "budgetdraft_kernels"
 
-FOUNDATION = {"command_line", "config", "environment", "errors", "files"}
+FOUNDATION = {
+    "command_line",
+    "config",
+    "environment",
+    "errors",
+    "files",
+    "provenance",
+}
 #: What each package may import of ours, itself and the version apart.
 MAY_IMPORT_OURS = {
     KERNELS: set(),
@@ -21,6 +28,7 @@ MAY_IMPORT_OURS = {
     "environment": FOUNDATION,
     "command_line": FOUNDATION,
     "files": FOUNDATION,
+    "provenance": FOUNDATION,
     "cache": FOUNDATION | {KERNELS},
     "eviction": FOUNDATION | {KERNELS},
     "attention": FOUNDATION | {KERNELS, "cache"},
@@ -56,6 +64,7 @@ MAY_IMPORT_OTHERS = {
     "environment": {"pydantic"},
     "command_line": {"pydantic"},
     "files": {"pydantic"},
+    "provenance": {"pydantic"},
     "cache": {"numpy", "torch"},
     "eviction": {"torch"},
     "attention": {"numpy", "torch", "xformers"},
@@ -137,7 +146,7 @@ def test_a_file_imports_only_what_its_layer_may(path):
         ("eviction", "vllm_budgetdraft.cache.page_pool.PagePool"),
         ("cache", "transformers.PretrainedConfig"),
         ("proposer", "vllm.config.VllmConfig"),
-        ("proposer", "vllm_budgetdraft.vllm_integration.runner_v1"),
+        ("proposer", "vllm_budgetdraft.vllm_integration.v1.proposer"),
         ("vllm_integration", "vllm_budgetdraft.training.losses.ce_loss"),
         ("drafter", "vllm_budgetdraft.proposer.draft_proposer"),
         ("config", "torch"),

@@ -1,6 +1,5 @@
 """``budgetdraft``: the command line."""
 
-import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from importlib import import_module
@@ -10,9 +9,8 @@ from typing import Any
 from vllm_budgetdraft import __version__
 from vllm_budgetdraft.command_line import at_least, told, with_homes
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
+from vllm_budgetdraft.files import MODELS
 
-#: Where the pair that comes with the repository lies, as seen from here.
-MODELS = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "models"))
 #: Commands that a module of their own defines, which imports nothing heavy before it
 #: runs: where it is, and what it is for.
 MODULES = {

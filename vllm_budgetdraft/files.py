@@ -14,6 +14,8 @@ from typing import Any, TextIO
 from vllm_budgetdraft.errors import ConfigurationError
 
 LOCK = ".budgetdraft.lock"
+#: Where what comes with the repository lies, as seen from the working directory.
+MODELS = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "models"))
 
 logger = logging.getLogger(__name__)
 

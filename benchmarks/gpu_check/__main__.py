@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     import torch
 
+    from vllm_budgetdraft import provenance
     from vllm_budgetdraft.diagnosis import env
-    from vllm_budgetdraft.evaluation import provenance
 
     is_gpu, found = torch.cuda.is_available(), env.collect()
     if not is_gpu and not args.tiny:

@@ -17,7 +17,7 @@ from benchmarks.gpu_check.rows import (
     row_of,
 )
 from benchmarks.gpu_check.sizes import Sizes
-from vllm_budgetdraft.vllm_integration.engine_process import BatchGeneration
+from vllm_budgetdraft.comparison.engine_process import BatchGeneration
 
 #: Largest difference of two logits that float32 may see the other way: its error is
 #: below 1e-5 here, and the two best are as close as this after one token in a thousand.

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.gpu_check.engine_checks import Checks, Gap
 from benchmarks.gpu_check.rows import append
 from benchmarks.gpu_check.sizes import FULL, TINY, Sizes
-from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
+from vllm_budgetdraft.comparison.engine_process import EngineProcess
 
 
 def write_models(folder: Path, shape: dict[str, int]) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from benchmarks.micro.workloads import (
     in_a_row,
     in_turn,
 )
-from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft import provenance
 
 Bench = Callable[..., None]
 #: Triton kernels are timed on a GPU alone.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.micro import timing
-from vllm_budgetdraft.evaluation import provenance
+from vllm_budgetdraft import provenance
 
 Row = dict[str, Any]
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.config import ViewSettings
 from vllm_budgetdraft.drafter.checkpoint import load_drafter
 from vllm_budgetdraft.drafter.modeling import Drafter
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.eviction.catalogue import make_policy
 from vllm_budgetdraft.training.arguments import ObjectiveArguments, ViewArguments
 from vllm_budgetdraft.training.model import MultiViewModel

@@ -14,7 +14,7 @@ class Scheduler:
     """Requests that decode together, of a clock that the test sets."""
 
     def __init__(self, monkeypatch) -> None:
-        from vllm_budgetdraft.vllm_integration import adaptive_schedule
+        from vllm_budgetdraft.vllm_integration.v2 import adaptive_schedule
 
         self.now, self.running = 0.0, []
         clock = SimpleNamespace(perf_counter=lambda: self.now)

@@ -163,7 +163,7 @@ def test_after_a_failure_of_no_request_all_begin_anew_but_not_for_ever(
     drafter_folder, monkeypatch, num_failures
 ):
     """Each costs them all that they have read; of three in a row they draft no more."""
-    from vllm_budgetdraft.vllm_integration.request_drafter import RequestDrafter
+    from vllm_budgetdraft.vllm_integration.v1.request_drafter import RequestDrafter
 
     engine = started(drafter_folder, "sink_window")
     engine.step()
@@ -240,7 +240,7 @@ def test_graphs_that_cannot_be_captured_are_done_without(drafter_folder, log, at
 
 def test_every_failure_is_counted_and_ever_fewer_are_logged(log):
     from vllm_budgetdraft.vllm_integration.faults import FaultLog
-    from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
+    from vllm_budgetdraft.vllm_integration.metrics.statistics import DraftStatistics
 
     statistics = DraftStatistics()
     faults = FaultLog(statistics)

@@ -11,13 +11,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.support.books import write_target
+from vllm_budgetdraft.comparison import engine_process
+from vllm_budgetdraft.comparison.engine_process import EngineProcess
 from vllm_budgetdraft.comparison.engines import running
 from vllm_budgetdraft.comparison.methods import PLAIN, Method
 from vllm_budgetdraft.comparison.races import races_of
 from vllm_budgetdraft.comparison.room import memory_at_hand
 from vllm_budgetdraft.errors import BudgetDraftError
-from vllm_budgetdraft.vllm_integration import engine_process
-from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
 pytestmark = pytest.mark.vllm
 

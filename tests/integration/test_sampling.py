@@ -189,7 +189,7 @@ def test_a_grammar(engine, target_logits):
 
 @contextmanager
 def with_probabilities(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    from vllm_budgetdraft.vllm_integration.runner_v1 import BudgetDraftProposer
+    from vllm_budgetdraft.vllm_integration.v1.proposer import BudgetDraftProposer
 
     original = BudgetDraftProposer.take_probabilities
 

@@ -28,7 +28,7 @@ def test_it_takes_what_vllm_hands_over():
     from vllm.v1.worker.gpu.spec_decode import init_speculator
     from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-    from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
+    from vllm_budgetdraft.vllm_integration.v2.speculator import BudgetDraftSpeculator
 
     for name in ("propose", "init_cudagraph_manager"):
         theirs = inspect.signature(getattr(BaseSpeculator, name)).parameters

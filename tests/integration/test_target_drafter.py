@@ -81,7 +81,7 @@ def cache() -> Cache:
 
 def drafter_of(cache: Cache, num_kinds: int = 1, **settings: Any) -> Any:
     from vllm_budgetdraft.vllm_integration.target_cache import bind_to_target
-    from vllm_budgetdraft.vllm_integration.target_drafter import TargetDrafter
+    from vllm_budgetdraft.vllm_integration.v1.target_drafter import TargetDrafter
 
     config = SettledConfig(
         model="",
@@ -112,7 +112,7 @@ def drafter_of(cache: Cache, num_kinds: int = 1, **settings: Any) -> Any:
 def request(
     cache: Cache, row: int, num_tokens: int, state: State, **changes: Any
 ) -> Any:
-    from vllm_budgetdraft.vllm_integration.request_drafter import Request
+    from vllm_budgetdraft.vllm_integration.v1.request_drafter import Request
 
     context = models.random_tokens(num_tokens, seed=row).tolist()
     # Pages of requests lie between each other, and backwards.

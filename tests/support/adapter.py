@@ -46,7 +46,7 @@ class Engine:
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        from vllm_budgetdraft.vllm_integration.runner_v1 import BudgetDraftProposer
+        from vllm_budgetdraft.vllm_integration.v1.proposer import BudgetDraftProposer
 
         self.core = build_proposer(folder, **settings)
         self.max_model_len = settings["max_model_len"]

@@ -14,7 +14,7 @@ import yaml
 
 from tests.support.command_lines import PROGRAMS, check_speculative_config, commands
 from tests.support.pages import Block
-from vllm_budgetdraft.vllm_integration import statistics
+from vllm_budgetdraft.vllm_integration.metrics import statistics
 
 
 def check_bash(block: Block) -> None:

@@ -29,7 +29,7 @@ class Runner:
         dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> None:
-        from vllm_budgetdraft.vllm_integration import runner_v2
+        from vllm_budgetdraft.vllm_integration.v2 import speculator as runner_v2
 
         self.core = build_proposer(
             folder,

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from vllm_budgetdraft.comparison.engine_process import Generation
 from vllm_budgetdraft.comparison.room import Memory
-from vllm_budgetdraft.vllm_integration.engine_process import Generation
 
 NEW_TOKENS = 8
 
@@ -41,8 +41,7 @@ class StubEngine:
     @classmethod
     def install(cls, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
         """In place of real engines, with attributes of the class as given."""
-        from vllm_budgetdraft.comparison import measure
-        from vllm_budgetdraft.vllm_integration import engine_process
+        from vllm_budgetdraft.comparison import engine_process, measure
 
         monkeypatch.setattr(engine_process, "EngineProcess", cls)
         monkeypatch.setattr(measure, "PAUSE_SECONDS", 0)

@@ -299,8 +299,8 @@ def measure_order(methods, folder, options):
 def test_what_is_wrong_is_said_before_an_engine_starts(
     given, message, tmp_path, capsys, monkeypatch
 ):
+    from vllm_budgetdraft.comparison import engine_process
     from vllm_budgetdraft.comparison import measure as module
-    from vllm_budgetdraft.vllm_integration import engine_process
 
     monkeypatch.setattr(module, "measure", None)
     monkeypatch.setattr(module, "prepare_environment", lambda: None)

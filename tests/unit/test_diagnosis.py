@@ -21,6 +21,7 @@ from tests.support.stub_engine import StubEngine
 from vllm_budgetdraft import __version__
 from vllm_budgetdraft.cli import main
 from vllm_budgetdraft.comparison import engines, room
+from vllm_budgetdraft.comparison.engine_process import EngineProcess
 from vllm_budgetdraft.comparison.methods import PLAIN, Method
 from vllm_budgetdraft.comparison.races import race
 from vllm_budgetdraft.config import BudgetDraftConfig
@@ -28,7 +29,6 @@ from vllm_budgetdraft.diagnosis import check, env
 from vllm_budgetdraft.diagnosis.memory import describe
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.vllm_integration.compatibility import NEWEST
-from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
 
 ROOT = Path(__file__).parents[2]
 TARGET = str(ROOT / "models" / "books-9m")

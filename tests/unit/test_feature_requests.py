@@ -86,7 +86,7 @@ class Simulated:
     """
 
     def __init__(self, core: DraftProposer, seed: int) -> None:
-        from vllm_budgetdraft.vllm_integration.feature_requests import (
+        from vllm_budgetdraft.vllm_integration.v1.feature_requests import (
             FeatureRequestDrafter,
         )
 
@@ -124,7 +124,7 @@ class Simulated:
 
     def step(self) -> None:
         """A step of the target for some requests, and drafts, compared."""
-        from vllm_budgetdraft.vllm_integration.request_drafter import Request
+        from vllm_budgetdraft.vllm_integration.v1.request_drafter import Request
 
         batch = [n for n in self.contexts if self.random.random() < 0.9]
         requests, states, first = [], [], 0
@@ -223,7 +223,7 @@ def test_a_small_budget_keeps_its_memory_and_goes_on(tmp_path):
 
 def step(engine: Simulated, **requests: tuple[int, int, bool]) -> dict[int, list[int]]:
     """A step by hand: of each request, tokens known before, computed, and sampled."""
-    from vllm_budgetdraft.vllm_integration.request_drafter import Request
+    from vllm_budgetdraft.vllm_integration.v1.request_drafter import Request
 
     made, states, first = [], [], 0
     for row, (name, (start, count, sampled)) in enumerate(requests.items()):
@@ -293,7 +293,7 @@ def test_a_request_that_asks_for_nothing_does_not_hide_who_drafts(tmp_path):
 
 def test_a_vllm_that_cannot_ask_refuses_heads_and_no_others(monkeypatch, tmp_path):
     from vllm_budgetdraft.vllm_integration.patches import runner_v1
-    from vllm_budgetdraft.vllm_integration.runner_v1 import BudgetDraftProposer
+    from vllm_budgetdraft.vllm_integration.v1.proposer import BudgetDraftProposer
 
     monkeypatch.setattr(runner_v1, "ASKS_FOR_STATES", "_no_such_method")
     runner_v1.apply(BudgetDraftProposer)

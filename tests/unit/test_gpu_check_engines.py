@@ -9,7 +9,7 @@ from benchmarks.gpu_check import engines, rows
 from benchmarks.gpu_check.engine_checks import TIE, Checks
 from benchmarks.gpu_check.rows import FAILED, OK, SKIPPED, Row
 from benchmarks.gpu_check.sizes import FULL, TINY
-from vllm_budgetdraft.vllm_integration.engine_process import BatchGeneration
+from vllm_budgetdraft.comparison.engine_process import BatchGeneration
 
 NUM_PROMPTS = len(TINY.prompts)
 GRAPHS = "INFO core_loader.py:54] BudgetDraft captured 12 CUDA graphs of its drafts"

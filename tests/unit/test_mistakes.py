@@ -8,10 +8,9 @@ import pytest
 from tests.support.engines import DRAFTER, TARGET
 from tests.support.training_runs import run_options, write_inputs
 from vllm_budgetdraft.cli import main
-from vllm_budgetdraft.comparison import engines, evaluate, measure
+from vllm_budgetdraft.comparison import engine_process, engines, evaluate, measure
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.files import LOCK
-from vllm_budgetdraft.vllm_integration import engine_process
 
 TEXTS = "--texts books.jsonl"
 GENERATE = f"generate --target {TARGET} {TEXTS}"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
+from vllm_budgetdraft.vllm_integration.v1.request_slots import Holding, RequestSlots
 
 
 class Request:

@@ -10,8 +10,11 @@ from prometheus_client import REGISTRY
 
 from tests.support.drafting import build_proposer
 from vllm_budgetdraft.proposer.warm_up import warm_up
-from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
-from vllm_budgetdraft.vllm_integration.statistics import KEY, DraftStatistics
+from vllm_budgetdraft.vllm_integration.metrics.observation import (
+    CoreObserver,
+    DraftTimer,
+)
+from vllm_budgetdraft.vllm_integration.metrics.statistics import KEY, DraftStatistics
 
 
 def test_what_is_taken_is_taken_once():
@@ -186,7 +189,7 @@ def test_seconds_of_a_cpu_are_its_clocks(monkeypatch):
 
 @pytest.fixture
 def stat_logger(monkeypatch):
-    from vllm_budgetdraft.vllm_integration import metrics
+    from vllm_budgetdraft.vllm_integration.metrics import prometheus as metrics
 
     lines: list[str] = []
     monkeypatch.setattr(

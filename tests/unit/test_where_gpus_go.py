@@ -93,7 +93,7 @@ def test_results_of_a_gpu_do_not_speak_of_cpus(h100):
 
 @pytest.mark.vllm
 def test_an_engine_says_what_it_took_of_the_gpu(h100):
-    from vllm_budgetdraft.vllm_integration import engine_process
+    from vllm_budgetdraft.comparison import engine_process
 
     waited = []
     h100.setattr(torch.cuda, "synchronize", lambda: waited.append(True))

@@ -6,16 +6,16 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.comparison import measure
+from vllm_budgetdraft.comparison.engine_process import preload
 from vllm_budgetdraft.comparison.methods import Method, all_methods
 from vllm_budgetdraft.comparison.summary import same, summarise
 from vllm_budgetdraft.config import parse_speculative_config, settle
 from vllm_budgetdraft.drafter.join import of_target
 from vllm_budgetdraft.errors import ConfigurationError
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.fetch import pretrained_pair
 from vllm_budgetdraft.files import write_text
-from vllm_budgetdraft.vllm_integration.engine_process import preload
 
 if TYPE_CHECKING:
     from vllm_budgetdraft.comparison.prompts import Prompt

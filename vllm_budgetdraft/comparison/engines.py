@@ -118,7 +118,7 @@ def running(
         BudgetDraftError: an engine did not start; the others are closed, and the logs
             are kept.
     """
-    from vllm_budgetdraft.vllm_integration.engine_process import EngineProcess
+    from vllm_budgetdraft.comparison.engine_process import EngineProcess
 
     begun = time.monotonic()
     logs = Path(tempfile.mkdtemp(prefix="budgetdraft-"))

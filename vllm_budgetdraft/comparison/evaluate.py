@@ -6,11 +6,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_budgetdraft.cli import MODELS
 from vllm_budgetdraft.command_line import at_least, json_object, when_interrupted
 from vllm_budgetdraft.comparison.methods import KINDS, default_kinds
 from vllm_budgetdraft.errors import ConfigurationError, short
-from vllm_budgetdraft.files import claimed
+from vllm_budgetdraft.files import MODELS, claimed
 
 if TYPE_CHECKING:
     from vllm_budgetdraft.comparison.prompts import Prompt
@@ -141,12 +140,13 @@ def run(args: Namespace) -> None:
 
 def _evaluate(args: Namespace, output: Path) -> None:
     from vllm_budgetdraft.comparison import measure
-    from vllm_budgetdraft.vllm_integration.engine_process import preload
+    from vllm_budgetdraft.comparison.engine_process import preload
 
     measure.prepare_environment()
     preload()
     from transformers import AutoConfig, AutoTokenizer
 
+    from vllm_budgetdraft import provenance
     from vllm_budgetdraft.comparison import report
     from vllm_budgetdraft.comparison.engines import check_engine
     from vllm_budgetdraft.comparison.methods import all_methods
@@ -155,7 +155,6 @@ def _evaluate(args: Namespace, output: Path) -> None:
     from vllm_budgetdraft.comparison.serving import measure_serving
     from vllm_budgetdraft.comparison.summary import summarise
     from vllm_budgetdraft.conversations import set_chat_template
-    from vllm_budgetdraft.evaluation import provenance
 
     for name, value in PROTOCOLS[args.protocol].items():
         if getattr(args, name) is None:

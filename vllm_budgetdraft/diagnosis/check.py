@@ -53,9 +53,9 @@ def run(args: Namespace) -> None:
         BudgetDraftError: the two do not go together, and why; or there was no time to
             measure.
     """
+    from vllm_budgetdraft.comparison.engine_process import preload
     from vllm_budgetdraft.comparison.engines import check_engine
     from vllm_budgetdraft.comparison.measure import prepare_environment
-    from vllm_budgetdraft.vllm_integration.engine_process import preload
 
     prepare_environment()
     if args.seconds > 0:

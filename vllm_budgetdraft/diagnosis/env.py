@@ -43,7 +43,7 @@ def run(args: Namespace) -> None:
 
 def collect() -> dict[str, str]:
     """Names and what there is to say of each."""
-    from vllm_budgetdraft.evaluation import provenance
+    from vllm_budgetdraft import provenance
 
     machine = provenance.collect({})
     versions = machine["versions"]

@@ -12,10 +12,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from vllm_budgetdraft import provenance
 from vllm_budgetdraft.command_line import at_least, json_object, when_interrupted
 from vllm_budgetdraft.drafter.join import of_target
 from vllm_budgetdraft.errors import BudgetDraftError, ConfigurationError
-from vllm_budgetdraft.evaluation import provenance
 from vllm_budgetdraft.files import claimed
 from vllm_budgetdraft.generation.parts import missing_parts, write_part
 

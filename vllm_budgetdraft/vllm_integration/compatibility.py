@@ -6,7 +6,7 @@ from vllm_budgetdraft.environment import skip_version_check
 from vllm_budgetdraft.errors import UnsupportedVllmError
 
 OLDEST, NEWEST = (0, 25), (0, 33)
-#: Whose model runner V2 has the interface that ``runner_v2`` implements.
+#: Whose model runner V2 has the interface that ``v2`` implements.
 OLDEST_WITH_RUNNER_V2 = (0, 32)
 #: In older versions a "custom_class" is never scheduled ahead.
 OLDEST_THAT_SCHEDULES_AHEAD = (0, 33)

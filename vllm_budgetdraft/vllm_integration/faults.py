@@ -2,7 +2,7 @@
 
 import logging
 
-from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
+from vllm_budgetdraft.vllm_integration.metrics.statistics import DraftStatistics
 
 # Under vLLM's own logger, the only one that it configures.
 logger = logging.getLogger("vllm.budgetdraft")

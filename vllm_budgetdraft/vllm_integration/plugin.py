@@ -11,9 +11,9 @@ def register() -> None:
     """
     try:
         from vllm_budgetdraft.vllm_integration.patches import (
-            runner_v2,
-            speculative_config,
+            method as speculative_config,
         )
+        from vllm_budgetdraft.vllm_integration.patches import runner_v2
 
         speculative_config.apply()
         runner_v2.apply()

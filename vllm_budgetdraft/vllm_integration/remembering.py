@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
+from vllm_budgetdraft.vllm_integration.metrics.statistics import DraftStatistics
 
 #: Of vLLM's objects for a request, a ``Told``: see ``patches.snapshots``.
 ATTRIBUTE = "budgetdraft_told"

@@ -57,7 +57,7 @@ from vllm_budgetdraft.vllm_integration.patches import (
     statistics,
 )
 
-PROPOSER = "vllm_budgetdraft.vllm_integration.runner_v1.BudgetDraftProposer"
+PROPOSER = "vllm_budgetdraft.vllm_integration.v1.proposer.BudgetDraftProposer"
 
 
 @config

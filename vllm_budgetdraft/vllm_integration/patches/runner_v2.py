@@ -3,13 +3,10 @@
 from typing import Any
 
 from vllm_budgetdraft.vllm_integration.compatibility import supports_runner_v2
-from vllm_budgetdraft.vllm_integration.patches import (
-    logprobs,
-    statistics,
-    step_timing,
-)
+from vllm_budgetdraft.vllm_integration.metrics.statistics import STEP_COSTS
+from vllm_budgetdraft.vllm_integration.patches import logprobs, statistics
+from vllm_budgetdraft.vllm_integration.patches import start_up as step_timing
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
-from vllm_budgetdraft.vllm_integration.statistics import STEP_COSTS
 
 #: Of a scheduler's Request, most drafts that it may have.
 ATTRIBUTE = "budgetdraft_most_drafts"
@@ -65,12 +62,16 @@ def _make_ours(original: Function) -> Function:
             return original(vllm_config, device, req_states)
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-        from vllm_budgetdraft.vllm_integration.adaptive_schedule import every_length
-        from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
-        from vllm_budgetdraft.vllm_integration.runner_v2_features import (
+        from vllm_budgetdraft.vllm_integration.v2.adaptive_schedule import every_length
+        from vllm_budgetdraft.vllm_integration.v2.feature_speculator import (
             FeatureSpeculator,
         )
-        from vllm_budgetdraft.vllm_integration.runner_v2_target import TargetSpeculator
+        from vllm_budgetdraft.vllm_integration.v2.speculator import (
+            BudgetDraftSpeculator,
+        )
+        from vllm_budgetdraft.vllm_integration.v2.target_speculator import (
+            TargetSpeculator,
+        )
 
         config = vllm_config.speculative_config
         if config.settings.adaptive_draft_length:
@@ -223,7 +224,7 @@ def _choose_lengths(original: Function) -> Function:
             return
         settings = config.speculative_config.settings
         if settings.adaptive_draft_length:
-            from vllm_budgetdraft.vllm_integration.adaptive_schedule import (
+            from vllm_budgetdraft.vllm_integration.v2.adaptive_schedule import (
                 AdaptiveSchedule,
             )
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from vllm_budgetdraft.vllm_integration.metrics.statistics import KEY, DraftStatistics
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
-from vllm_budgetdraft.vllm_integration.statistics import KEY, DraftStatistics
 
 #: Of a ModelRunnerOutput, what the worker took; of a Scheduler, what came so far.
 ATTRIBUTE = "budgetdraft_statistics"
@@ -49,7 +49,7 @@ def apply(config_class: type) -> None:
         def initialise(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
             original(self, vllm_config, *args, **kwargs)
             if isinstance(vllm_config.speculative_config, config_class):
-                from vllm_budgetdraft.vllm_integration.metrics import (
+                from vllm_budgetdraft.vllm_integration.metrics.prometheus import (
                     BudgetDraftStatLogger,
                 )
 

@@ -14,10 +14,10 @@ from vllm_budgetdraft.drafter.feature_checkpoint import read_feature_config
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import Fed
-from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
 from vllm_budgetdraft.vllm_integration.remembering import start_reading_features
-from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
-from vllm_budgetdraft.vllm_integration.speculator_base import GIVEN
+from vllm_budgetdraft.vllm_integration.v2.progress import Progress, rows_of
+from vllm_budgetdraft.vllm_integration.v2.speculator import BudgetDraftSpeculator
+from vllm_budgetdraft.vllm_integration.v2.without_module import GIVEN
 
 
 class FeatureSpeculator(BudgetDraftSpeculator):

@@ -23,16 +23,13 @@ from vllm_budgetdraft.vllm_integration.core_loader import (
     load_core,
     load_mask_core,
 )
-from vllm_budgetdraft.vllm_integration.feature_requests import FeatureRequestDrafter
 from vllm_budgetdraft.vllm_integration.flex_rounds import FlexRounds
-from vllm_budgetdraft.vllm_integration.patches import (
-    runner_v1,
-    statistics,
-    step_timing,
-)
-from vllm_budgetdraft.vllm_integration.request_drafter import Request, RequestDrafter
+from vllm_budgetdraft.vllm_integration.patches import runner_v1, statistics
+from vllm_budgetdraft.vllm_integration.patches import start_up as step_timing
 from vllm_budgetdraft.vllm_integration.step_timing import time_steps
-from vllm_budgetdraft.vllm_integration.target_drafter import TargetDrafter
+from vllm_budgetdraft.vllm_integration.v1.feature_requests import FeatureRequestDrafter
+from vllm_budgetdraft.vllm_integration.v1.request_drafter import Request, RequestDrafter
+from vllm_budgetdraft.vllm_integration.v1.target_drafter import TargetDrafter
 
 
 class BudgetDraftProposer:

@@ -18,18 +18,24 @@ from vllm_budgetdraft.proposer.memory import resolve_dtype
 from vllm_budgetdraft.proposer.picking import Drafts
 from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration.core_loader import embedding_for, load_core
-from vllm_budgetdraft.vllm_integration.draft_output import DraftOutput
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
-from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
-from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
+from vllm_budgetdraft.vllm_integration.metrics.observation import (
+    CoreObserver,
+    DraftTimer,
+)
+from vllm_budgetdraft.vllm_integration.metrics.statistics import (
+    STEP_COSTS,
+    DraftStatistics,
+)
 from vllm_budgetdraft.vllm_integration.remembering import (
     remember,
     start_reading,
 )
 from vllm_budgetdraft.vllm_integration.sampling import draft_sampling, is_greedy
-from vllm_budgetdraft.vllm_integration.speculator_base import SpeculatorWithoutModule
-from vllm_budgetdraft.vllm_integration.statistics import STEP_COSTS, DraftStatistics
 from vllm_budgetdraft.vllm_integration.step_timing import Core, time_steps
+from vllm_budgetdraft.vllm_integration.v2.draft_output import DraftOutput
+from vllm_budgetdraft.vllm_integration.v2.progress import Progress, rows_of
+from vllm_budgetdraft.vllm_integration.v2.without_module import SpeculatorWithoutModule
 
 
 class BudgetDraftSpeculator(SpeculatorWithoutModule):

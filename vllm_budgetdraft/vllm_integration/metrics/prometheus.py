@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_budgetdraft.vllm_integration.faults import logger
-from vllm_budgetdraft.vllm_integration.statistics import (
+from vllm_budgetdraft.vllm_integration.metrics.statistics import (
     COUNTERS,
     GAUGES,
     HISTOGRAMS,

@@ -19,15 +19,19 @@ from torch import Tensor
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import Fed
-from vllm_budgetdraft.vllm_integration.draft_lists import NOT_FINITE, confident, marked
 from vllm_budgetdraft.vllm_integration.remembering import start_reading_features
-from vllm_budgetdraft.vllm_integration.request_drafter import (
+from vllm_budgetdraft.vllm_integration.sampling import as_tensors
+from vllm_budgetdraft.vllm_integration.v1.draft_lists import (
+    NOT_FINITE,
+    confident,
+    marked,
+)
+from vllm_budgetdraft.vllm_integration.v1.request_drafter import (
     Request,
     RequestDrafter,
     max_drafts,
 )
-from vllm_budgetdraft.vllm_integration.request_slots import Holding
-from vllm_budgetdraft.vllm_integration.sampling import as_tensors
+from vllm_budgetdraft.vllm_integration.v1.request_slots import Holding
 
 
 class FeatureRequestDrafter(RequestDrafter):

@@ -10,9 +10,9 @@ from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.picking import Drafts
 from vllm_budgetdraft.vllm_integration.core_loader import finish_core, load_mask_core
 from vllm_budgetdraft.vllm_integration.flex_rounds import rounds_for
-from vllm_budgetdraft.vllm_integration.progress import Progress, rows_of
-from vllm_budgetdraft.vllm_integration.runner_v2 import BudgetDraftSpeculator
-from vllm_budgetdraft.vllm_integration.speculator_base import GIVEN
+from vllm_budgetdraft.vllm_integration.v2.progress import Progress, rows_of
+from vllm_budgetdraft.vllm_integration.v2.speculator import BudgetDraftSpeculator
+from vllm_budgetdraft.vllm_integration.v2.without_module import GIVEN
 
 
 class TargetSpeculator(BudgetDraftSpeculator):

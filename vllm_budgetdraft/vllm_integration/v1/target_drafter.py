@@ -11,21 +11,25 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 
 from vllm_budgetdraft.config import parse_request_settings
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
-from vllm_budgetdraft.vllm_integration.draft_lists import NOT_FINITE, confident, marked
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
 from vllm_budgetdraft.vllm_integration.flex_rounds import FlexRounds, rounds_for
-from vllm_budgetdraft.vllm_integration.observation import DraftTimer
-from vllm_budgetdraft.vllm_integration.request_drafter import (
-    Request,
-    max_drafts,
-)
-from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
+from vllm_budgetdraft.vllm_integration.metrics.observation import DraftTimer
+from vllm_budgetdraft.vllm_integration.metrics.statistics import DraftStatistics
 from vllm_budgetdraft.vllm_integration.sampling import (
     DraftSampling,
     as_tensors,
     draft_sampling,
 )
-from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
+from vllm_budgetdraft.vllm_integration.v1.draft_lists import (
+    NOT_FINITE,
+    confident,
+    marked,
+)
+from vllm_budgetdraft.vllm_integration.v1.request_drafter import (
+    Request,
+    max_drafts,
+)
+from vllm_budgetdraft.vllm_integration.v1.request_slots import Holding, RequestSlots
 
 
 class TargetDrafter:

@@ -10,7 +10,7 @@ import torch
 
 from vllm_budgetdraft.attention.backend import is_gpu
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
+from vllm_budgetdraft.vllm_integration.metrics.statistics import DraftStatistics
 
 
 class CoreObserver:

@@ -15,22 +15,29 @@ from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.proposer.warm_up import warm_up
-from vllm_budgetdraft.vllm_integration.draft_lists import NOT_FINITE, confident, marked
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
-from vllm_budgetdraft.vllm_integration.observation import CoreObserver, DraftTimer
+from vllm_budgetdraft.vllm_integration.metrics.observation import (
+    CoreObserver,
+    DraftTimer,
+)
+from vllm_budgetdraft.vllm_integration.metrics.statistics import DraftStatistics
 from vllm_budgetdraft.vllm_integration.remembering import (
     Remembered,
     remember,
     start_reading,
     written_by,
 )
-from vllm_budgetdraft.vllm_integration.request_slots import Holding, RequestSlots
 from vllm_budgetdraft.vllm_integration.sampling import (
     DraftSampling,
     as_tensors,
     draft_sampling,
 )
-from vllm_budgetdraft.vllm_integration.statistics import DraftStatistics
+from vllm_budgetdraft.vllm_integration.v1.draft_lists import (
+    NOT_FINITE,
+    confident,
+    marked,
+)
+from vllm_budgetdraft.vllm_integration.v1.request_slots import Holding, RequestSlots
 
 
 @dataclass(frozen=True)
