@@ -17,7 +17,8 @@ class LaunchSettings:
         attention_tile_bytes: keys, and as many values, that a program holds at a time;
             half as many of float32.
         attention_stages: tiles in flight.
-        programs_per_multiprocessor: splits are added until there are so many.
+        programs_per_multiprocessor: splits are added until each multiprocessor has
+            this number of programs.
         cache_write_heads: heads of one token per program, at most.
         compaction_rows: kept positions per program.
         chunk_scores_tokens: tokens per program, or one chunk if that is longer.
@@ -57,14 +58,14 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def tile_rows(dim_block: int, element_bytes: int, device: torch.device) -> int:
-    """Rows of so many numbers that a program of an attention kernel holds at a time."""
+    """Rows of ``dim_block`` numbers that a program of attention holds at a time."""
     # Tensor cores do not multiply float32: threads keep operands in registers instead.
     row_bytes = dim_block * element_bytes * (2 if element_bytes == 4 else 1)
     return settings_of(device).attention_tile_bytes // row_bytes
 
 
 def warps(dim_block: int, element_bytes: int) -> int:
-    """Warps per program that holds rows of so many numbers: more where they spill."""
+    """Warps of a program that holds rows of ``dim_block`` numbers: more where they spill."""
     return 8 if element_bytes >= 4 or dim_block * element_bytes >= 512 else 4
 
 

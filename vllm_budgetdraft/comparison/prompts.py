@@ -1,4 +1,4 @@
-"""Prompts of exactly so many tokens, from books and from meetings; and short chats.
+"""Prompts of a given number of tokens, from books and meetings; and short chats.
 
 Three tasks are those of BudgetDraft's section 4: passages of books (PG-19), questions
 about meetings (QMSum, in LongBench's words), and summaries of a passage (LWM). Unlike

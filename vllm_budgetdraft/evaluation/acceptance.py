@@ -126,7 +126,9 @@ class SamplingVerifier:
             left = (left - probabilities[accepted]).clamp_min(0)
         following = torch.multinomial(left, 1, generator=self._generator)
         if accepted < len(drafts):
-            self._cache.crop(accepted - len(drafts))  # so many tokens less
+            self._cache.crop(
+                accepted - len(drafts)
+            )  # a negative number: tokens to take away
         self._last = following
         return accepted, int(following)
 
@@ -141,7 +143,7 @@ def speculate(
     temperature: float,
     end_tokens: Collection[int] = (),
 ) -> list[int]:
-    """Drafts accepted in each step, until there are so many new tokens, or an end.
+    """Drafts accepted in each step, until the answer has its number of tokens, or ends.
 
     Args:
         context: the prompt and the first new token.
@@ -341,7 +343,7 @@ def passages(texts: Any, length: int, count: int, seed: int) -> list[list[int]]:
 def greedy_continuation(
     target: PreTrainedModel, prompt: list[int], new_tokens: int
 ) -> list[int]:
-    """The likeliest next token, so many times; an end of text ends nothing."""
+    """The ``new_tokens`` likeliest next tokens; an end of text ends nothing."""
     cache = DynamicCache()
     fed = torch.tensor([prompt], device=target.device)
     written: list[int] = []

@@ -145,7 +145,7 @@ class FlexDecoder:
         return [tokens[:max_new_tokens] for tokens in written]
 
     def new_cache(self, batch_size: int, num_cells: int) -> ContextCache:
-        """Room for so many tokens of each sequence."""
+        """Room for ``num_cells`` tokens of each sequence."""
         return self._pass.new_cache(batch_size, num_cells)
 
     @torch.inference_mode()

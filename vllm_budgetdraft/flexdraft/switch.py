@@ -8,8 +8,8 @@ from vllm_budgetdraft.proposer.step_costs import StepCosts
 
 Mode = Literal["parallel", "sequential"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-#: Of that many steps, so many are of the other mode, one after the other: the first is
-#: not timed, for its drafts were still made in the mode before.
+#: In this number of steps, the other mode has this number of steps, one after another.
+#: The first of them is not timed, for its drafts were still made in the mode before.
 TRIAL_EVERY, TRIAL_STEPS = 150, 3
 #: Steps at first in which modes take turns.
 NUM_FIRST = 4 * TRIAL_STEPS

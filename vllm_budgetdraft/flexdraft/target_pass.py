@@ -60,7 +60,7 @@ class TargetPass:
         self.split = len(self._layers) - drafter.num_layers
 
     def new_cache(self, batch_size: int, num_cells: int) -> ContextCache:
-        """Room for so many tokens of each sequence."""
+        """Room for ``num_cells`` tokens of each sequence."""
         drafter, device = self._drafter, self._target.device
         head_dim = drafter.rotary_table.shape[-1]
         sizes = (batch_size, drafter.num_kv_heads, num_cells)

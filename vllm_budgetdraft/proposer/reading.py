@@ -27,7 +27,7 @@ class Mark(NamedTuple):
     """Where in a context what would be kept of it is kept for others, too.
 
     Attributes:
-        at: so many tokens were read.
+        at: number of tokens that were read.
         keep: takes keys, values and attention of the buffer, and rows of these.
     """
 

@@ -241,7 +241,7 @@ class SnapshotStore:
         return True
 
     def make_room(self, num_pages: int) -> bool:
-        """Drops snapshots until so many pages are free; whether they are then."""
+        """Drops snapshots until ``num_pages`` are free; returns whether they are."""
         pool = self._cache.pool
         if pool.num_free + self.num_pages < num_pages:
             return False

@@ -31,7 +31,8 @@ def warm_up(proposer: DraftProposer) -> None:
     length = max(length, FIRST_WIDTH)  # no context that drafts is shorter
     tokens = torch.zeros(length, dtype=torch.int64, device=proposer.device)
     if observed := min(proposer.policy.observation_tokens, length):
-        # Queries are kept of so many tokens of each: most where they have no others.
+        # The reader keeps the queries of ``observed`` tokens of each context: most
+        # queries where contexts have no other tokens.
         _read(proposer, tokens[:observed], -(-pass_tokens // observed))
         proposer.release_all()
     _read(proposer, tokens[:-FIRST_WIDTH], -(-pass_tokens // length))

@@ -212,7 +212,7 @@ def mask_hidden(
     sizes = (drafter.num_heads, num_kv_heads, num_kv_heads)
 
     def mask(view: list[Tensor] | None, layer: int) -> Tensor:
-        """[A * block, S + A * block], or [B, H, ...] of it."""
+        """What masks see, [A * block, S + A * block], or that by head: [B, H, ...]."""
         if view is None:
             return torch.cat([before, own], -1)
         part = view[layer]

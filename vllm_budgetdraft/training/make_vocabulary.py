@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-#: Every so many rows one is held out, to see how much the others say of it.
+#: One row in this number is held out, to see how well the others foretell it.
 HELD_OUT = 10
 SMALLEST_SIZE = 1024
 

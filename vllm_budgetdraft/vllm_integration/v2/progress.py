@@ -53,7 +53,7 @@ class Progress:
         return not (self.why_not or self.is_read)
 
     def begin(self, num_tokens: int, *, has_sampled: bool) -> None:
-        """Its draft cache is empty, and is to hold all but the last of so many tokens.
+        """Its draft cache is empty, and is to hold ``num_tokens`` tokens but the last.
 
         Args:
             has_sampled: whether the last of them is of this step. If not, one will come
