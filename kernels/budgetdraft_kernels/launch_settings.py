@@ -65,7 +65,7 @@ def tile_rows(dim_block: int, element_bytes: int, device: torch.device) -> int:
 
 
 def warps(dim_block: int, element_bytes: int) -> int:
-    """Warps of a program that holds rows of ``dim_block`` numbers: more where they spill."""
+    """Warps of a program for rows of ``dim_block`` numbers: more where they spill."""
     return 8 if element_bytes >= 4 or dim_block * element_bytes >= 512 else 4
 
 

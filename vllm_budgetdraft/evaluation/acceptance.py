@@ -126,9 +126,7 @@ class SamplingVerifier:
             left = (left - probabilities[accepted]).clamp_min(0)
         following = torch.multinomial(left, 1, generator=self._generator)
         if accepted < len(drafts):
-            self._cache.crop(
-                accepted - len(drafts)
-            )  # a negative number: tokens to take away
+            self._cache.crop(accepted - len(drafts))  # takes tokens away
         self._last = following
         return accepted, int(following)
 
