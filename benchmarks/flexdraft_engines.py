@@ -30,7 +30,9 @@ from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.comparison.measure import prepare_environment
 from vllm_budgetdraft.comparison.prompts import build_prompts
 from vllm_budgetdraft.config import BudgetDraftConfig, SettledConfig
+from vllm_budgetdraft.drafter.packing import can_pack
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
+from vllm_budgetdraft.flexdraft.packing import pack_matrices
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.proposer.building import build_proposer
 
@@ -277,6 +279,8 @@ def mask_draft(
         max_model_len=longest,
         seed=0,
     )
+    if can_pack():  # as in an engine
+        pack_matrices(drafter, core.loop.parts)
     head_dim = drafter.rotary_table.shape[-1]
     shape = (longest // PAGE_SIZE, PAGE_SIZE, drafter.num_kv_heads, head_dim)
     layers = range(drafter.num_layers)

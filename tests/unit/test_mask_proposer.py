@@ -13,7 +13,9 @@ from tests.support import models
 from tests.support.fake_graph import FakeGraph, forbid_host_reads
 from tests.support.flex_twin import NUM_LAYERS, random_drafter, twin_logits
 from vllm_budgetdraft.config import EvictionSettings, SettledConfig
+from vllm_budgetdraft.drafter.packing import can_pack
 from vllm_budgetdraft.errors import UnsupportedVllmError
+from vllm_budgetdraft.flexdraft.packing import pack_matrices
 from vllm_budgetdraft.flexdraft.page_lists import PageLists
 from vllm_budgetdraft.flexdraft.pages import PageSelector
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
@@ -389,3 +391,36 @@ def test_no_masks_go_along_with_what_nobody_drafts_after(monkeypatch):
     rounds.begin_step()  # and nobody drafts
     rounds._begin(5)
     assert len(passes) == 1
+
+
+def test_packed_matrices_are_those_rounded_to_float16():
+    if not can_pack():
+        pytest.skip("PyTorch has no packed matrices here")
+    plain, packed = Engine(), Engine()
+    parts, drafter = packed.core.loop.parts, packed.drafter
+    assert pack_matrices(drafter, parts) == 2 * parts.head.numel()
+    with torch.no_grad():
+        for parameter in plain.drafter.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(parameter.half().float())
+    hidden = torch.randn(3, 2, plain.target.config.hidden_size)
+    expected = hidden @ parts.head.half().float().T
+    torch.testing.assert_close(parts.logits(hidden), expected)
+    features = [each.drafter.features(hidden, hidden) for each in (plain, packed)]
+    torch.testing.assert_close(*features)
+    corrections = [each.drafter.correction(features[0]) for each in (plain, packed)]
+    torch.testing.assert_close(*corrections)
+    first = zip(plain.drafter.layers, packed.drafter.layers, strict=True)
+    for ours, theirs in first:
+        projected = ours.project(hidden)
+        torch.testing.assert_close(theirs.project(hidden), projected)
+        queries = projected[..., : ours.heads[0], :]
+        torch.testing.assert_close(theirs.output(queries), ours.output(queries))
+
+
+def test_what_float16_cannot_hold_is_not_packed():
+    engine = Engine()
+    with torch.no_grad():
+        engine.drafter.calibration_out[0, 0] = 1e6
+    assert pack_matrices(engine.drafter, engine.core.loop.parts) == 0
+    assert engine.core.loop.parts.packed_head is None

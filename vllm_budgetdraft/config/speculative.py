@@ -10,7 +10,7 @@ from vllm_budgetdraft.errors import ConfigurationError, short
 #: What a drafter without a cache of its own leaves nothing for.
 CACHE_SETTINGS = (
     *("page_size", "pool_memory_gib", "snapshot_memory_gib", "position_mode"),
-    *("draft_prefill", "draft_prefill_chunk", "draft_dtype"),
+    *("draft_prefill", "draft_prefill_chunk"),
     "draft_vocabulary_size",
 )
 
@@ -241,6 +241,11 @@ def check_flexdraft_settings(config: BudgetDraftConfig) -> None:
     """Raises ConfigurationError for settings that mean nothing to flexdraft."""
     if given := sorted(config.model_fields_set.intersection(CACHE_SETTINGS)):
         raise ConfigurationError(
-            f"{given} are about a drafter's own cache and weights; flexdraft reads the "
-            "target's cache, in the target's type; leave them out"
+            f"{given} are about a drafter's own cache; flexdraft reads the target's "
+            "cache; leave them out"
+        )
+    if config.draft_dtype not in ("auto", "float32"):
+        raise ConfigurationError(
+            f"draft_dtype={config.draft_dtype!r}: flexdraft computes in the target's "
+            "type; use 'auto', or on a CPU 'float32' for matrices that are not packed"
         )

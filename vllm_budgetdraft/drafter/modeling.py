@@ -39,6 +39,8 @@ class AttentionProjections(nn.Module):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
+        #: ``F.linear``, or its like for packed matrices.
+        self.multiply: Any = F.linear
         self.head_dim = head_dim(config)
         self.heads = (config.num_attention_heads, config.num_key_value_heads)
         self.eps = config.rms_norm_eps
@@ -62,13 +64,14 @@ class AttentionProjections(nn.Module):
 
     def project(self, h: Tensor) -> Tensor:
         """Normed hidden states [..., hidden_size] to heads [..., H + 2 * G, D]."""
-        qkv = F.linear(h, self.qkv_weight, self.qkv_bias)
+        qkv = self.multiply(h, self.qkv_weight, self.qkv_bias)
         heads: Tensor = qkv.unflatten(-1, (-1, self.head_dim))
         return normed_heads(heads, self.heads[1], self.norms)
 
     def output(self, attended: Tensor) -> Tensor:
         """[..., H, D] to [..., hidden_size]."""
-        return F.linear(attended.flatten(-2), self.o_weight, self.o_bias)
+        out: Tensor = self.multiply(attended.flatten(-2), self.o_weight, self.o_bias)
+        return out
 
 
 class DecoderLayer(AttentionProjections):

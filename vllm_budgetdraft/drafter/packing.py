@@ -34,16 +34,16 @@ def pack_matrices(drafter: Drafter) -> None:
     """
     if not all(weight.half().isfinite().all() for weight in _matrices(drafter)):
         return
-    _replace(drafter, "lm_head", _packed(drafter.head, None))
+    replace(drafter, "lm_head", packed_matrix(drafter.head, None))
     if isinstance(drafter, FeatureDrafter):
-        _replace(drafter, "fc_weight", _packed(drafter.fc_weight, None))
+        replace(drafter, "fc_weight", packed_matrix(drafter.fc_weight, None))
     for layer in drafter.layers:
         for name in MATRICES:
             weight, bias = f"{name}_weight", f"{name}_bias"
-            packed = _packed(getattr(layer, weight), getattr(layer, bias))
-            _replace(layer, weight, packed)
-            _replace(layer, bias, None)
-    drafter.linear = partial(linear_by, _multiply)
+            packed = packed_matrix(getattr(layer, weight), getattr(layer, bias))
+            replace(layer, weight, packed)
+            replace(layer, bias, None)
+    drafter.linear = partial(linear_by, multiply_packed)
     drafter.multiply_by(drafter.linear)
     drafter.is_packed = True
 
@@ -87,18 +87,19 @@ def _matrices(drafter: Drafter) -> list[Tensor]:
     return [drafter.head, *own, *(p for each in layers for p in each if p.ndim == 2)]
 
 
-def _packed(weight: Tensor, bias: Tensor | None) -> Any:
+def packed_matrix(weight: Tensor, bias: Tensor | None) -> Any:
+    """A matrix and its bias as ``multiply_packed`` takes them."""
     return torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
 
-def _multiply(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
+def multiply_packed(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
     """``F.linear`` with a packed matrix, which has its bias in it."""
     assert bias is None, "the bias is packed"
     product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, packed)
     return product
 
 
-def _replace(module: nn.Module, name: str, value: Any) -> None:
+def replace(module: nn.Module, name: str, value: Any) -> None:
     """Puts what is no parameter in a parameter's place."""
     delattr(module, name)
     setattr(module, name, value)

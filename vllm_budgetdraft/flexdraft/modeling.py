@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from vllm_budgetdraft.drafter.modeling import AttentionProjections, rotary_table
+from vllm_budgetdraft.drafter.packing import multiply_packed
 
 #: ``attend(layer, qkv [..., T, H + 2 * G, D])``, normed, returns [..., T, H, D].
 Attend = Callable[[int, Tensor], Tensor]
@@ -39,6 +40,8 @@ class TargetParts:
                 output matrix.
         """
         self._gather = gather
+        #: A copy of the output matrix that is faster on a CPU, see ``packing``.
+        self.packed_head: Any = None
         decoder = model.model
         self.layers = list(decoder.layers)[-num_layers:]
         # As they are now: see ``parallel_round``.
@@ -56,6 +59,8 @@ class TargetParts:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of normed hidden states [..., hidden_size], [..., vocab_size]."""
+        if self.packed_head is not None:
+            return multiply_packed(hidden, self.packed_head, None)
         if self._gather is None:
             return F.linear(hidden, self.head)
         logits = self._gather(F.linear(hidden, self._head.weight))
@@ -102,6 +107,8 @@ class FlexDraft(nn.Module):
         """
         super().__init__()
         self.config = config
+        #: ``F.linear``, or its like for packed matrices, of the calibration.
+        self.multiply: Any = F.linear
         #: Sums over ranks what each has of it; see ``sharding``.
         self.reduce: Callable[[Tensor], Tensor] = lambda x: x
         self.num_layers, self.calibration_rank = num_layers, calibration_rank
@@ -173,12 +180,14 @@ class FlexDraft(nn.Module):
             known: the token's embedding, of that shape.
         """
         inputs = torch.cat([known, hidden], -1)
-        return F.silu(F.linear(inputs, self.calibration_in, self.calibration_in_bias))
+        multiply = self.multiply
+        return F.silu(multiply(inputs, self.calibration_in, self.calibration_in_bias))
 
     def correction(self, features: Tensor) -> Tensor:
         """W2 features + b2, [..., vocab_size], which is added to logits."""
         bias = self.calibration_out_bias if self.calibration_rank else None
-        return F.linear(features, self.calibration_out, bias)
+        out: Tensor = self.multiply(features, self.calibration_out, bias)
+        return out
 
     def draft(
         self,
@@ -205,7 +214,7 @@ class FlexDraft(nn.Module):
                 features = self.features(hidden[:, place], known)
                 here = here + self.correction(features)
             tokens = pick(place, here)
-            if self.chains:
+            if self.chains and place + 1 < hidden.shape[1]:
                 known = target.embed(tokens)
 
 

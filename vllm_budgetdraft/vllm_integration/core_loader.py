@@ -24,12 +24,13 @@ from vllm_budgetdraft.drafter.folder import read_config
 from vllm_budgetdraft.drafter.packing import weight_bytes
 from vllm_budgetdraft.drafter.weights import StoredWeights
 from vllm_budgetdraft.flexdraft.checkpoint import load_flexdraft
+from vllm_budgetdraft.flexdraft.packing import pack_matrices
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.flexdraft.sharding import take_share
 from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_graphs import Capture, CudaGraphCapture
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
-from vllm_budgetdraft.proposer.memory import resolve_dtype
+from vllm_budgetdraft.proposer.memory import packs_matrices, resolve_dtype
 from vllm_budgetdraft.proposer.warm_up import warm_up
 from vllm_budgetdraft.vllm_integration.faults import logger
 from vllm_budgetdraft.vllm_integration.target_cache import bind_to_target
@@ -93,11 +94,12 @@ def load_mask_core(
     max_model_len = vllm_config.model_config.max_model_len
     group = get_tp_group()
     rank, num_ranks = group.rank_in_group, group.world_size
+    dtype = vllm_config.model_config.dtype
     drafter = load_flexdraft(
         config.model,
         target,
         max_positions=max_model_len + config.num_speculative_tokens + 1,
-        dtype=vllm_config.model_config.dtype,
+        dtype=dtype,
         device=device,
         has_all_of_target=rank == 0,
     )
@@ -117,10 +119,14 @@ def load_mask_core(
     )
     if is_gpu(device) and not vllm_config.model_config.enforce_eager:
         core.reserve_for_graphs()
+    weights, copied = sum(x.nbytes for x in drafter.parameters()), 0
+    if packs_matrices(config, device.type) and num_ranks == 1 and dtype == torch.float:
+        copied = pack_matrices(drafter, core.loop.parts)
     logger.info(
-        "BudgetDraft memory: FlexDraft weights %.1f MiB, drafts' distributions %.1f "
-        "MiB, no draft cache",
-        sum(x.nbytes for x in drafter.parameters()) / 2**20,
+        "BudgetDraft memory: FlexDraft weights %.1f MiB, the target's output matrix "
+        "packed %.1f MiB, drafts' distributions %.1f MiB, no draft cache",
+        weights / 2**20,
+        copied / 2**20,
         core.scratch_bytes / 2**20,
     )
     return core
