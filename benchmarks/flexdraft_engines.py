@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--target", required=True)
     parser.add_argument("--flexdraft", required=True)
     parser.add_argument("--decoder", required=True)
+    parser.add_argument("--draft-model", help="for vLLM's own; the decoder")
     parser.add_argument("--data", nargs="+", required=True, metavar="TASK=SOURCE")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--context-tokens", type=int, nargs="+", default=[1024, 4096])
@@ -95,7 +96,11 @@ def methods(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
             "prompt_lookup_min": 2,
             "prompt_lookup_max": 4,
         },
-        "draft_model": {**count, "method": "draft_model", "model": args.decoder},
+        "draft_model": {
+            **count,
+            "method": "draft_model",
+            "model": args.draft_model or args.decoder,
+        },
         "decoder": ours | {"model": args.decoder},
         "sequential": flex | {"flex_decoding": "sequential"},
         "parallel": flex | {"flex_decoding": "parallel"},
