@@ -1,6 +1,6 @@
 """What a draft vocabulary costs and brings, by its size.
 
-Of one drafter, whose folder has a ``draft_vocabulary.safetensors`` of all its tokens:
+Of one drafter, whose folder has a ``draft_vocabulary.st`` of all its tokens:
 how much of its target's own answers each size covers, the acceptance length on the same
 prompts, the time of a draft, the memory of the weights, and tokens per second in vLLM,
 where engines of all sizes take turns with plain vLLM's.

@@ -298,7 +298,7 @@ def test_a_run_writes_a_head_and_goes_on_where_it_was_stopped(inputs, tmp_path):
     card = (folder / "README.md").read_text()
     assert "EAGLE-3 head of" in card and "drafts 40 of the 97 tokens" in card
     assert "`d2t` of its weights" in card
-    assert not (folder / "draft_vocabulary.safetensors").exists()
+    assert not (folder / "draft_vocabulary.st").exists()
 
     first = losses(folder / "checkpoint-4")[0]
     train(inputs, tmp_path / "more", "--drafter", str(folder), steps=2)

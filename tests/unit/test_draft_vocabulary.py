@@ -320,3 +320,10 @@ def test_check_says_what_is_drafted_covers_and_saves(tmp_path):
     assert drafted_tokens.describe(every, models.VOCAB_SIZE).startswith(
         "all 97 tokens: "
     )
+
+
+def test_other_software_does_not_take_the_file_for_weights():
+    """By these endings vLLM and transformers look for weights."""
+    from vllm_budgetdraft.drafter.draft_vocabulary import FILE
+
+    assert not FILE.endswith((".safetensors", ".bin", ".pt", ".pth"))

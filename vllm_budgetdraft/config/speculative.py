@@ -110,7 +110,7 @@ class BudgetDraftConfig(ViewSettings):
         ge=0,
         le=4194304,
         description="Most tokens of the vocabulary that are drafted, the likeliest of "
-        "those in the draft_vocabulary.safetensors of the drafter's folder; by default "
+        "those in the draft_vocabulary.st of the drafter's folder; by default "
         "all of the file, 0 for the whole vocabulary.",
     )
     attention_backend: Literal["auto", "torch", "triton"] = Field(

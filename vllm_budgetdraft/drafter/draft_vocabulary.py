@@ -17,8 +17,9 @@ from transformers import PretrainedConfig
 from vllm_budgetdraft.errors import UnsupportedDrafterError, short
 from vllm_budgetdraft.files import replace
 
-#: Beside a drafter's weights; other software ignores it.
-FILE = "draft_vocabulary.safetensors"
+#: Beside a drafter's weights, in the format of safetensors, and not by its ending: vLLM
+#: takes every ``*.safetensors`` of a folder for weights of the model.
+FILE = "draft_vocabulary.st"
 #: Tensors by which a file says it: token ids, the likeliest first; or as EAGLE-3 heads
 #: do, what is to be added to the place of each logit for its token's id.
 IDS, OFFSETS = "ids", "d2t"

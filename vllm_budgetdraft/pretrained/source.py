@@ -17,7 +17,7 @@ from vllm_budgetdraft.errors import ConfigurationError
 FORMAT = 1
 CONFIG, LAYERS = "config.json", "layers.safetensors"
 #: Which a drafter need not have.
-VOCABULARY = "draft_vocabulary.safetensors"
+VOCABULARY = "draft_vocabulary.st"
 MODELS = Path(__file__).resolve().parents[2] / "models"
 
 

@@ -1,7 +1,7 @@
 """``budgetdraft vocabulary``: has a drafter draft what its target writes, and no more.
 
 Counts the tokens of what the target wrote, or of texts like it, and writes the
-likeliest to ``draft_vocabulary.safetensors`` in the drafter's folder, whoever trained
+likeliest to ``draft_vocabulary.st`` in the drafter's folder, whoever trained
 it. Drafts then take less time, and memory. What is left out is never drafted: the
 target writes it all the same.
 """
