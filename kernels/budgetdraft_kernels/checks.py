@@ -25,7 +25,7 @@ def check_attention(
     key_scale: Tensor | None,
     value_scale: Tensor | None,
     key_rotary: tuple[Tensor, Tensor] | None,
-    page_mass: Tensor | None,
+    page_attention: Tensor | None,
     lse: Tensor | None,
     causal: bool,
 ) -> None:
@@ -41,7 +41,7 @@ def check_attention(
         "query_starts": (query_starts, ("num_starts",)),
         "key_scale": (key_scale, ("G",)),
         "value_scale": (value_scale, ("G",)),
-        "page_mass": (page_mass, ("T", "H", "N")),
+        "page_attention": (page_attention, ("T", "H", "N")),
         "lse": (lse, ("T", "H")),
         "cos": (cos, ("num_angles", "D")),
         "sin": (sin, ("num_angles", "D")),
@@ -71,7 +71,7 @@ def check_attention(
         (torch.float32,),
         key_scale=key_scale,
         value_scale=value_scale,
-        page_mass=page_mass,
+        page_attention=page_attention,
         lse=lse,
     )
     _check_types(
@@ -85,7 +85,7 @@ def check_attention(
         query_starts=query_starts,
         key_scale=key_scale,
         value_scale=value_scale,
-        page_mass=page_mass,
+        page_attention=page_attention,
         lse=lse,
     )
     _check_same_strides(key_pages=key_pages, value_pages=value_pages)

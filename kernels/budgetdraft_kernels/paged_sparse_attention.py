@@ -254,7 +254,7 @@ def paged_sparse_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     key_rotary: tuple[Tensor, Tensor] | None = None,
-    page_mass: Tensor | None = None,
+    page_attention: Tensor | None = None,
     causal: bool = True,
     lse: Tensor | None = None,
     validate: bool = True,
@@ -272,7 +272,7 @@ def paged_sparse_attention(
             key_scale,
             value_scale,
             key_rotary,
-            page_mass,
+            page_attention,
             lse,
             causal,
         )
@@ -305,8 +305,8 @@ def paged_sparse_attention(
     wants_lse = lse is not None
     if lse is None:
         lse = torch.empty(num_tokens, num_heads, **new)
-    if page_mass is not None:
-        page_mass.fill_(-torch.inf)  # logarithms first, shares in the end
+    if page_attention is not None:
+        page_attention.fill_(-torch.inf)  # logarithms first, shares in the end
     parts, parts_lse = out, lse
     if splits > 1:
         parts = torch.empty(num_tokens, num_heads, splits, head_dim, **new)
@@ -314,7 +314,7 @@ def paged_sparse_attention(
     attention_kernel[(num_requests * row_blocks, num_kv_heads, splits)](
         parts,
         parts_lse,
-        page_mass,
+        page_attention,
         queries,
         key_pages,
         value_pages,
@@ -360,9 +360,9 @@ def paged_sparse_attention(
             DIM_BLOCK=dim_block,
             SPLIT_BLOCK=MAX_SPLITS,
         )
-    if page_mass is not None:
+    if page_attention is not None:
         # A row that sees nothing has -inf - -inf here.
-        page_mass.sub_(lse[..., None]).exp2_().nan_to_num_(0.0)
+        page_attention.sub_(lse[..., None]).exp2_().nan_to_num_(0.0)
     if wants_lse:
         lse.div_(LOG2_E)  # to base e
     return out

@@ -123,7 +123,7 @@ def paged_sparse_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     key_rotary: tuple[Tensor, Tensor] | None = None,
-    page_mass: Tensor | None = None,
+    page_attention: Tensor | None = None,
     causal: bool = True,
     lse: Tensor | None = None,
     validate: bool = True,
@@ -147,8 +147,8 @@ def paged_sparse_attention(
         key_scale, value_scale: [G] float32, what one unit of float8 pages stands for.
         key_rotary: cos and sin, [N * P, D] or longer, as ``rotate`` takes them: keys
             are rotated by their index in the request's pages when they are read.
-        page_mass: [T, H, N] float32, receives the share of each query head's attention
-            that goes to each page.
+        page_attention: [T, H, N] float32, receives the share of each query head's
+            attention that goes to each page.
         causal: False where query tokens are none of the request's, and each sees all of
             its tokens.
         lse: [T, H] float32, receives the logarithm of the sum of each query head's
@@ -177,7 +177,7 @@ def paged_sparse_attention(
             key_scale,
             value_scale,
             key_rotary,
-            page_mass,
+            page_attention,
             lse,
             causal,
         )
@@ -222,7 +222,7 @@ def paged_sparse_attention(
         x = x.reshape(num_requests * width, -1, x.shape[-1])
         return x if places is None else x[places.flatten()]
 
-    if page_mass is None and lse is None:
+    if page_attention is None and lse is None:
         attended = F.scaled_dot_product_attention(
             rows, keys, values, attn_mask=visible, scale=scale
         )
@@ -233,9 +233,9 @@ def paged_sparse_attention(
     weights = logits.softmax(-1).nan_to_num(0.0)
     if lse is not None:
         lse.copy_(by_token(logits.logsumexp(-1, keepdim=True)).squeeze(-1))
-    if page_mass is not None:
+    if page_attention is not None:
         by_page = weights.unflatten(-1, (-1, key_pages.shape[1])).sum(-1)
-        page_mass.copy_(by_token(by_page))
+        page_attention.copy_(by_token(by_page))
     return by_token((weights @ values.float()).to(queries.dtype))
 
 

@@ -26,7 +26,7 @@ def attention() -> Arguments:
         "key_scale": torch.ones(2),
         "value_scale": torch.ones(2),
         "key_rotary": (torch.zeros(24, 32), torch.zeros(24, 32)),
-        "page_mass": torch.zeros(3, 4, 3),
+        "page_attention": torch.zeros(3, 4, 3),
     }
 
 
@@ -117,7 +117,7 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
     "paged_sparse_attention": [
         ({"queries": zeros(3, 4)}, r"queries has shape \[3, 4\], not \[T, H, D\]"),
         (
-            {"queries": zeros(3, 5, 32), "page_mass": None},
+            {"queries": zeros(3, 5, 32), "page_attention": None},
             r"queries have 5 heads.* the 2 KV heads",
         ),
         ({"queries": zeros(3, 4, 16)}, r"key_pages has shape .*32\], .*D=16"),
@@ -126,14 +126,17 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
         ({"page_table": ids(0, 1, 2)}, r"page_table has shape \[3\], not \[B=2, N\]"),
         ({"page_table": zeros(3, 3).long()}, r"page_table .*\[3, 3\], .*B=2"),
         ({"page_table": zeros(2, 3, 3).long()}, r"page_table .*\[2, 3, 3\], .*G=2"),
-        ({"page_table": zeros(2, 0).long(), "page_mass": None}, r"room for 0 pages"),
+        (
+            {"page_table": zeros(2, 0).long(), "page_attention": None},
+            r"room for 0 pages",
+        ),
         ({"lengths": ids(24)}, r"\[2, 3\], not \[B=1, N=3\]"),
         ({"lengths": torch.tensor(24)}, r"lengths has shape \[\], not \[B\]"),
         ({"query_starts": ids(0, 3)}, r"query_starts has 2 entries; 2 requests need 3"),
         ({"key_scale": torch.ones(3)}, r"key_scale has shape \[3\], not \[G=2\]"),
         ({"value_scale": torch.ones(2, 1)}, r"value_scale .*\[2, 1\], not \[G=2\]"),
-        ({"page_mass": zeros(3, 4, 4)}, r"page_mass .*\[3, 4, 4\], .*N=3"),
-        ({"page_mass": zeros(2, 4, 3)}, r"page_mass .*\[2, 4, 3\], .*T=3"),
+        ({"page_attention": zeros(3, 4, 4)}, r"page_attention .*\[3, 4, 4\], .*N=3"),
+        ({"page_attention": zeros(2, 4, 3)}, r"page_attention .*\[2, 4, 3\], .*T=3"),
         ({"key_rotary": (ROTARY[0], zeros(25, 32))}, r"sin .*\[25, .*num_angles=24"),
         ({"key_rotary": (zeros(24, 30),) * 2}, r"cos .*\[24, 30\], .*D=32"),
         (
@@ -164,7 +167,7 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
         ({"lengths": strided(2, dtype=torch.int64)}, r"lengths .*\(2,\)"),
         ({"query_starts": strided(3, dtype=torch.int64)}, r"query_starts .*\(2,\)"),
         ({"key_scale": strided(2)}, r"key_scale of shape \[2\] has strides \(2,\)"),
-        ({"page_mass": wide(3, 4, 3)}, r"page_mass .*\(16, 4, 1\)"),
+        ({"page_attention": wide(3, 4, 3)}, r"page_attention .*\(16, 4, 1\)"),
         ({"lengths": ids(24, 25)}, r"lengths\[1\] is 25, .*0 to 24: 3 pages of 8"),
         ({"lengths": ids(-1, 16)}, r"lengths\[0\] is -1, not from 0"),
         ({"lengths": ids(1, 16)}, r"request 0 has 2 query tokens and length 1"),
@@ -184,7 +187,7 @@ WRONG_VALUES: dict[str, list[tuple[Arguments, str]]] = {
             {"page_table": torch.tensor([[TABLE[0]] * 2, [TABLE[1], [4, 5, 0]]])},
             r"page_table\[1, 1, 1\] is 5, not from 0 to 4",
         ),
-        ({"page_mass": zeros(3, 4, 3).to("meta")}, r"several devices.*meta"),
+        ({"page_attention": zeros(3, 4, 3).to("meta")}, r"several devices.*meta"),
     ],
     "paged_cache_write": [
         ({"qkv": zeros(3, 6 * 32)}, r"qkv has shape \[3, 192\]"),
@@ -314,7 +317,10 @@ WRONG_TYPES: dict[str, list[tuple[Arguments, str]]] = {
         ({"query_starts": torch.ones(3).short()}, r"query_starts is torch\.int16"),
         ({"key_scale": torch.ones(2).half()}, r"key_scale is torch\.float16"),
         ({"value_scale": torch.ones(2).double()}, r"value_scale is torch\.float64"),
-        ({"page_mass": zeros(3, 4, 3).half()}, r"page_mass .*16, not torch\.float32"),
+        (
+            {"page_attention": zeros(3, 4, 3).half()},
+            r"page_attention .*16, not torch\.float32",
+        ),
         ({"key_rotary": (ROTARY[0].double(), ROTARY[1])}, r"cos is torch\.float64"),
         ({"key_rotary": (ROTARY[0], ROTARY[1].int())}, r"sin is torch\.int32"),
     ],

@@ -27,14 +27,17 @@ def check_parity(case: Case, device: torch.device, seed: int = 0) -> None:
         assert torch.equal(found.isneginf(), expected.isneginf())
         sees_some = expected.isfinite()
         assert_close("lse", found[sees_some], expected[sees_some], precision, times)
-    if not case.page_mass:
+    if not case.page_attention:
         return
-    mass = arguments["page_mass"]
-    assert_close("page_mass", mass, clean["page_mass"], precision, times)
+    shares = arguments["page_attention"]
+    assert_close("page_attention", shares, clean["page_attention"], precision, times)
     counts = torch.tensor(case.counts, device=device)
     sees = torch.tensor(case.lengths, device=device).repeat_interleave(counts) > 0
     assert_close(
-        "sums", mass.sum(-1), sees.float()[:, None].expand(out.shape[:2]), torch.float32
+        "sums",
+        shares.sum(-1),
+        sees.float()[:, None].expand(out.shape[:2]),
+        torch.float32,
     )
 
 
@@ -63,7 +66,7 @@ def test_a_part_may_be_a_single_tile(name, device, monkeypatch):
 
 
 def test_a_device_chooses_the_parts(device):
-    check_parity(Case((300,), kv_heads=1, page_mass=True), device)
+    check_parity(Case((300,), kv_heads=1, page_attention=True), device)
 
 
 @st.composite
@@ -94,7 +97,7 @@ def cases(draw: st.DrawFn) -> Case:
         page_list_per_head=draw(st.booleans()),
         shared_pages=draw(st.booleans()),
         key_rotary=rotary,
-        page_mass=draw(st.booleans()),
+        page_attention=draw(st.booleans()),
         causal=causal,
         lse=draw(st.booleans()),
         scale=draw(st.sampled_from([None, 0.3])),
@@ -131,7 +134,7 @@ def test_a_page_outside_the_pool_is_left_out_and_never_read(
         tokens=width,
         page_size=8,
         dtype=BF16,
-        page_mass=True,
+        page_attention=True,
         page_list_per_head=per_head,
     )
     arguments, clean = make(case, device)
@@ -155,10 +158,10 @@ def test_a_page_outside_the_pool_is_left_out_and_never_read(
     out = fused.paged_sparse_attention(**arguments, validate=False)
     expected = reference.paged_sparse_attention(**clean)
     assert_close("attention", out, expected, case.dtype)
-    mass = arguments["page_mass"]
-    assert not mass[..., spots].any()
+    shares = arguments["page_attention"]
+    assert not shares[..., spots].any()
     assert_close(
-        "sums", mass.sum(-1), torch.ones(out.shape[:2], device=device), torch.float32
+        "sums", shares.sum(-1), torch.ones(out.shape[:2], device=device), torch.float32
     )
 
 
@@ -178,7 +181,7 @@ def test_a_length_beyond_the_page_table_reads_nothing_behind_it(device):
 @pytest.mark.parametrize("batch", [0, 2])
 def test_without_query_tokens_nothing_comes_out(batch, device):
     pages = torch.zeros(4, 8, 2, 32, device=device)
-    mass = torch.empty(0, 4, 2, device=device)
+    shares = torch.empty(0, 4, 2, device=device)
     for module in (reference, fused):
         out = module.paged_sparse_attention(
             torch.empty(0, 4, 32, device=device),
@@ -188,7 +191,7 @@ def test_without_query_tokens_nothing_comes_out(batch, device):
             torch.full([batch], 9, device=device),
             torch.zeros(batch + 1, dtype=torch.int64, device=device),
             max_query_tokens=1,
-            page_mass=mass,
+            page_attention=shares,
         )
         assert out.shape == (0, 4, 32)
 

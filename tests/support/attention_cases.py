@@ -11,7 +11,8 @@ FP8 = torch.float8_e4m3fn
 MARGIN = 2
 #: What page tables hold where nobody reads them.
 GARBAGE = (-1, 10**9)
-#: What ``page_mass`` holds before: a kernel may take NaN for a row that sees nothing.
+#: What ``page_attention`` holds before: a kernel may take NaN for a row that sees
+#: nothing.
 UNWRITTEN = 7.0
 
 
@@ -32,7 +33,7 @@ class Case:
     page_list_per_head: bool = False
     shared_pages: bool = False
     key_rotary: bool = False
-    page_mass: bool = False
+    page_attention: bool = False
     causal: bool = True
     lse: bool = False
     scale: float | None = None
@@ -54,65 +55,70 @@ EDGES = (0, 1, 15, 16, 17, 31, 33, 48)  # of pages of 16
 
 CASES = {
     "decode": Case(),
-    "edges_of_pages": Case(EDGES, head_dim=32, spare_pages=0, page_mass=True),
+    "edges_of_pages": Case(EDGES, head_dim=32, spare_pages=0, page_attention=True),
     "one_request_of_one_token": Case((1,), spare_pages=0),
-    "full_capacity": Case((64, 64), tokens=2, spare_pages=0, page_mass=True),
-    "empty_requests": Case((0, 0), tokens=(3, 0), page_mass=True),
+    "full_capacity": Case((64, 64), tokens=2, spare_pages=0, page_attention=True),
+    "empty_requests": Case((0, 0), tokens=(3, 0), page_attention=True),
     "no_queries_for_some": Case((100, 63, 5), tokens=(0, 2, 0)),
-    "two_tokens": Case((2, 63, 100, 128), tokens=2, page_mass=True),
+    "two_tokens": Case((2, 63, 100, 128), tokens=2, page_attention=True),
     "ragged": Case((1, 63, 100, 5, 40), tokens=(1, 4, 7, 5, 0), max_tokens=9),
     "prompt_of_32": Case((32, 100, 31), tokens=(32, 32, 31), group=1, head_dim=32),
     "rows_beyond_a_block": Case(
-        (64, 100, 0), tokens=(32, 3, 1), group=8, head_dim=32, page_mass=True
+        (64, 100, 0), tokens=(32, 3, 1), group=8, head_dim=32, page_attention=True
     ),
     "group_1": Case(group=1, kv_heads=3, head_dim=32),
     "group_2": Case(group=2, kv_heads=1, tokens=(1, 5, 2, 0, 3)),
-    "group_3": Case(group=3, kv_heads=3, tokens=(1, 6, 2, 1, 3), page_mass=True),
+    "group_3": Case(group=3, kv_heads=3, tokens=(1, 6, 2, 1, 3), page_attention=True),
     "group_16": Case(group=16, kv_heads=1, head_dim=32, tokens=(1, 1, 5, 0, 2)),
-    "head_dim_10": Case(head_dim=10, page_mass=True),
+    "head_dim_10": Case(head_dim=10, page_attention=True),
     "head_dim_80": Case(head_dim=80),
     "head_dim_96_bf16": Case(head_dim=96, dtype=BF16),
-    "head_dim_128_bf16": Case(head_dim=128, dtype=BF16, page_mass=True),
+    "head_dim_128_bf16": Case(head_dim=128, dtype=BF16, page_attention=True),
     "head_dim_128_fp16": Case(head_dim=128, dtype=FP16, tokens=(1, 2, 3, 1, 4)),
     "head_dim_256": Case((17, 40), head_dim=256, tokens=2),
     "head_dim_256_bf16": Case((1, 40), head_dim=256, dtype=BF16),
-    "pages_of_1": Case((1, 20, 33, 0), page_size=1, page_mass=True),
-    "pages_of_7": Case((1, 63, 100, 0, 7, 8), page_size=7, page_mass=True),
+    "pages_of_1": Case((1, 20, 33, 0), page_size=1, page_attention=True),
+    "pages_of_7": Case((1, 63, 100, 0, 7, 8), page_size=7, page_attention=True),
     "pages_of_8": Case(page_size=8, dtype=BF16),
-    "pages_of_24": Case((1, 63, 100, 24, 25), page_size=24, page_mass=True),
-    "pages_of_64": Case((1, 63, 100, 64, 65, 128), page_size=64, page_mass=True),
-    "fp8": Case(key_type=FP8, value_type=FP8, page_mass=True),
-    "fp8_for_bf16": Case(dtype=BF16, key_type=FP8, value_type=FP8, page_mass=True),
+    "pages_of_24": Case((1, 63, 100, 24, 25), page_size=24, page_attention=True),
+    "pages_of_64": Case((1, 63, 100, 64, 65, 128), page_size=64, page_attention=True),
+    "fp8": Case(key_type=FP8, value_type=FP8, page_attention=True),
+    "fp8_for_bf16": Case(dtype=BF16, key_type=FP8, value_type=FP8, page_attention=True),
     "fp8_for_fp16": Case(dtype=FP16, key_type=FP8, value_type=FP8, tokens=1),
     "fp8_keys_only": Case(key_type=FP8),
     "fp8_values_only": Case(dtype=BF16, value_type=FP8),
-    "list_per_head": Case(page_list_per_head=True, kv_heads=3, page_mass=True),
+    "list_per_head": Case(page_list_per_head=True, kv_heads=3, page_attention=True),
     "list_per_head_ragged": Case(
         page_list_per_head=True, tokens=(1, 4, 2, 1, 0), table_type=torch.int32
     ),
-    "rotary": Case(key_rotary=True, page_mass=True),
+    "rotary": Case(key_rotary=True, page_attention=True),
     "rotary_10": Case(key_rotary=True, head_dim=10, page_size=7),
     "rotary_80_list_per_head": Case(
         key_rotary=True, head_dim=80, page_list_per_head=True, tokens=(1, 4, 2, 1, 0)
     ),
-    "rotary_bf16": Case(key_rotary=True, head_dim=128, dtype=BF16, page_mass=True),
+    "rotary_bf16": Case(key_rotary=True, head_dim=128, dtype=BF16, page_attention=True),
     "rotary_fp8": Case(
-        key_rotary=True, dtype=FP16, key_type=FP8, value_type=FP8, page_mass=True
+        key_rotary=True, dtype=FP16, key_type=FP8, value_type=FP8, page_attention=True
     ),
-    "other_scale": Case(scale=0.25, page_mass=True),
+    "other_scale": Case(scale=0.25, page_attention=True),
     "int32_indices": Case(table_type=torch.int32, length_type=torch.int32),
     "int32_lengths": Case(length_type=torch.int32, tokens=(1, 2, 3, 0, 1)),
     "queries_of_qkv": Case(queries_of_qkv=True, tokens=(1, 2, 3, 0, 1)),
     "heads_first": Case(heads_first=True, kv_heads=3, tokens=2, lengths=(63, 100)),
     "heads_first_rotary": Case(heads_first=True, key_rotary=True, queries_of_qkv=True),
-    "shared_pages": Case(shared_pages=True, page_mass=True),
-    "lse": Case(EDGES, head_dim=32, lse=True, page_mass=True),
+    "shared_pages": Case(shared_pages=True, page_attention=True),
+    "lse": Case(EDGES, head_dim=32, lse=True, page_attention=True),
     "lse_of_empty_requests": Case((0, 5), tokens=(3, 2), lse=True),
     "queries_of_no_request": Case(
         (1, 63, 100, 0, 5), tokens=(9, 1, 4, 3, 0), causal=False, lse=True
     ),
     "queries_of_no_request_rotary_bf16": Case(
-        key_rotary=True, dtype=BF16, tokens=9, causal=False, lse=True, page_mass=True
+        key_rotary=True,
+        dtype=BF16,
+        tokens=9,
+        causal=False,
+        lse=True,
+        page_attention=True,
     ),
     "queries_of_no_request_list_per_head": Case(
         page_list_per_head=True, tokens=9, causal=False, kv_heads=3, lse=True
@@ -196,8 +202,8 @@ def make(
         sin = torch.cat([-half.sin(), half.sin()], -1)
         shared["key_rotary"] = (cos.to(device), sin.to(device))
 
-    def mass() -> Tensor | None:
-        if not case.page_mass:
+    def shares() -> Tensor | None:
+        if not case.page_attention:
             return None
         return torch.full((num_tokens, heads, held), UNWRITTEN, device=device)
 
@@ -211,7 +217,7 @@ def make(
         "queries": queries,
         "key_pages": key_pages,
         "value_pages": value_pages,
-        "page_mass": mass(),
+        "page_attention": shares(),
         "lse": lse(),
     }
     clean = {
@@ -219,7 +225,7 @@ def make(
         "queries": queries.float(),
         "key_pages": clean_keys if key_type == FP8 else clean_keys.float(),
         "value_pages": clean_values if value_type == FP8 else clean_values.float(),
-        "page_mass": mass(),
+        "page_attention": shares(),
         "lse": lse(),
     }
     return poisoned, clean

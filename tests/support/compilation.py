@@ -45,7 +45,7 @@ class Attention:
     group: int = 4
     width: int = 1
     rotary: bool = False
-    mass: bool = False
+    shares: bool = False
     page_size: int = 16
     batch: int = 2
 
@@ -69,7 +69,7 @@ class Attention:
             key_scale=scale,
             value_scale=scale,
             key_rotary=(angles, angles) if self.rotary else None,
-            page_mass=torch.zeros(tokens, heads, held) if self.mass else None,
+            page_attention=torch.zeros(tokens, heads, held) if self.shares else None,
             validate=False,
         )
 
@@ -189,8 +189,8 @@ DECODING: dict[str, Attention] = {
     "attention-mha": Attention(group=1),
     "attention-rotary": Attention(rotary=True),
     "attention-rotary-80": Attention(80, rotary=True),
-    "attention-mass": Attention(mass=True),
-    "attention-mass-float32": Attention(dtype=FLOAT32, mass=True),
+    "attention-shares": Attention(shares=True),
+    "attention-shares-float32": Attention(dtype=FLOAT32, shares=True),
     "attention-pages-of-64": Attention(page_size=64),
     "attention-pages-of-24": Attention(page_size=24),
     "attention-one-split": Attention(batch=256),

@@ -201,8 +201,8 @@ class ListTwin:
         if self._policy.accumulates_attention:
             older = victims[: max(len(victims) // 2, count)]
             victims = sorted(older, key=lambda page: float(self.by_page[page]))
-            mass = self.by_page[victims]
-            self._is_undecided |= bool((mass[count:] - mass[count - 1] < TIE).any())
+            shares = self.by_page[victims]
+            self._is_undecided |= bool((shares[count:] - shares[count - 1] < TIE).any())
         victims = victims[:count]
         stay = [page for page in range(self._num_pages) if page not in victims]
         self.by_page = F.pad(self.by_page[stay], (0, count))

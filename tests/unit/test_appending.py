@@ -144,8 +144,8 @@ def test_feeding_evicts_and_counts_as_over_an_explicit_list_of_keys(
             context = requests.contexts[slot]
             assert drafts == twins[slot].draft(context, num_drafts), (slot, context)
             assert int(proposer.cache.num_evicted[slot]) == twins[slot].num_evicted
-            if proposer.cache.attention is not None:
-                received = proposer.cache.attention[slot]
+            if proposer.cache.received is not None:
+                received = proposer.cache.received[slot]
                 torch.testing.assert_close(
                     received, twins[slot].attention, rtol=1e-5, atol=1e-3
                 )

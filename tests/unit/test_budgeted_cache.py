@@ -314,11 +314,11 @@ def test_pages_that_received_least_go_first_and_the_younger_half_stays():
     assert len(received) == cache.pages_per_slot
     gone = []
     while numbered.lengths[0] < 64 + 2 + 8 * 8:
-        cache.attention[0] = received
+        cache.received[0] = received
         before = numbered.held(0)
         numbered.draft([0])
         gone += sorted(set(before) - set(numbered.held(0)))
-        received = cache.attention[0].clone()
+        received = cache.received[0].clone()
         numbered.verify(0, 0)
     # Pages 2 and 4 of the prompt; then the sixth, which has moved among the older.
     assert gone[:16] == [*range(16, 24), *range(32, 40)]
@@ -334,7 +334,7 @@ def test_what_a_page_received_is_forgotten_with_it():
     )
     numbered.release(0)
     numbered.start(0, kept=8, seen=8, protected_tokens=8)
-    assert not numbered.cache.attention.any()
+    assert not numbered.cache.received.any()
 
 
 def test_a_prompts_attention_is_counted_by_page():
@@ -346,7 +346,7 @@ def test_a_prompts_attention_is_counted_by_page():
     numbered.cache.load_prompts([0], states, states, [kept], [30], attention)
     first = sum(range(3, 11)) + sum(range(50, 58))
     second = 11 + 12 + 58 + 59
-    found = numbered.cache.attention[0]
+    found = numbered.cache.received[0]
     assert found[:3].tolist() == [first, second, 0]
 
 

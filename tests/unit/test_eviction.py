@@ -67,7 +67,7 @@ def random_prompt(
 
 
 def of_head(states: PromptStates, *index: int) -> PromptStates:
-    everything = (states.keys, states.queries, states.attention)
+    everything = (states.keys, states.queries, states.received)
     return PromptStates(*(None if x is None else x[index] for x in everything))
 
 
@@ -292,7 +292,7 @@ def test_heavy_hitter_keeps_what_its_description_says(num_tokens, budget, sinks)
     recent = (budget - sinks) // 2
     for layer in range(LAYERS):
         for head in range(KV_HEADS):
-            received = states.attention[layer, head].tolist()
+            received = states.received[layer, head].tolist()
             between = range(sinks, num_tokens - recent)
             best = sorted(between, key=lambda position: -received[position])
             heavy = sorted(best[: budget - sinks - recent])

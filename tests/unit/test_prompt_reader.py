@@ -65,7 +65,7 @@ def kept(proposer, slot, num_tokens):
     cache = proposer.cache
     num_evicted = int(cache.num_evicted[slot])
     keys, values = held_by(proposer, slot, num_tokens - num_evicted)
-    attention = torch.zeros(1) if cache.attention is None else cache.attention[slot]
+    attention = torch.zeros(1) if cache.received is None else cache.received[slot]
     return torch.tensor(num_evicted), keys, values, attention
 
 

@@ -151,11 +151,11 @@ def test_entries_of_the_page_table_beyond_a_length_may_be_anything():
 def test_a_request_without_tokens_attends_to_nothing(counts):
     requests = Requests([0, 9, 0])
     queries = torch.randn(sum(counts), 4, 32)
-    mass = torch.full((sum(counts), 4, requests.page_table.shape[1]), torch.nan)
-    out = requests.attend(queries, counts, page_mass=mass)
+    shares = torch.full((sum(counts), 4, requests.page_table.shape[1]), torch.nan)
+    out = requests.attend(queries, counts, page_attention=shares)
     assert_attends(requests, queries, counts, out)
     for token, (request, _) in enumerate(requests.seen(counts)):
-        assert bool(mass[token].any()) == (request == 1)
+        assert bool(shares[token].any()) == (request == 1)
 
 
 def test_another_scale_than_the_usual():
@@ -170,14 +170,14 @@ def test_another_scale_than_the_usual():
 def test_page_mass_is_the_share_of_attention_of_each_page(counts, scale):
     requests = Requests([2, 23, 40])
     queries = torch.randn(sum(counts), 4, 32)
-    mass = torch.full((sum(counts), 4, requests.page_table.shape[1]), torch.nan)
-    requests.attend(queries, counts, scale=scale, page_mass=mass)
+    shares = torch.full((sum(counts), 4, requests.page_table.shape[1]), torch.nan)
+    requests.attend(queries, counts, scale=scale, page_attention=shares)
     for token, (request, seen) in enumerate(requests.seen(counts)):
         weights = naive_weights(queries[token], requests.keys[request][:seen], scale)
-        for page in range(mass.shape[-1]):
+        for page in range(shares.shape[-1]):
             expected = weights[:, 8 * page : 8 * page + 8].sum(-1)
             torch.testing.assert_close(
-                mass[token, :, page], expected, rtol=0, atol=TOLERANCE[torch.float32]
+                shares[token, :, page], expected, rtol=0, atol=TOLERANCE[torch.float32]
             )
 
 

@@ -16,7 +16,7 @@ class PagedAttention:
     """The ``attend`` of a drafter that drafts: writes its tokens, then reads pages.
 
     Attributes:
-        attention: [B, pages_per_slot] float32, what the pages received so far, summed
+        received: [B, pages_per_slot] float32, what the pages received so far, summed
             over layers, heads and tokens; None unless it is counted.
     """
 
@@ -27,7 +27,7 @@ class PagedAttention:
         page_table: Tensor,
         *,
         key_rotary: tuple[Tensor, Tensor] | None,
-        page_mass: Tensor | None,
+        page_attention: Tensor | None,
         validate: bool,
     ) -> None:
         """
@@ -36,19 +36,19 @@ class PagedAttention:
             page_table: [B, pages_per_slot] int64, of the requests that draft.
             key_rotary: cos and sin of every cache index, where keys are stored as they
                 are and rotated when read; None where they are stored rotated.
-            page_mass: [>= B * width, H, pages_per_slot] float32, scratch for counting
-                attention; None not to count it.
+            page_attention: [>= B * width, H, pages_per_slot] float32, scratch for
+                counting attention; None not to count it.
             validate: whether the operations check what they are given.
         """
         self._operations = operations
         self._layers = pool.layers
         self._page_table = page_table
         self._key_rotary = key_rotary
-        self._page_mass = page_mass
+        self._page_attention = page_attention
         self._validate = validate
-        self.attention: Tensor | None = None
-        if page_mass is not None:
-            self.attention = torch.zeros_like(page_table, dtype=torch.float32)
+        self.received: Tensor | None = None
+        if page_attention is not None:
+            self.received = torch.zeros_like(page_table, dtype=torch.float32)
 
     def step(
         self,
@@ -83,7 +83,9 @@ class PagedAttention:
             norms=norms,
             validate=self._validate,
         )
-        mass = None if self._page_mass is None else self._page_mass[: len(queries)]
+        share = self._page_attention
+        if share is not None:
+            share = share[: len(queries)]
         attended: Tensor = self._operations.paged_sparse_attention(
             queries,
             key_pages,
@@ -93,9 +95,9 @@ class PagedAttention:
             self._query_starts,
             max_query_tokens=self._width,
             key_rotary=self._key_rotary,
-            page_mass=mass,
+            page_attention=share,
             validate=self._validate,
         )
-        if mass is not None:
-            self.attention += mass.unflatten(0, (-1, self._width)).sum((1, 2))
+        if share is not None:
+            self.received += share.unflatten(0, (-1, self._width)).sum((1, 2))
         return attended

@@ -265,7 +265,7 @@ class PromptAttention:
         grouped: Tensor = queries.unflatten(2, (num_kv_heads, -1))
         return grouped.permute(0, 2, 3, 1, 4).contiguous()
 
-    def attention(self, segment: Segment) -> Tensor | None:
+    def received_by(self, segment: Segment) -> Tensor | None:
         """[num_layers, num_kv_heads, num_held] float32, what each key has received."""
         return None if self.received is None else self.received[..., segment.cells]
 

@@ -28,7 +28,7 @@ class BudgetedCache:
         spare_slot: one that is nobody's. Many rows of a batch may name it; what they
             write is lost.
         num_evicted: [num_slots + 1] int64, context tokens that the cache dropped.
-        attention: [num_slots + 1, pages_per_slot] float32, what each page of a slot has
+        received: [num_slots + 1, pages_per_slot] float32, what each page of a slot has
             received; None unless eviction goes by it.
     """
 
@@ -73,9 +73,9 @@ class BudgetedCache:
         self._capacities = torch.full_like(self.num_evicted, capacity)
         self._evictable = torch.zeros(shape, dtype=torch.bool, device=device)
         self._unused = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.attention: Tensor | None = None
+        self.received: Tensor | None = None
         if evicts_by_attention:
-            self.attention = torch.zeros(shape, device=device)
+            self.received = torch.zeros(shape, device=device)
         self._held: dict[int, list[int]] = {}
         #: Of slots, ``whole_at``, ``num_evicted_then`` and ``num_protected``.
         self._began: dict[int, tuple[int, int, int]] = {}
@@ -139,10 +139,10 @@ class BudgetedCache:
         self._capacities[slot] = capacity
         first = -(-protected_tokens // self.page_size)
         end = num_pages
-        if self.attention is not None:
-            self.attention[slot] = 0
+        if self.received is not None:
+            self.received[slot] = 0
             if pages is not None and pages.received is not None:
-                self.attention[slot, : len(given)] = pages.received
+                self.received[slot, : len(given)] = pages.received
             end = first + max((end - first) // 2, self._num_recycled)
         self._began[slot] = 0, 0, first * self.page_size
         self._evictable[slot] = (self._places >= first) & (self._places < end)
@@ -150,7 +150,7 @@ class BudgetedCache:
 
     def pages_of(self, slot: int) -> Pages:
         """What a slot has now."""
-        held, received = self._held[slot], self.attention
+        held, received = self._held[slot], self.received
         return Pages(
             held,
             self.page_table.pages[slot, : len(held)].clone(),
@@ -202,9 +202,9 @@ class BudgetedCache:
         for layer in self.pool.layers:
             for states in layer:
                 states[mine] = states[theirs]
-        if self.attention is not None:
+        if self.received is not None:
             assert pages.received is not None
-            self.attention[slot, :count] = pages.received[:count]
+            self.received[slot, :count] = pages.received[:count]
 
     def begin_with(
         self,
@@ -224,8 +224,8 @@ class BudgetedCache:
         """
         self._begin(slot, whole_from, num_seen - num_held)
         self._past_evictions -= num_known - num_held  # which were counted before
-        if self.attention is not None:
-            self.attention[slot, -(-num_held // self.page_size) :] = 0
+        if self.received is not None:
+            self.received[slot, -(-num_held // self.page_size) :] = 0
 
     def _begin(self, slot: int, whole_from: int, num_evicted: int) -> None:
         self.num_evicted[slot] = num_evicted
@@ -236,14 +236,14 @@ class BudgetedCache:
         num_pages: int,
         keys: Tensor,
         values: Tensor,
-        attention: Tensor | None,
+        received: Tensor | None,
         rows: Tensor,
         num_seen: int,
     ) -> Pages:
         """Pages of no slot, with some rows of a context's beginning.
 
         Args:
-            keys, values, attention, rows: see ``load_prompts``.
+            keys, values, received, rows: see ``load_prompts``.
             num_seen: tokens of that beginning.
 
         Raises:
@@ -251,10 +251,10 @@ class BudgetedCache:
         """
         index = torch.arange(rows.shape[2], device=self.num_evicted.device)
         places = index // self.page_size
-        received = None
-        if attention is not None:
-            received = torch.zeros(num_pages, device=index.device)
-            received.index_add_(0, places, attention.gather(2, rows).sum((0, 1)))
+        by_page = None
+        if received is not None:
+            by_page = torch.zeros(num_pages, device=index.device)
+            by_page.index_add_(0, places, received.gather(2, rows).sum((0, 1)))
         held = self.pool.take(num_pages)
         try:
             order = packed_ranges(runs(held), index.device)
@@ -273,7 +273,7 @@ class BudgetedCache:
         self._kept.update(held)
         num_kept = rows.shape[2]
         whole_at = 0 if num_kept == num_seen else num_seen
-        return Pages(held, order, received, whole_at, num_seen - num_kept, 0)
+        return Pages(held, order, by_page, whole_at, num_seen - num_kept, 0)
 
     def states_of(self, slot: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of a slot's first tokens, and what each has received.
@@ -289,10 +289,10 @@ class BudgetedCache:
             x.flatten(1, 2)[:, cells] for x in (self.pool.keys, self.pool.values)
         )
         received = None
-        if self.attention is not None:
+        if self.received is not None:
             pages = index // self.page_size
             filled = (count - pages * self.page_size).clamp(max=self.page_size)
-            received = self.attention[slot, pages] / filled
+            received = self.received[slot, pages] / filled
         return keys, values, received
 
     def release_request(self, slot: int) -> None:
@@ -321,7 +321,7 @@ class BudgetedCache:
         values: Tensor,
         kept: list[Tensor],
         seen: list[int],
-        attention: Tensor | None = None,
+        received: Tensor | None = None,
     ) -> None:
         """Fills empty slots with what the policy kept of their first ``seen`` tokens.
 
@@ -329,7 +329,7 @@ class BudgetedCache:
             keys, values: [num_layers, num_tokens, num_kv_heads, head_dim], of all.
             kept: of each slot [num_layers, num_kv_heads, num_kept] int64, rows of
                 these.
-            attention: [num_layers, num_kv_heads, num_tokens], what each received;
+            received: [num_layers, num_kv_heads, num_tokens], attention of each token;
                 needed where eviction goes by it.
         """
         lengths = [rows.shape[2] for rows in kept]
@@ -352,12 +352,12 @@ class BudgetedCache:
         for each, num_seen, num_kept in zip(slots, seen, lengths, strict=True):
             whole_from = 0 if num_kept == num_seen else num_seen
             self._begin(each, whole_from, num_seen - num_kept)
-        if self.attention is not None:
-            assert attention is not None
-            self.attention[slots] = 0
-            received = attention.gather(2, rows).sum((0, 1))
+        if self.received is not None:
+            assert received is not None
+            self.received[slots] = 0
+            kept_received = received.gather(2, rows).sum((0, 1))
             places = slot, index // self.page_size
-            self.attention.index_put_(places, received, accumulate=True)
+            self.received.index_put_(places, kept_received, accumulate=True)
 
     def make_room(self, slots: Tensor, ends: Tensor) -> None:
         """Evicts whole pages where a slot could not hold its context up to ``ends``.
@@ -372,24 +372,24 @@ class BudgetedCache:
         evicted = self.num_evicted[slots]
         due = ends - evicted > self._capacities[slots]
         places = self._places.expand(len(slots), -1)
-        merit = places.float() if self.attention is None else self.attention[slots]
-        merit = merit.masked_fill(~self._evictable[slots], torch.inf)
-        victims = merit.topk(self._num_recycled, largest=False).indices
+        worth = places.float() if self.received is None else self.received[slots]
+        worth = worth.masked_fill(~self._evictable[slots], torch.inf)
+        victims = worth.topk(self._num_recycled, largest=False).indices
         # Evicted pages come behind those in use, and both before places of no page.
         num_places = self.pages_per_slot
         later = self._unused[slots] * (2 * num_places)
         order = (places + later.scatter(1, victims, num_places)).argsort(-1)
         self.page_table.reorder(slots, due, order)
         self.num_evicted[slots] = evicted + due * (self._num_recycled * self.page_size)
-        if self.attention is not None:
-            received = self.attention[slots]
+        if self.received is not None:
+            received = self.received[slots]
             left = received.scatter(1, victims, 0.0).gather(1, order)
-            self.attention[slots] = torch.where(due[:, None], left, received)
+            self.received[slots] = torch.where(due[:, None], left, received)
 
     def add_attention(self, slots: Tensor, received: Tensor) -> None:
         """Counts what pages of the slots [B] received, [B, pages_per_slot]."""
-        assert self.attention is not None
-        self.attention[slots] += received
+        assert self.received is not None
+        self.received[slots] += received
 
     def check_invariants(self) -> None:
         """Raises AssertionError if a page leaked, is held twice, or left its slot."""

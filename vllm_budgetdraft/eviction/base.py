@@ -22,14 +22,14 @@ class PromptStates:
         queries: [..., heads, num_queries, head_dim], the queries of the last
             ``observation_tokens`` tokens, or as many as there are, of every query head
             that shares the KV head; None when ``observation_tokens`` is 0.
-        attention: [..., num_tokens] float32, the attention that each key has received,
+        received: [..., num_tokens] float32, the attention that each key has received,
             summed over every query so far that shares the KV head; None unless the
             policy ``accumulates_attention``.
     """
 
     keys: Tensor
     queries: Tensor | None = None
-    attention: Tensor | None = None
+    received: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -58,7 +58,7 @@ class EvictionPolicy(ABC):
 
     #: Last tokens of the prompt whose queries ``select`` reads.
     observation_tokens = 0
-    #: Whether ``select`` reads ``attention``, which then is kept up in generation too.
+    #: Whether ``select`` reads ``received``, which then is kept up in generation too.
     accumulates_attention = False
 
     def __init__(self, settings: EvictionSettings, operations: ModuleType) -> None:

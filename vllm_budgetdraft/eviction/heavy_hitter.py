@@ -24,8 +24,8 @@ class HeavyHitter(RankingPolicy):
         return room // 2
 
     def scores(self, states: PromptStates, end: int) -> Tensor:
-        assert states.attention is not None
-        return states.attention[..., :end]
+        assert states.received is not None
+        return states.received[..., :end]
 
     def protected_tokens(self, budget: int) -> int:
         return self.settings.sink_tokens

@@ -99,18 +99,18 @@ class DraftLoop:
             draft_ids=drafter.draft_ids,
             device=device,
         )
-        self._page_mass: Tensor | None = None
+        self._page_attention: Tensor | None = None
         if counts_attention:
             num_tokens = max_width * num_slots
-            self._page_mass = torch.zeros(
+            self._page_attention = torch.zeros(
                 (num_tokens, drafter.num_heads, cache.pages_per_slot), device=device
             )
 
     @property
     def num_bytes(self) -> int:
         """Of counts of attention and drafts' distributions."""
-        mass = self._page_mass
-        return self._picker.num_bytes + (0 if mass is None else mass.nbytes)
+        counted = self._page_attention
+        return self._picker.num_bytes + (0 if counted is None else counted.nbytes)
 
     def append(
         self,
@@ -212,13 +212,13 @@ class DraftLoop:
             self._cache.pool,
             self._cache.page_table.pages[slots],
             key_rotary=self._drafter.rotary_rows if self._is_relative else None,
-            page_mass=self._page_mass,
+            page_attention=self._page_attention,
             validate=validate,
         )
 
     def _count(self, slots: Tensor, attention: PagedAttention) -> None:
-        if attention.attention is not None:
-            self._cache.add_attention(slots, attention.attention)
+        if attention.received is not None:
+            self._cache.add_attention(slots, attention.received)
 
 
 def _by_step(x: Tensor, width: int) -> list[Tensor]:

@@ -332,7 +332,7 @@ class PromptReader:
         prompt = self.prompt
         keys = prompt.keys_as_read(segment).transpose(1, 2)
         return PromptStates(
-            keys, prompt.last_queries(segment), prompt.attention(segment)
+            keys, prompt.last_queries(segment), prompt.received_by(segment)
         )
 
 
@@ -346,5 +346,5 @@ def _stacked(states: list[PromptStates]) -> PromptStates:
     return PromptStates(
         torch.stack([each.keys for each in states]),
         stack([each.queries for each in states]),
-        stack([each.attention for each in states]),
+        stack([each.received for each in states]),
     )
