@@ -72,7 +72,7 @@ def test_others_draft_as_if_the_faulty_one_were_not_there(
         assert drafts.pop("long") == []
         assert drafts == expected
     # It was tried once, and said once.
-    assert engine.proposer._drafter._faults.num_faults == len(log) == 1
+    assert engine.proposer._drafting._faults.num_faults == len(log) == 1
     assert "request long" in log[0]
     for name in list(engine.requests):
         engine.finish(name)
@@ -143,7 +143,7 @@ def test_a_step_that_fails_for_one_is_repeated_for_each(
 ):
     engine = started(drafter_folder, "keep_all")
     engine.step()
-    slot = engine.proposer._drafter._slots.get("long", engine.requests["long"]).slot
+    slot = engine.proposer._drafting._slots.get("long", engine.requests["long"]).slot
 
     def fails(core, slots, *rest):
         if slot in slots.tolist():
@@ -163,7 +163,7 @@ def test_after_a_failure_of_no_request_all_begin_anew_but_not_for_ever(
     drafter_folder, monkeypatch, num_failures
 ):
     """Each costs them all that they have read; of three in a row they draft no more."""
-    from vllm_budgetdraft.vllm_integration.v1.request_drafter import RequestDrafter
+    from vllm_budgetdraft.vllm_integration.v1.own_cache_drafting import OwnCacheDrafting
 
     engine = started(drafter_folder, "sink_window")
     engine.step()
@@ -175,13 +175,13 @@ def test_after_a_failure_of_no_request_all_begin_anew_but_not_for_ever(
         return {}
 
     with monkeypatch.context() as patch:
-        patch.setattr(RequestDrafter, "_draft_ready", fail)
+        patch.setattr(OwnCacheDrafting, "_draft_ready", fail)
         for _ in range(num_failures):
             assert engine.step() == nothing
     if num_failures < 3:
         assert len(engine.step()["short"]) == 4
     else:
-        assert engine.proposer._drafter._faults.num_faults == 3
+        assert engine.proposer._drafting._faults.num_faults == 3
         assert engine.step() == nothing
     engine.finish("other")
     engine.start("new", 30)
@@ -207,7 +207,7 @@ def test_a_corrupted_table_ends_the_drafting_of_its_request(
     monkeypatch.setenv("BUDGETDRAFT_CHECK_INVARIANTS", "1")
     engine = started(drafter_folder, "sink_window")
     engine.step()
-    slot = engine.proposer._drafter._slots.get("long", engine.requests["long"]).slot
+    slot = engine.proposer._drafting._slots.get("long", engine.requests["long"]).slot
     engine.core.cache.page_table.pages[slot, 0] += 1
     drafts = engine.step()
     assert drafts["long"] == []

@@ -113,7 +113,7 @@ def _restart_noise() -> None:
     if hasattr(runner, "speculator"):  # model runner V2
         drafter = runner.speculator
     else:
-        drafter = runner.drafter._drafter
+        drafter = runner.drafter._drafting
     drafter = getattr(drafter, "_core", drafter)
     if generator := getattr(drafter, "_generator", None):
         generator.manual_seed(0)

@@ -198,7 +198,7 @@ class SteppedEngine:
         # What drafts: of runner V1, within a proposer; of V2, the speculator itself.
         proposer = getattr(self._runner, "drafter", None)
         speculator = getattr(self._runner, "speculator", None)
-        self._drafter = getattr(proposer, "_drafter", speculator)
+        self._drafter = getattr(proposer, "_drafting", speculator)
         self._holdings: dict[str, Any] = {}
         self.max_model_len = self._llm.model_config.max_model_len
         self.courses: list[Course] = []

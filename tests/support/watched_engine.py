@@ -29,7 +29,7 @@ class WatchedEngine(Engine):
     def __init__(self, folder: Path, **settings: Any) -> None:
         # float64, so that rounding decides between no two tokens or positions.
         super().__init__(folder, dtype=torch.float64, **settings)
-        core, drafter = self.core, self.proposer._drafter
+        core, drafter = self.core, self.proposer._drafting
         for owner, name, watcher in (
             (core.reader, "start", self._start_reading),
             (core.reader, "restart", self._restart),
@@ -72,7 +72,7 @@ class WatchedEngine(Engine):
 
     def check_pages(self) -> None:
         """Pages in use are those that the requests must hold, each by its budget."""
-        cache, held = self.core.cache, self.proposer._drafter._slots._held
+        cache, held = self.core.cache, self.proposer._drafting._slots._held
         cache.check_invariants()
         assert len({holding.slot for holding in held.values()}) == len(held)
         needed = sum(self._num_pages(name) for name in held)
@@ -81,7 +81,7 @@ class WatchedEngine(Engine):
     def _check_slots(self) -> None:
         """Whoever may draft does, or waits for room or for its turn to read."""
         self.check_pages()
-        held, limit = self.proposer._drafter._slots._held, self.core.step_tokens
+        held, limit = self.proposer._drafting._slots._held, self.core.step_tokens
         for name, holding in held.items():
             assert holding.state is self.requests.get(name), name
             assert self._is_drafted_for(name), name
@@ -167,7 +167,7 @@ class WatchedEngine(Engine):
         return needed <= self.core.reader.prompt.max_tokens
 
     def _name_of(self, slot: int) -> str:
-        held = self.proposer._drafter._slots._held
+        held = self.proposer._drafting._slots._held
         return next(name for name in held if held[name].slot == slot)
 
     def _start(self, original: Callable, request: Any, *rest: Any) -> Any:
@@ -262,7 +262,7 @@ class WatchedEngine(Engine):
 
     def _release(self, original: Callable, name: str) -> None:
         """Pages are taken from nobody who still needs them."""
-        slots, running = self.proposer._drafter._slots, self._running
+        slots, running = self.proposer._drafting._slots, self._running
         twin = self.twins.pop(name, None)
         self.half_read.pop(name, None)
         is_over = slots.get(name, self.requests.get(name)) is None

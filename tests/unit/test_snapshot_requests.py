@@ -9,7 +9,7 @@ from tests.support import models
 from tests.support.adapter import Engine, Request
 from tests.support.heads import write_head
 from tests.support.speculator import NUM_DRAFTS, Runner
-from tests.unit.test_feature_requests import (
+from tests.unit.test_feature_drafting import (
     Simulated,
     build,
     expected_drafts,

@@ -27,9 +27,12 @@ from vllm_budgetdraft.vllm_integration.flex_rounds import FlexRounds
 from vllm_budgetdraft.vllm_integration.patches import runner_v1, statistics
 from vllm_budgetdraft.vllm_integration.patches import start_up as step_timing
 from vllm_budgetdraft.vllm_integration.step_timing import time_steps
-from vllm_budgetdraft.vllm_integration.v1.feature_requests import FeatureRequestDrafter
-from vllm_budgetdraft.vllm_integration.v1.request_drafter import Request, RequestDrafter
-from vllm_budgetdraft.vllm_integration.v1.target_drafter import TargetDrafter
+from vllm_budgetdraft.vllm_integration.v1.drafting import Drafting, Request
+from vllm_budgetdraft.vllm_integration.v1.feature_drafting import FeatureDrafting
+from vllm_budgetdraft.vllm_integration.v1.own_cache_drafting import OwnCacheDrafting
+from vllm_budgetdraft.vllm_integration.v1.target_cache_drafting import (
+    TargetCacheDrafting,
+)
 
 
 class BudgetDraftProposer:
@@ -44,7 +47,7 @@ class BudgetDraftProposer:
         self._num_slots = vllm_config.scheduler_config.max_num_seqs
         self._max_model_len = vllm_config.model_config.max_model_len
         self._is_parallel = vllm_config.parallel_config.tensor_parallel_size > 1
-        self._drafter: RequestDrafter | TargetDrafter
+        self._drafting: Drafting
         self._core: DraftProposer | MaskProposer | None = None
         self._runner: Any = None
         self._num_scheduled: dict[str, int] = {}
@@ -72,15 +75,16 @@ class BudgetDraftProposer:
             return
         if self._config.drafter_type == "flexdraft":
             self._core = load_mask_core(self._vllm_config, target)
-            drafter = TargetDrafter(self._core, self._num_slots)
-            self._drafter, self._flex = drafter, drafter.allow_rounds(self._vllm_config)
+            drafting = TargetCacheDrafting(self._core, self._num_slots)
+            self._drafting = drafting
+            self._flex = drafting.allow_rounds(self._vllm_config)
         else:
             self._use(load_core(self._vllm_config, target, embedding=embedding))
 
     def _use(self, core: DraftProposer) -> None:
         self._core = core
-        kind = FeatureRequestDrafter if core.reads_features else RequestDrafter
-        self._drafter = kind(core, self._num_slots)
+        kind = FeatureDrafting if core.reads_features else OwnCacheDrafting
+        self._drafting = kind(core, self._num_slots)
 
     @property
     def reads_features(self) -> bool:
@@ -140,22 +144,22 @@ class BudgetDraftProposer:
         if not self._drafts or self._runner is None:
             return
         try:
-            self._drafter.forget_ended(self._runner.requests)
+            self._drafting.forget_ended(self._runner.requests)
         except Exception as error:
-            self._drafter.reset(error)
+            self._drafting.reset(error)
 
     def take_statistics(self) -> dict[str, Any] | None:
         """What was drafted since the last call; None where another rank drafts."""
         if not self._is_leader:
             return None
-        self._drafter.observe()
-        return self._drafter.statistics.take()
+        self._drafting.observe()
+        return self._drafting.statistics.take()
 
     def time_steps(self, runner: Any) -> None:
         """Begins to adapt the draft length, if it is to; every rank must call it."""
         if isinstance(self._core, MaskProposer):
-            assert isinstance(self._drafter, TargetDrafter)
-            self._drafter.runner = runner
+            assert isinstance(self._drafting, TargetCacheDrafting)
+            self._drafting.runner = runner
             num_kinds = len(runner.kv_cache_config.kv_cache_groups)
             finish_core(self._core, self._vllm_config, num_kinds)
         costs = None
@@ -173,7 +177,7 @@ class BudgetDraftProposer:
 
     def profile_run(self) -> None:
         if self._drafts:
-            self._drafter.warm_up()
+            self._drafting.warm_up()
 
     def propose(
         self,
@@ -197,7 +201,7 @@ class BudgetDraftProposer:
         if self._flex is not None:
             self._flex.begin_step()
         if self._drafts:
-            with self._drafter.timer.measure():
+            with self._drafting.timer.measure():
                 try:
                     drafted = self._propose(
                         sampled_token_ids, num_tokens_no_spec, token_ids_cpu
@@ -206,8 +210,8 @@ class BudgetDraftProposer:
                         drafts[row] = tokens
                 except Exception as error:
                     # Of no request in particular, so that no cache is known to be good.
-                    self._drafter.reset(error)
-            self._probabilities = self._drafter.probabilities
+                    self._drafting.reset(error)
+            self._probabilities = self._drafting.probabilities
         return self._shared(drafts) if self._is_parallel else drafts
 
     def _shared(self, drafts: list[list[int]]) -> list[list[int]]:
@@ -235,14 +239,14 @@ class BudgetDraftProposer:
     ) -> dict[int, list[int]]:
         """Drafts by row, where there are any."""
         length = self._choose_length(sampled_token_ids)
-        counted = self._drafter.statistics
+        counted = self._drafting.statistics
         counted.set("draft_length", length)
         live = self._runner.requests
-        self._drafter.forget_ended(live)
+        self._drafting.forget_ended(live)
         if length == 0 and not self.reads_features:
             num_sampled = sum(map(bool, sampled_token_ids))
             counted.count("drafts_skipped", num_sampled, "draft_length")
-            self._drafter.probabilities = None
+            self._drafting.probabilities = None
             return {}
         counted.count("draft_steps", length > 0)
         # The target samples one more token after the last draft that it accepts.
@@ -282,16 +286,16 @@ class BudgetDraftProposer:
             )
             requests.append(request)
         is_trial = self._adaptive is not None and self._adaptive.is_trying
-        if isinstance(self._drafter, FeatureRequestDrafter) and self._states:
+        if isinstance(self._drafting, FeatureDrafting) and self._states:
             states = torch.cat([x[: first_states[-1]] for x in self._states], -1)
             self._states = None
-            drafts = self._drafter.draft(requests, is_trial, states)
+            drafts = self._drafting.draft(requests, is_trial, states)
         else:
-            drafts = self._drafter.draft(requests, is_trial)
+            drafts = self._drafting.draft(requests, is_trial)
         if self._adaptive is not None:
-            self._adaptive.drafted(len(drafts), self._drafter.has_only_drafted)
+            self._adaptive.drafted(len(drafts), self._drafting.has_only_drafted)
         if self._flex is not None:
-            are_all = all(sampled_token_ids) and self._drafter.has_only_drafted
+            are_all = all(sampled_token_ids) and self._drafting.has_only_drafted
             outcomes = self._outcomes(sampled_token_ids)
             self._flex.next(ids, outcomes, length, are_undisturbed=are_all)
         return drafts

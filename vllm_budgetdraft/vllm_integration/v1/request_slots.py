@@ -25,7 +25,7 @@ class Holding:
             be read into it.
         fed: drafts that the cache holds after the context.
         num_waited: steps in which it sampled and had no drafts; None after the first.
-        origin, last_token: see ``FeatureRequestDrafter``.
+        origin, last_token: see ``FeatureDrafting``.
         remembered: None where nothing is kept of it.
     """
 

@@ -1,7 +1,7 @@
 """The speculator of model runner V2 for a drafter that reads what its target thought.
 
-See ``feature_requests`` for what such a drafter is fed, and when. Here the host knows
-how far prompts are, and the device alone how many drafts were accepted.
+See ``v1.feature_drafting`` for what such a drafter is fed, and when. Here the host
+knows how far prompts are, and the device alone how many drafts were accepted.
 """
 
 from typing import Any

@@ -28,7 +28,7 @@ class Cache:
     """A target whose attention layers have vLLM's cache of a CPU.
 
     Attributes:
-        target: what a ``TargetDrafter`` takes for vLLM's model.
+        target: what a ``TargetCacheDrafting`` takes for vLLM's model.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,9 @@ def cache() -> Cache:
 
 def drafter_of(cache: Cache, num_kinds: int = 1, **settings: Any) -> Any:
     from vllm_budgetdraft.vllm_integration.target_cache import bind_to_target
-    from vllm_budgetdraft.vllm_integration.v1.target_drafter import TargetDrafter
+    from vllm_budgetdraft.vllm_integration.v1.target_cache_drafting import (
+        TargetCacheDrafting,
+    )
 
     config = SettledConfig(
         model="",
@@ -106,13 +108,13 @@ def drafter_of(cache: Cache, num_kinds: int = 1, **settings: Any) -> Any:
     core.warm_up_head()
     bind_to_target(core, num_kinds)
     core.warm_up()
-    return TargetDrafter(core, NUM_SLOTS)
+    return TargetCacheDrafting(core, NUM_SLOTS)
 
 
 def request(
     cache: Cache, row: int, num_tokens: int, state: State, **changes: Any
 ) -> Any:
-    from vllm_budgetdraft.vllm_integration.v1.request_drafter import Request
+    from vllm_budgetdraft.vllm_integration.v1.drafting import Request
 
     context = models.random_tokens(num_tokens, seed=row).tolist()
     # Pages of requests lie between each other, and backwards.

@@ -25,18 +25,14 @@ from vllm_budgetdraft.vllm_integration.v1.draft_lists import (
     confident,
     marked,
 )
-from vllm_budgetdraft.vllm_integration.v1.request_drafter import (
-    Request,
-    max_drafts,
-)
+from vllm_budgetdraft.vllm_integration.v1.drafting import Request, max_drafts
 from vllm_budgetdraft.vllm_integration.v1.request_slots import Holding, RequestSlots
 
 
-class TargetDrafter:
-    """What ``RequestDrafter`` is, without a cache of its own: nothing is read twice.
+class TargetCacheDrafting:
+    """``Drafting`` without a cache of its own, by FlexDraft: nothing is read twice.
 
     Attributes:
-        statistics, timer, probabilities, has_only_drafted: see ``RequestDrafter``.
         runner: vLLM's, once there is one.
     """
 
@@ -100,7 +96,7 @@ class TargetDrafter:
         self._core.warm_up_head()
 
     def reset(self, error: Exception) -> None:
-        """After a failure of no request in particular; see ``RequestDrafter``."""
+        """See ``Drafting``."""
         if self._faults.report_every(error):
             for each in self._batch:
                 self._slots.give_up(each.request_id, each.state, "failed")
@@ -108,7 +104,7 @@ class TargetDrafter:
         self.probabilities = None
 
     def forget_ended(self, live: Mapping[str, Any]) -> None:
-        """Forgets requests that are over, or another one of the same id by now."""
+        """See ``Drafting``."""
         for request_id in self._slots.ended(live):
             self._slots.release(request_id)
         self._slots.forget_ended(live)

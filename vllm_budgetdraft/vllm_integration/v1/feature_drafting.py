@@ -26,15 +26,12 @@ from vllm_budgetdraft.vllm_integration.v1.draft_lists import (
     confident,
     marked,
 )
-from vllm_budgetdraft.vllm_integration.v1.request_drafter import (
-    Request,
-    RequestDrafter,
-    max_drafts,
-)
+from vllm_budgetdraft.vllm_integration.v1.drafting import Request, max_drafts
+from vllm_budgetdraft.vllm_integration.v1.own_cache_drafting import OwnCacheDrafting
 from vllm_budgetdraft.vllm_integration.v1.request_slots import Holding
 
 
-class FeatureRequestDrafter(RequestDrafter):
+class FeatureDrafting(OwnCacheDrafting):
     """Drafts for requests that hold slots of a ``DraftProposer`` of features.
 
     Of a ``Holding``, ``origin`` is the first position that its cache knows,
@@ -48,7 +45,7 @@ class FeatureRequestDrafter(RequestDrafter):
         is_trial: bool = False,
         states: Tensor | None = None,
     ) -> dict[int, list[int]]:
-        """See ``RequestDrafter``.
+        """See ``OwnCacheDrafting``.
 
         Args:
             states: [num_tokens, N * hidden_size], of the target's layers, of every

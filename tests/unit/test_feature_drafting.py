@@ -86,12 +86,12 @@ class Simulated:
     """
 
     def __init__(self, core: DraftProposer, seed: int) -> None:
-        from vllm_budgetdraft.vllm_integration.v1.feature_requests import (
-            FeatureRequestDrafter,
+        from vllm_budgetdraft.vllm_integration.v1.feature_drafting import (
+            FeatureDrafting,
         )
 
         self.core, self.random = core, Random(seed)
-        self.drafter = FeatureRequestDrafter(core, NUM_SLOTS)
+        self.drafter = FeatureDrafting(core, NUM_SLOTS)
         self.contexts: dict[str, list[int]] = {}
         self.prompts: dict[str, int] = {}
         self.computed: dict[str, int] = {}
@@ -124,7 +124,7 @@ class Simulated:
 
     def step(self) -> None:
         """A step of the target for some requests, and drafts, compared."""
-        from vllm_budgetdraft.vllm_integration.v1.request_drafter import Request
+        from vllm_budgetdraft.vllm_integration.v1.drafting import Request
 
         batch = [n for n in self.contexts if self.random.random() < 0.9]
         requests, states, first = [], [], 0
@@ -223,7 +223,7 @@ def test_a_small_budget_keeps_its_memory_and_goes_on(tmp_path):
 
 def step(engine: Simulated, **requests: tuple[int, int, bool]) -> dict[int, list[int]]:
     """A step by hand: of each request, tokens known before, computed, and sampled."""
-    from vllm_budgetdraft.vllm_integration.v1.request_drafter import Request
+    from vllm_budgetdraft.vllm_integration.v1.drafting import Request
 
     made, states, first = [], [], 0
     for row, (name, (start, count, sampled)) in enumerate(requests.items()):

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_budgetdraft import environment
-from vllm_budgetdraft.config import RequestSettings, parse_request_settings
+from vllm_budgetdraft.config import parse_request_settings
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -37,50 +36,12 @@ from vllm_budgetdraft.vllm_integration.v1.draft_lists import (
     confident,
     marked,
 )
+from vllm_budgetdraft.vllm_integration.v1.drafting import Request, max_drafts
 from vllm_budgetdraft.vllm_integration.v1.request_slots import Holding, RequestSlots
 
 
-@dataclass(frozen=True)
-class Request:
-    """A row of the batch that is to be drafted for.
-
-    Attributes:
-        state: vLLM's object for the request.
-        context: token ids, prompt and output.
-        sampled: whether it sampled a token in this step; if not, its prompt is still
-            being prefilled.
-        max_drafts: most tokens to draft now; 0 if it keeps its cache, and no more.
-        num_computed: tokens of the context that the target knew before this step.
-        num_scheduled: tokens that it computed in this step, drafts among them.
-        first_state: row of the first of them, among all that the step computed.
-        num_accepted: drafts that were accepted in this step.
-        block_tables: of each kind of the target's cache, where its pages are.
-    """
-
-    row: int
-    request_id: str
-    state: Any
-    context: np.ndarray
-    sampled: bool
-    max_drafts: int
-    num_computed: int = 0
-    block_tables: tuple[np.ndarray, ...] = ()
-    num_scheduled: int = 0
-    first_state: int = 0
-    num_accepted: int = 0
-
-
-class RequestDrafter:
-    """Drafts for requests that hold slots of a ``DraftProposer``.
-
-    Attributes:
-        statistics: of drafting, to be taken by whoever sends them on.
-        timer: to be run while it drafts.
-        probabilities: of the last drafts, request ids and [len(ids), k, V] float32;
-            None if no draft was drawn.
-        has_only_drafted: whether every request that may draft just did, and none had
-            to read for it.
-    """
+class OwnCacheDrafting:
+    """``Drafting`` for requests that hold slots of a ``DraftProposer``."""
 
     def __init__(self, core: DraftProposer, num_slots: int) -> None:
         self._core = core
@@ -102,10 +63,7 @@ class RequestDrafter:
         warm_up(self._core)
 
     def reset(self, error: Exception) -> None:
-        """Has every request begin anew after a failure of none in particular.
-
-        After several in a row they draft no more, see ``FaultLog.report_every``.
-        """
+        """See ``Drafting``."""
         give_up = self._faults.report_every(error)
         self._core.release_all()
         self._slots.release_all()
@@ -114,7 +72,7 @@ class RequestDrafter:
         self.probabilities = None
 
     def forget_ended(self, live: Mapping[str, Any]) -> None:
-        """Forgets requests that are over, or another one of the same id by now."""
+        """See ``Drafting``; what they leave may be kept for others."""
         for request_id in self._slots.ended(live):
             self._end(request_id)
         self._slots.forget_ended(live)
@@ -408,12 +366,6 @@ class RequestDrafter:
         slot = self._slots.release(request_id)
         if self._core.cache.is_held(slot):  # not so if keeping it failed half way
             self._core.release_request(slot)
-
-
-def max_drafts(request: Request, settings: RequestSettings) -> int:
-    """Most tokens to draft now for a request that asked for such settings."""
-    asked = settings.num_speculative_tokens
-    return request.max_drafts if asked is None else min(asked, request.max_drafts)
 
 
 def _num_readable(request: Request) -> int:
