@@ -36,7 +36,7 @@ from vllm_budgetdraft.proposer.drawn_logits import DrawnLogits
 from vllm_budgetdraft.proposer.picking import Drafts
 from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration.v1 import proposer as runner_v1
-from vllm_budgetdraft.vllm_integration.v2 import speculator as runner_v2
+from vllm_budgetdraft.vllm_integration.v2 import own_cache_speculator as runner_v2
 
 PROMPT_TOKENS, MAX_MODEL_LEN, KV_BUDGET, WARM_UP = 100, 2048, 64, 20
 #: What is drafted, and what the target writes.
@@ -176,7 +176,7 @@ class RunnerV2:
             req_id_to_index={f"request {i}": i for i in range(batch_size)},
             index_to_req_id={i: f"request {i}" for i in range(batch_size)},
         )
-        self._speculator = runner_v2.BudgetDraftSpeculator(
+        self._speculator = runner_v2.OwnCacheSpeculator(
             config, self._core.device, self._states
         )
         with mock.patch.object(runner_v2, "load_core", lambda *_, **__: self._core):

@@ -28,18 +28,20 @@ def test_it_takes_what_vllm_hands_over():
     from vllm.v1.worker.gpu.spec_decode import init_speculator
     from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-    from vllm_budgetdraft.vllm_integration.v2.speculator import BudgetDraftSpeculator
+    from vllm_budgetdraft.vllm_integration.v2.own_cache_speculator import (
+        OwnCacheSpeculator,
+    )
 
     for name in ("propose", "init_cudagraph_manager"):
         theirs = inspect.signature(getattr(BaseSpeculator, name)).parameters
-        ours = inspect.signature(getattr(BudgetDraftSpeculator, name)).parameters
+        ours = inspect.signature(getattr(OwnCacheSpeculator, name)).parameters
         assert list(ours) == list(theirs), name
     assert list(inspect.signature(init_speculator).parameters) == [
         "vllm_config",
         "device",
         "req_states",
     ]
-    assert not BudgetDraftSpeculator.__abstractmethods__
+    assert not OwnCacheSpeculator.__abstractmethods__
 
 
 def test_drafts_are_those_of_the_proposer(drafter_folder):

@@ -29,7 +29,9 @@ class Runner:
         dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> None:
-        from vllm_budgetdraft.vllm_integration.v2 import speculator as runner_v2
+        from vllm_budgetdraft.vllm_integration.v2 import (
+            own_cache_speculator as runner_v2,
+        )
 
         self.core = build_proposer(
             folder,
@@ -58,7 +60,7 @@ class Runner:
             ),
             parallel_config=SimpleNamespace(tensor_parallel_size=1),
         )
-        self.speculator = runner_v2.BudgetDraftSpeculator(
+        self.speculator = runner_v2.OwnCacheSpeculator(
             config, torch.device("cpu"), self.states
         )
         with pytest.MonkeyPatch.context() as patch:

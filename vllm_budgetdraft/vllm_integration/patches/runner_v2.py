@@ -66,9 +66,10 @@ def _make_ours(original: Function) -> Function:
         from vllm_budgetdraft.vllm_integration.v2.feature_speculator import (
             FeatureSpeculator,
         )
-        from vllm_budgetdraft.vllm_integration.v2.speculator import (
-            BudgetDraftSpeculator,
+        from vllm_budgetdraft.vllm_integration.v2.own_cache_speculator import (
+            OwnCacheSpeculator,
         )
+        from vllm_budgetdraft.vllm_integration.v2.speculator import Speculator
         from vllm_budgetdraft.vllm_integration.v2.target_speculator import (
             TargetSpeculator,
         )
@@ -85,7 +86,7 @@ def _make_ours(original: Function) -> Function:
         statistics.apply_to_worker()
         step_timing.apply_to_worker()
         logprobs.apply_to_runner_v2()
-        kind = BudgetDraftSpeculator
+        kind: type[Speculator] = OwnCacheSpeculator
         if config.settings.drafter_type == "eagle3":
             kind = FeatureSpeculator
         elif config.settings.drafter_type == "flexdraft":

@@ -15,12 +15,12 @@ from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
 from vllm_budgetdraft.errors import PagePoolExhaustedError
 from vllm_budgetdraft.proposer.draft_loop import Fed
 from vllm_budgetdraft.vllm_integration.remembering import start_reading_features
+from vllm_budgetdraft.vllm_integration.v2.own_cache_speculator import OwnCacheSpeculator
 from vllm_budgetdraft.vllm_integration.v2.progress import Progress, rows_of
-from vllm_budgetdraft.vllm_integration.v2.speculator import BudgetDraftSpeculator
 from vllm_budgetdraft.vllm_integration.v2.without_module import GIVEN
 
 
-class FeatureSpeculator(BudgetDraftSpeculator):
+class FeatureSpeculator(OwnCacheSpeculator):
     """Feeds each step's tokens and the target's states of them, and drafts."""
 
     reads_features = True
@@ -55,7 +55,7 @@ class FeatureSpeculator(BudgetDraftSpeculator):
         progress.num_to_read = end - origin
 
     def _end_of_cache(self, index: int, progress: Progress) -> Tensor:
-        """See ``BudgetDraftSpeculator``: every step's tokens are fed in it."""
+        """See ``OwnCacheSpeculator``: every step's tokens are fed in it."""
         return self._states.total_len.gpu[index] - 1
 
     def _know_from(self, index: int, position: int) -> None:
@@ -63,7 +63,7 @@ class FeatureSpeculator(BudgetDraftSpeculator):
         self._origins[index] = position
 
     def propose(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See ``BudgetDraftSpeculator``."""
+        """See ``OwnCacheSpeculator``."""
         if self._is_leader:
             given = dict(zip(GIVEN, args, strict=False)) | kwargs
             self._states_of_step = given["aux_hidden_states"]

@@ -14,7 +14,7 @@ class Progress:
     """How far a request's draft cache is, as far as the host knows.
 
     How many drafts are accepted only the device knows, so that what a cache lacks is
-    an upper bound here, and exact in ``BudgetDraftSpeculator``.
+    an upper bound here, and exact in ``OwnCacheSpeculator``.
 
     Attributes:
         num_prefill: tokens that it came with.

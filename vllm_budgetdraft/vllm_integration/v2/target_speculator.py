@@ -11,11 +11,11 @@ from vllm_budgetdraft.proposer.picking import Drafts
 from vllm_budgetdraft.vllm_integration.core_loader import finish_core, load_mask_core
 from vllm_budgetdraft.vllm_integration.flex_rounds import rounds_for
 from vllm_budgetdraft.vllm_integration.v2.progress import Progress, rows_of
-from vllm_budgetdraft.vllm_integration.v2.speculator import BudgetDraftSpeculator
+from vllm_budgetdraft.vllm_integration.v2.speculator import Speculator
 from vllm_budgetdraft.vllm_integration.v2.without_module import GIVEN
 
 
-class TargetSpeculator(BudgetDraftSpeculator):
+class TargetSpeculator(Speculator):
     """Drafts from the target's cache: there is nothing to read, and nothing to feed.
 
     Of a request ``Progress`` says whether what it sees of its prompt is chosen
@@ -62,7 +62,7 @@ class TargetSpeculator(BudgetDraftSpeculator):
         return slots[row], batch.positions[:count]
 
     def time_steps(self, runner: Any) -> None:
-        """See ``BudgetDraftSpeculator``; the engine has its cache by now."""
+        """See ``Speculator``; the engine has its cache by now."""
         num_kinds = len(runner.kv_cache_config.kv_cache_groups)
         finish_core(self._masks, self.vllm_config, num_kinds)
         # [max_num_reqs, max_pages], by index.
@@ -84,7 +84,7 @@ class TargetSpeculator(BudgetDraftSpeculator):
         return self._masks
 
     def propose(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See ``BudgetDraftSpeculator``."""
+        """See ``Speculator``."""
         if kwargs.get("is_profile"):
             self._masks.warm_up_head()
         if self._rounds is not None:
@@ -106,7 +106,7 @@ class TargetSpeculator(BudgetDraftSpeculator):
         self._progress.pop(index, None)
 
     def _reset(self, error: Exception) -> None:
-        """See ``BudgetDraftSpeculator``: there is no cache that might be at fault."""
+        """See ``Speculator``: there is no cache that might be at fault."""
         if self._faults.report_every(error):
             for progress in self._progress.values():
                 progress.why_not = progress.why_not or "failed"
