@@ -315,6 +315,11 @@ def _check_flexdraft(
             "bonus token, which verification has yet to find; use 'sequential', or "
             "train with blind_fraction"
         )
+    if config.num_speculative_tokens >= MAX_WIDTH:
+        raise ConfigurationError(
+            f"num_speculative_tokens={config.num_speculative_tokens}: flexdraft drafts "
+            f"up to {MAX_WIDTH - 1} tokens; use at most that number"
+        )
     if config.num_speculative_tokens > found["draft_tokens"]:
         raise ConfigurationError(
             f"num_speculative_tokens={config.num_speculative_tokens}, but the drafter "
