@@ -9,6 +9,8 @@ from tests.support.engine_settings import COMMON, FEW_BLOCKS, NUM_DRAFTS, draft
 from tests.support.engines import (
     FLEXDRAFT,
     EngineProcess,
+    Request,
+    SteppedEngine,
     engine_process,
     nothing,
 )
@@ -84,6 +86,29 @@ def test_both_runners_draft_the_same(mode, plain, request):
     first, second = ([c.gains for c in each.courses] for each in played)
     assert first == second
     assert max(max(gains) for gains in first) > 2
+
+
+def modes_take_turns(engine: SteppedEngine, requests: list[Request]) -> None:
+    rounds, were_rounds = engine._drafter._rounds, []
+    take = rounds.take
+
+    def noted(*args: Any) -> Any:
+        hidden = take(*args)
+        were_rounds.append(hidden is not None)
+        return hidden
+
+    rounds.take = noted
+    all_at_once(engine, requests)
+    engine.finish()
+    assert rounds._switch is not None
+    assert 3 <= sum(were_rounds) < len(were_rounds)
+
+
+def test_an_engine_tries_both_modes_and_its_output_is_plain_vllms(parallel, plain):
+    config = parallel["speculative_config"] | {"flex_decoding": "auto"}
+    with engine_process(COMMON | {"speculative_config": config}) as engine:
+        requests = [of_book(n, 60, start=3 * n) for n in (60, 300)]
+        check(engine.play(modes_take_turns, requests), plain)
 
 
 def test_both_runners_verify_what_the_drafter_is_confident_of(plain):
