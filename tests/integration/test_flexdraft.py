@@ -1,5 +1,6 @@
 """In vLLM: the target drafts for itself, and its output stays what it is."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from tests.support.distributions import (
     sampling_engine,
     write_tokenizer,
 )
-from tests.support.engines import FLEXDRAFT, TARGET, Job, book_tokens, run_jobs
+from tests.support.engines import (
+    FLEXDRAFT,
+    TARGET,
+    Job,
+    book_tokens,
+    nothing,
+    run_jobs,
+)
 from tests.support.flex_twin import blind, random_drafter
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.flexdraft.checkpoint import (
@@ -127,6 +135,15 @@ def test_requests_that_are_preempted_go_on_as_they_would() -> None:
 
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
 def test_samples_have_the_targets_distribution(mode, tmp_path):
+    samples_have_the_targets_distribution(mode, tmp_path, num_samples=10_000)
+
+
+def samples_have_the_targets_distribution(
+    mode: str,
+    tmp_path: Path,
+    num_samples: int,
+    prepare: Callable[[], None] = nothing,
+) -> None:
     letters, prompt = "abcdefg", [2, 1, 5]
     sizes = {
         "vocab_size": len(letters) + 1,
@@ -156,8 +173,8 @@ def test_samples_have_the_targets_distribution(mode, tmp_path):
             flex_decoding=mode,
         ),
     }
-    job = Job([prompt] * 10_000, {"max_tokens": 3, "temperature": 1.0})
-    with sampling_engine(arguments) as engine:
+    job = Job([prompt] * num_samples, {"max_tokens": 3, "temperature": 1.0})
+    with sampling_engine(arguments, prepare) as engine:
         sampled = engine.sample(job)
     logits = next_logits(target, prompt, 3)
     expected = joint([probabilities(each) for each in logits])

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from tests.integration import test_lifecycle as lifecycle
+from tests.integration.test_flexdraft import samples_have_the_targets_distribution
 from tests.support.engine_settings import COMMON, FEW_BLOCKS, NUM_DRAFTS, draft
 from tests.support.engines import (
     FLEXDRAFT,
@@ -140,3 +142,28 @@ def test_requests_come_and_go(name, script, plain, request):
 @pytest.mark.parametrize("name", ["v2", "parallel_v2"])
 def test_they_do_so_in_v2(name, script, plain, request):
     check(request.getfixturevalue(name).play(script), plain)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "drafting",
+    [
+        "v1",
+        "parallel_v1",
+        pytest.param("v2", marks=SLOW),
+        pytest.param("parallel_v2", marks=SLOW),
+    ],
+)
+def test_random_lives(drafting, plain, request):
+    lifecycle.test_random_lives(drafting, plain, request)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_samples_of_v2_have_the_targets_distribution(mode, tmp_path):
+    """Of few: V2's sampling kernels take long in the interpreter."""
+    samples_have_the_targets_distribution(
+        mode, tmp_path, num_samples=2000, prepare=schedule_ahead
+    )
