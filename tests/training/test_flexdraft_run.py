@@ -108,6 +108,8 @@ def test_it_goes_on_from_a_folder(inputs, trained, tmp_path):
         (["--draft_tokens", "24"], "do not fit in continuation_tokens=24"),
         (["--teacher_cache", "states"], "needs the target's keys"),
         (["--mask_layers", "9"], "mask_layers=9, but the target has"),
+        (["--blind_fraction", "0.5"], "or set sees_bonus"),
+        (["--sees_bonus", "true", "--blind_fraction", "1.5"], "share, from 0 to 1"),
         (["--eviction_policy", "heavy_hitter"], "by keys alone"),
     ],
 )
@@ -117,15 +119,27 @@ def test_what_cannot_be_is_said(more, message, inputs, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def model(chains: bool = False, **views: object) -> FlexDraftModel:
+def model(
+    chains: bool = False, blind_fraction: float | None = None, **views: object
+) -> FlexDraftModel:
+    """
+    Args:
+        blind_fraction: of a drafter that sees the bonus token; None for one that does
+            not.
+    """
     target = random_target()
+    sees_bonus = blind_fraction is not None
     return FlexDraftModel(
-        random_drafter(target, chains=chains).requires_grad_(True),
+        random_drafter(target, chains=chains, sees_bonus=sees_bonus).requires_grad_(),
         target,
         ViewArguments(**{"budgets": [16], "budget_weights": [1.0], **views}),
         ObjectiveArguments(draft_tokens=4),
         ViewSettings(sink_tokens=3, local_tokens=4),
-        FlexDraftArguments(anchors_per_window=5, selection_page_size=4),
+        FlexDraftArguments(
+            anchors_per_window=5,
+            selection_page_size=4,
+            blind_fraction=blind_fraction or 0.0,
+        ),
         {},
     )
 
@@ -141,10 +155,13 @@ def batch() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("chains", [False, True])
-def test_drafts_are_compared_as_they_would_be_made(chains, monkeypatch):
+@pytest.mark.parametrize(
+    ("chains", "blind_fraction"),
+    [(False, None), (True, None), (True, 0.0), (True, 1.0)],
+)
+def test_drafts_are_compared_as_they_would_be_made(chains, blind_fraction, monkeypatch):
     """Of two anchors, against the definition and the target's own logits."""
-    training = model(sparse_weight=0.0, chains=chains)
+    training = model(sparse_weight=0.0, chains=chains, blind_fraction=blind_fraction)
     target, drafter = training._target[0], training.drafter
     compared = {}
 
@@ -163,7 +180,15 @@ def test_drafts_are_compared_as_they_would_be_made(chains, monkeypatch):
         logits = target(ids[None]).logits[0]
         for index, anchor in enumerate((32, 41)):
             context, following = ids[:anchor].tolist(), ids[anchor:].tolist()
-            q = twin_logits(target, drafter, context, following[0], 4, forced=following)
+            q = twin_logits(
+                target,
+                drafter,
+                context,
+                following[0],
+                4,
+                forced=following,
+                is_told=not blind_fraction,
+            )
             torch.testing.assert_close(
                 compared["q"][0, row, index], q, rtol=1e-3, atol=1e-4
             )

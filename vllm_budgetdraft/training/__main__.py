@@ -185,7 +185,7 @@ def _train(argv: list[str], parts: tuple[Any, ...]) -> None:
     }
     model: MultiViewModel | FlexDraftModel
     if drafter_args.drafter_type == "flexdraft":
-        _check_flexdraft(data, view, objective)
+        _check_flexdraft(data, view, objective, flexdraft)
         settings = {
             "target": learnt["target"],
             "fingerprint": fingerprint(target),
@@ -344,8 +344,18 @@ def _cache(
 
 
 def _check_flexdraft(
-    data: DataArguments, view: ViewSettings, objective: ObjectiveArguments
+    data: DataArguments,
+    view: ViewSettings,
+    objective: ObjectiveArguments,
+    flexdraft: FlexDraftArguments,
 ) -> None:
+    blind = flexdraft.blind_fraction
+    if not 0 <= blind <= 1 or (blind and not flexdraft.sees_bonus):
+        raise ConfigurationError(
+            f"blind_fraction={blind} with sees_bonus={flexdraft.sees_bonus}: it is the "
+            "share, from 0 to 1, of drafts that are not told the bonus token where "
+            "others are; leave it out, or set sees_bonus"
+        )
     if view.position_mode != "absolute" or view.draft_prefill != "full":
         raise ConfigurationError(
             f"position_mode={view.position_mode!r} and draft_prefill="

@@ -106,7 +106,7 @@ class FlexDraftModel(DrafterTraining):
         parts = self._parts
         bonus = parts.embed(continuation_ids[:, anchors])
         # The mask tokens of some drafts are not told the bonus token.
-        is_told = torch.rand(count) >= self._blind_fraction
+        is_told = torch.rand(len(anchors)) >= self._blind_fraction
         found = mask_hidden(
             self.drafter,
             parts,
