@@ -250,7 +250,7 @@ class WatchedEngine(Engine):
             if not (twin and twin.agrees(self.tokens[name], drafts, num_given)):
                 self._wrong[name] = f"drafts {drafts}"
             elif self.core.policy.accumulates_attention:
-                received = self.core.cache.attention[slot, : len(twin.by_page)]
+                received = self.core.cache.received[slot, : len(twin.by_page)]
                 if not received.double().allclose(twin.by_page, atol=1e-3):
                     self._wrong[name] = "attention of its pages"
         return result
