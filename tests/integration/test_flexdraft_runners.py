@@ -150,8 +150,8 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "drafting",
     [
-        "v1",
         "parallel_v1",
+        pytest.param("v1", marks=SLOW),
         pytest.param("v2", marks=SLOW),
         pytest.param("parallel_v2", marks=SLOW),
     ],

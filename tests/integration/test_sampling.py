@@ -96,11 +96,11 @@ def test_samples_have_the_targets_distribution(sampled, target_logits):
 @pytest.mark.parametrize(
     ("temperature", "top_p"),
     [
-        (0.7, 0.9),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in [(0.5, 1.0), (1.5, 1.0), (0.5, 0.8), (1.0, 0.8), (1.5, 0.8)]
-        ),
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in [
+            *((0.7, 0.9), (0.5, 1.0), (1.5, 1.0)),
+            *((0.5, 0.8), (1.0, 0.8), (1.5, 0.8)),
+        ]
     ],
 )
 def test_at_other_temperatures(temperature, top_p, engine, target_logits):

@@ -194,7 +194,7 @@ def test_ranks_accept_the_same_drafts(
 @pytest.mark.parametrize(
     "prepare",
     [
-        pytest.param(nothing, id="V1"),
+        pytest.param(nothing, id="V1", marks=pytest.mark.slow),
         pytest.param(in_every_process, id="V2", marks=pytest.mark.slow),
     ],
 )

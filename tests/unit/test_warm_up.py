@@ -84,13 +84,21 @@ def serve(proposer: DraftProposer) -> None:
         requests.start(1, num_tokens, seed=9)
 
 
+#: What ``test_device_path_v1`` sees as well, in an engine.
+SLOW = {"heavy_hitter"}
+
+
 @pytest.mark.parametrize(
     ("settings", "graphs"),
     [
-        *((settings, False) for settings in SETTINGS.values()),
-        (SETTINGS["default"], True),
+        *(
+            pytest.param(
+                settings, False, id=name, marks=[pytest.mark.slow] * (name in SLOW)
+            )
+            for name, settings in SETTINGS.items()
+        ),
+        pytest.param(SETTINGS["default"], True, id="graphs"),
     ],
-    ids=[*SETTINGS, "graphs"],
 )
 def test_warm_up_reaches_every_kernel_that_requests_need(
     drafter, settings, graphs, monkeypatch
