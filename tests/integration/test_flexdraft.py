@@ -63,6 +63,20 @@ def engine_args(**settings: Any) -> dict[str, Any]:
     }
 
 
+def reference_decoder(drafter: str, policy: str) -> FlexDecoder:
+    """Of the embedded target, as ``engine_args`` has vLLM draft."""
+    target = models.read_model(Path(TARGET))
+    settings = EvictionSettings(eviction_policy=policy, local_tokens=64)
+    return FlexDecoder(
+        target,
+        load_flexdraft(drafter, target, max_positions=MAX_MODEL_LEN),
+        num_drafts=NUM_DRAFTS,
+        selector=PageSelector(settings, BLOCK_SIZE),
+        kv_budget=256,
+        confidence_threshold=0.0,
+    )
+
+
 @pytest.mark.parametrize("policy", ["keep_all", "chunk_retrieval", "sink_window"])
 def test_drafts_are_those_of_reference_decoding(policy):
     """Round by round, over a cache that is vLLM's and one that is not."""
@@ -70,16 +84,7 @@ def test_drafts_are_those_of_reference_decoding(policy):
     sampling = {"max_tokens": 60, "ignore_eos": True}
     jobs = {str(i): Job([prompt], sampling) for i, prompt in enumerate(prompts)}
     answers = run_jobs(engine_args(eviction_policy=policy, recent_window=512), jobs)
-    target = models.read_model(Path(TARGET))
-    settings = EvictionSettings(eviction_policy=policy, local_tokens=64)
-    decoder = FlexDecoder(
-        target,
-        load_flexdraft(FLEXDRAFT, target, max_positions=MAX_MODEL_LEN),
-        num_drafts=NUM_DRAFTS,
-        selector=PageSelector(settings, BLOCK_SIZE),
-        kv_budget=256,
-        confidence_threshold=0.0,
-    )
+    decoder = reference_decoder(FLEXDRAFT, policy)
     for index, prompt in enumerate(prompts):
         answer = answers[str(index)]
         first, *others = answer.token_ids[0]
@@ -99,16 +104,7 @@ def test_parallel_drafts_are_those_of_reference_decoding(policy, tmp_path):
     settings = {"model": blind_drafter, "flex_decoding": "parallel"}
     arguments = engine_args(eviction_policy=policy, recent_window=512, **settings)
     answers = run_jobs(arguments, jobs)
-    target = models.read_model(Path(TARGET))
-    view = EvictionSettings(eviction_policy=policy, local_tokens=64)
-    decoder = FlexDecoder(
-        target,
-        load_flexdraft(blind_drafter, target, max_positions=MAX_MODEL_LEN),
-        num_drafts=NUM_DRAFTS,
-        selector=PageSelector(view, BLOCK_SIZE),
-        kv_budget=256,
-        confidence_threshold=0.0,
-    )
+    decoder = reference_decoder(blind_drafter, policy)
     for index, prompt in enumerate(prompts):
         answer = answers[str(index)]
         first, *others = answer.token_ids[0]
