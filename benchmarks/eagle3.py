@@ -33,7 +33,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
-from vllm_budgetdraft import provenance
+from benchmarks.parts import run_parts
 from vllm_budgetdraft.comparison.measure import prepare_environment
 from vllm_budgetdraft.comparison.prompts import build_prompts
 from vllm_budgetdraft.config import BudgetDraftConfig
@@ -85,19 +85,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     prepare_environment()
-    document: dict[str, Any] = {"provenance": {}}
-    if args.output.is_file():
-        document = json.loads(args.output.read_text(encoding="utf-8"))
-    for part in args.parts:
-        begun = provenance.collect({**vars(args), "output": str(args.output)})
-        document[part] = PARTS[part](args)
-        document["provenance"][part] = begun
-        document |= summary(document)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(document, indent=1)
-        args.output.write_text(text + "\n", encoding="utf-8")
-    for name in summary(document):
-        print(f"{name}: {document[name]:.3f}")
+    run_parts(args, PARTS, summary)
 
 
 def acceptance(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -24,12 +24,12 @@ from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.evaluation.acceptance import HeldOutAcceptance, passages
 from vllm_budgetdraft.evaluation.flexdraft_acceptance import FlexDraftAcceptance
 from vllm_budgetdraft.flexdraft.checkpoint import is_flexdraft, load_flexdraft
-from vllm_budgetdraft.flexdraft.decoding import FlexDecoder, Mode, ModeSwitch
+from vllm_budgetdraft.flexdraft.decoding import FlexDecoder, ModeSwitch
 from vllm_budgetdraft.flexdraft.pages import PageSelector
+from vllm_budgetdraft.flexdraft.switch import MODES, Mode
 from vllm_budgetdraft.training.sources import read_texts
 
 NUM_DRAFTS = 8
-MODES: tuple[Mode, Mode] = ("parallel", "sequential")
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ an engine.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_budgetdraft import provenance
+from benchmarks.parts import run_parts
 from vllm_budgetdraft.attention.backend import select_operations
 from vllm_budgetdraft.comparison.measure import prepare_environment
 from vllm_budgetdraft.comparison.prompts import build_prompts
@@ -64,18 +63,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     prepare_environment()
-    document: dict[str, Any] = {"provenance": {}}
-    if args.output.is_file():
-        document = json.loads(args.output.read_text(encoding="utf-8"))
-    for part in args.parts:
-        begun = provenance.collect({**vars(args), "output": str(args.output)})
-        document[part] = PARTS[part](args)
-        document["provenance"][part] = begun
-        document |= summary(document)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(document, indent=1)
-        args.output.write_text(text + "\n", encoding="utf-8")
-    print({name: document[name] for name in summary(document)})
+    run_parts(args, PARTS, summary)
 
 
 def methods(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
@@ -240,6 +228,10 @@ def draft(args: argparse.Namespace) -> list[dict[str, Any]]:
             calls["flexdraft", label] = mask_draft(
                 args, target, context, budget, longest, common
             )
+            if label != "all":
+                calls["flexdraft, not packed", label] = mask_draft(
+                    args, target, context, budget, longest, common, packs=False
+                )
             calls["decoder", label] = decoder_draft(
                 args, context, budget, longest, common
             )
@@ -268,6 +260,7 @@ def mask_draft(
     budget: int,
     longest: int,
     common: dict[str, Any],
+    packs: bool = True,
 ) -> Callable[[], Any]:
     """A draft over a cache of random keys and values, of that many tokens."""
     config = SettledConfig(
@@ -284,7 +277,7 @@ def mask_draft(
         max_model_len=longest,
         seed=0,
     )
-    if can_pack():  # as in an engine
+    if packs and can_pack():  # as in an engine
         pack_matrices(drafter, core.loop.parts)
     head_dim = drafter.rotary_table.shape[-1]
     shape = (longest // PAGE_SIZE, PAGE_SIZE, drafter.num_kv_heads, head_dim)

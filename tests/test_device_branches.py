@@ -21,6 +21,7 @@ BACKEND = "unit/test_attention_backend.py::"
 PACKED = "unit/test_packed_attention.py::"
 READER = "unit/test_prompt_reader.py::"
 MASKS = "unit/test_mask_proposer.py::"
+ROUNDS = "unit/test_flex_rounds.py::"
 AUTO = BACKEND + "test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu"
 CUT = SMALL + "test_kernels_are_cut_as_was_chosen_for_the_gpu"
 TOOK = SMALL + "test_an_engine_says_what_it_took_of_the_gpu"
@@ -84,9 +85,9 @@ BRANCHES = {
     + "test_a_gpu_captures_graphs_once_the_cache_is_there",
     f"{SEAM}.core_loader.load_mask_core": MASKS
     + "test_a_gpu_holds_memory_for_graphs_until_they_are_captured",
-    f"{SEAM}.speculative_config._check_flexdraft": MASKS
+    f"{SEAM}.speculative_config._check_flexdraft": ROUNDS
     + "test_a_target_of_graphs_takes_no_masks_along",
-    f"{SEAM}.flex_rounds.rounds_for": MASKS
+    f"{SEAM}.flex_rounds.rounds_for": ROUNDS
     + "test_a_target_of_graphs_takes_no_masks_along",
     f"{SEAM}.metrics.observation.CoreObserver.__init__": ENGINES,
     f"{SEAM}.metrics.observation.CoreObserver.observe": ENGINES,

@@ -34,15 +34,13 @@ def pack_matrices(drafter: Drafter) -> None:
     """
     if not all(weight.half().isfinite().all() for weight in _matrices(drafter)):
         return
-    replace(drafter, "lm_head", packed_matrix(drafter.head, None))
+    _replace(drafter, "lm_head", packed_matrix(drafter.head, None))
     if isinstance(drafter, FeatureDrafter):
-        replace(drafter, "fc_weight", packed_matrix(drafter.fc_weight, None))
+        _replace(drafter, "fc_weight", packed_matrix(drafter.fc_weight, None))
     for layer in drafter.layers:
         for name in MATRICES:
             weight, bias = f"{name}_weight", f"{name}_bias"
-            packed = packed_matrix(getattr(layer, weight), getattr(layer, bias))
-            replace(layer, weight, packed)
-            replace(layer, bias, None)
+            pack(layer, weight, bias)
     drafter.linear = partial(linear_by, multiply_packed)
     drafter.multiply_by(drafter.linear)
     drafter.is_packed = True
@@ -99,7 +97,14 @@ def multiply_packed(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
     return product
 
 
-def replace(module: nn.Module, name: str, value: Any) -> None:
+def pack(owner: nn.Module, weight: str, bias: str) -> None:
+    """Packs one matrix with its bias, of those names, for ``multiply_packed``."""
+    packed = packed_matrix(getattr(owner, weight), getattr(owner, bias))
+    _replace(owner, weight, packed)
+    _replace(owner, bias, None)
+
+
+def _replace(module: nn.Module, name: str, value: Any) -> None:
     """Puts what is no parameter in a parameter's place."""
     delattr(module, name)
     setattr(module, name, value)

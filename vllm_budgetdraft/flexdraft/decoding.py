@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 from vllm_budgetdraft.flexdraft.pages import PageSelector
+from vllm_budgetdraft.flexdraft.switch import MODES, Mode
 from vllm_budgetdraft.flexdraft.target_pass import ContextCache, TargetPass
 from vllm_budgetdraft.proposer.draft_length import confident_lengths
 from vllm_budgetdraft.proposer.picking import Drafts
 
-Mode = Literal["parallel", "sequential"]
 #: Rounds of each mode before the faster one is chosen.
 TRIALS = 5
 
@@ -39,11 +39,10 @@ class ModeSwitch:
     )
 
     def choose(self, batch_size: int) -> Mode:
-        modes: tuple[Mode, Mode] = ("parallel", "sequential")
-        for mode in modes:
+        for mode in MODES:
             if len(self.seconds[batch_size, mode]) < TRIALS:
                 return mode
-        return min(modes, key=lambda mode: self.median(batch_size, mode))
+        return min(MODES, key=lambda mode: self.median(batch_size, mode))
 
     def median(self, batch_size: int, mode: Mode) -> float:
         """Seconds of a round."""
@@ -205,7 +204,7 @@ class FlexDecoder:
             # Group i takes i drafts for accepted: its bonus token stands after them.
             groups = torch.arange(fed.shape[1], device=fed.device)
             starts = cache.lengths[:, None] + 1 + groups
-            unknown = torch.zeros_like(self._parts.embed(fed))  # a group for each token
+            unknown = self._drafter.unknown_bonus(*fed.shape)  # a group for each token
         hidden, masks = self._pass(cache, fed, starts, unknown)
         accepted, following = self._accept(
             hidden, drafts, lengths, temperature, generator

@@ -159,6 +159,10 @@ class FlexDraft(nn.Module):
         x = self.mask_embedding + F.linear(known, self.bonus_in)
         return x[..., None, :].expand(*x.shape[:-1], block, -1)
 
+    def unknown_bonus(self, *shape: int) -> Tensor:
+        """What ``masks`` takes for bonus tokens that nobody knows yet."""
+        return self.mask_embedding.new_zeros(*shape, len(self.mask_embedding))
+
     def forward(self, x: Tensor, target: TargetParts, attend: Attend) -> Tensor:
         """Mask tokens [..., T, hidden_size] to normed hidden states of that shape."""
         for index, layer in enumerate(target.layers):

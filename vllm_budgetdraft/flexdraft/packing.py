@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_budgetdraft.drafter.packing import multiply_packed, packed_matrix, replace
+from vllm_budgetdraft.drafter.packing import multiply_packed, pack, packed_matrix
 from vllm_budgetdraft.flexdraft.modeling import FlexDraft, TargetParts
 
 
@@ -22,17 +22,11 @@ def pack_matrices(drafter: FlexDraft, parts: TargetParts) -> int:
     if not all(weight.half().isfinite().all() for weight in weights):
         return 0
     for owner, name in matrices:
-        weight, bias = f"{name}_weight", f"{name}_bias"
-        packed = packed_matrix(getattr(owner, weight), getattr(owner, bias))
-        replace(owner, weight, packed)
-        replace(owner, bias, None)
+        pack(owner, f"{name}_weight", f"{name}_bias")
         owner.multiply = multiply_packed
     if drafter.calibration_rank:
         for name in ("calibration_in", "calibration_out"):
-            bias = getattr(drafter, f"{name}_bias")
-            packed = packed_matrix(getattr(drafter, name), bias)
-            replace(drafter, name, packed)
-            replace(drafter, f"{name}_bias", None)
+            pack(drafter, name, f"{name}_bias")
         drafter.multiply = multiply_packed
     parts.packed_head = packed_matrix(parts.head, None)
     return 2 * parts.head.numel()

@@ -42,9 +42,7 @@ class ParallelRound:
         """
         drafter = self._drafter
         self._attend = self._loop.attention(slots, positions + 1, validate=False)
-        unknown = drafter.mask_embedding.new_zeros(
-            len(slots), len(drafter.mask_embedding)
-        )
+        unknown = drafter.unknown_bonus(len(slots))
         self._masks = drafter.masks(unknown, self._loop.block).flatten(0, 1)
 
     def pass_mlp(

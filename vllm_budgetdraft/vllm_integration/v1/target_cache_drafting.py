@@ -32,6 +32,8 @@ from vllm_budgetdraft.vllm_integration.v1.request_slots import Holding, RequestS
 class TargetCacheDrafting:
     """``Drafting`` without a cache of its own, by FlexDraft: nothing is read twice.
 
+    Of a ``Holding``, ``num_cached`` is the length of the prompt that was chosen from.
+
     Attributes:
         runner: vLLM's, once there is one.
     """
