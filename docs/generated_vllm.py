@@ -1,12 +1,12 @@
 """Generators of what we add to vLLM: metrics and patches."""
 
 import ast
-import dataclasses
 import re
 from pathlib import Path
 
 from markup import code, prose, table
 
+from vllm_budgetdraft.vllm_integration.compatibility import OLDEST
 from vllm_budgetdraft.vllm_integration.metrics.statistics import (
     COUNTERS,
     GAUGES,
@@ -14,6 +14,7 @@ from vllm_budgetdraft.vllm_integration.metrics.statistics import (
     LABELLED_COUNTERS,
     PREFIX,
 )
+from vllm_budgetdraft.vllm_integration.patches.table import PATCHES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,64 +39,52 @@ def metrics() -> str:
 
 
 def patches() -> str:
-    """Every patch of vLLM, by file, as its docstring has it."""
-    folder = ROOT / "vllm_budgetdraft/vllm_integration/patches"
+    """Every function of vLLM that is wrapped."""
+    rows = []
+    for patch in PATCHES:
+        module, name = patch.target.split(":")
+        versions = "all"
+        if patch.oldest != OLDEST:
+            versions = "{}.{} and later".format(*patch.oldest)
+        rows.append(
+            [
+                f"{code(name)} of {code(module)}",
+                patch.process,
+                versions,
+                patch.symptom,
+                patch.reason,
+                f"When {patch.remove}.",
+            ]
+        )
+    titles = "Function", "Process", "vLLM", "Without it", "Why vLLM is so", "It can go"
+    return table(titles, rows)
+
+
+def overrides() -> str:
+    """Every method of vLLM's that a subclass of ours has, as its docstring has it."""
+    folder = ROOT / "vllm_budgetdraft/vllm_integration"
+    paths = sorted(folder.rglob("*.py"))
+    sources = {path: path.read_text(encoding="utf-8") for path in paths}
+    subclasses = set(re.findall(r"specialise\(.*?(\w+)\)", "".join(sources.values())))
     parts = []
-    for path in sorted(folder.glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found = [_described(each) for each in _patches(tree)]
-        if found:
-            doc = prose(ast.get_docstring(tree))
-            parts += [f"### `patches/{path.name}`", doc, *found]
+    for path, source in sources.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name in subclasses:
+                name = path.relative_to(folder).as_posix()
+                doc = prose(ast.get_docstring(node))
+                parts += [f"### `{node.name}` in `{name}`", doc]
+                parts += [
+                    _described(method)
+                    for method in node.body
+                    if isinstance(method, ast.FunctionDef)
+                    and re.search(r"super\(\)|Symptom", ast.unparse(method))
+                ]
     return "\n\n".join(parts)
 
 
-@dataclasses.dataclass
-class Patch:
-    """A function that wraps attributes of vLLM."""
-
-    function: ast.FunctionDef
-    attributes: list[str]
-
-
-def _patches(tree: ast.Module) -> list[Patch]:
-    functions = {
-        node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-    }
-    aliases = {
-        node.targets[0].id: ast.unparse(node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Attribute)
-    }
-    found: dict[str, Patch] = {}
-    for outer in functions.values():
-        for call in ast.walk(outer):
-            if not (
-                isinstance(call, ast.Call)
-                and isinstance(call.func, ast.Name)
-                and call.func.id == "wrap_method"
-            ):
-                continue
-            owner, name, wrapper = call.args
-            shown = aliases.get(ast.unparse(owner), ast.unparse(owner))
-            attribute = f"{shown}.{ast.literal_eval(name)}"
-            names = [n.id for n in ast.walk(wrapper) if isinstance(n, ast.Name)]
-            wrappers = [functions[n] for n in names if n in functions]
-            # Where the wrapper says nothing, the function that applies it does.
-            said = [each for each in wrappers if ast.get_docstring(each)]
-            for function in said or [outer]:
-                patch = found.setdefault(function.name, Patch(function, []))
-                if attribute not in patch.attributes:
-                    patch.attributes.append(attribute)
-    return sorted(found.values(), key=lambda patch: patch.function.lineno)
-
-
-def _described(patch: Patch) -> str:
-    doc = prose(ast.get_docstring(patch.function))
-    doc = re.sub(r"\b(Symptom|Reason)\b([^:\n]*):", r"**\1\2**:", doc, count=2)
+def _described(method: ast.FunctionDef) -> str:
+    doc = prose(ast.get_docstring(method))
+    doc = re.sub(r"\b(Symptom|Reason):", r"**\1**:", doc)
     doc = re.sub(r"\bRemove\b", "**Remove**", doc)
     indented = "\n".join(f"    {line}" if line else "" for line in doc.split("\n"))
-    attributes = ", ".join(map(code, patch.attributes))
-    return f"{attributes} by `{patch.function.name}`\n:{indented[1:]}"
+    return f"`{method.name}`\n:{indented[1:]}"

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from generated_options import command_options, protocols, training_options
 from generated_settings import environment_variables, request_settings, settings
-from generated_vllm import metrics, patches
+from generated_vllm import metrics, overrides, patches
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -51,6 +51,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "protocols": protocols,
     "metrics": metrics,
     "patches": patches,
+    "overrides": overrides,
 }
 
 

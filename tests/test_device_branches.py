@@ -93,14 +93,8 @@ BRANCHES = {
     f"{SEAM}.metrics.observation.CoreObserver.observe": ENGINES,
     f"{SEAM}.metrics.observation.DraftTimer.__init__": ENGINES,
     f"{SEAM}.metrics.observation.DraftTimer.measure": ENGINES,
-    f"{SEAM}.patches.rejection_sampler._expand_every_type.expand_batch_to_tokens": (
-        ENGINES
-    ),
-    f"{SEAM}.patches.rejection_sampler._take_placeholders_for_drafts"
-    ".rejection_sample": ENGINES,
-    f"{SEAM}.patches.runner_v1.apply.keep_noise_while_prefilling.sample_tokens": (
-        ENGINES
-    ),
+    f"{SEAM}.patches.worker.expand_every_type.expand_batch_to_tokens": ENGINES,
+    f"{SEAM}.patches.worker.verify_seeded_and_padded.rejection_sample": ENGINES,
     f"{SEAM}.target_cache.pages_of": SMALL
     + "test_the_targets_cache_is_read_in_every_layout_of_a_gpu",
 }

@@ -14,6 +14,7 @@ class Scheduler:
     """Requests that decode together, of a clock that the test sets."""
 
     def __init__(self, monkeypatch) -> None:
+        from vllm_budgetdraft.vllm_integration.metrics.statistics import DraftStatistics
         from vllm_budgetdraft.vllm_integration.v2 import adaptive_schedule
 
         self.now, self.running = 0.0, []
@@ -22,7 +23,9 @@ class Scheduler:
         config = BudgetDraftConfig(
             model="drafter", num_speculative_tokens=4, adaptive_draft_length=True
         )
-        self.lengths = adaptive_schedule.AdaptiveSchedule(self, config)
+        self.lengths = adaptive_schedule.AdaptiveSchedule(
+            self, config, DraftStatistics()
+        )
 
     def know_costs(self) -> None:
         self.lengths.use_costs(KnownCosts(lambda size, length: 1.0, 4))

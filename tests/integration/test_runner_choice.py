@@ -82,12 +82,12 @@ def test_vllm_asks_us_and_other_methods_are_judged_as_before(monkeypatch):
     """The patched method of the class, around one that knows no "custom_class"."""
     from vllm.config import VllmConfig
 
-    from vllm_budgetdraft.vllm_integration.patches import runner_v2
+    from vllm_budgetdraft.vllm_integration.patches import table
 
     name = "_get_v2_model_runner_unsupported_features"
     theirs = ["speculative method 'custom_class'", "something else"]
     monkeypatch.setattr(VllmConfig, name, lambda self: list(theirs))
-    runner_v2.apply()
+    table.apply("plugin")
     settings = SettledConfig(
         model=DRAFTER, num_speculative_tokens=4, draft_confidence_threshold=0.3
     )

@@ -292,11 +292,10 @@ def test_a_request_that_asks_for_nothing_does_not_hide_who_drafts(tmp_path):
 
 
 def test_a_vllm_that_cannot_ask_refuses_heads_and_no_others(monkeypatch, tmp_path):
-    from vllm_budgetdraft.vllm_integration.patches import runner_v1
+    from vllm_budgetdraft.vllm_integration.v1 import runner
     from vllm_budgetdraft.vllm_integration.v1.proposer import BudgetDraftProposer
 
-    monkeypatch.setattr(runner_v1, "ASKS_FOR_STATES", "_no_such_method")
-    runner_v1.apply(BudgetDraftProposer)
+    monkeypatch.setattr(runner, "ASKS_FOR_STATES", "_no_such_method")
     proposer = object.__new__(BudgetDraftProposer)
     proposer._config = SimpleNamespace(drafter_type="eagle3")
     proposer._is_parallel = False

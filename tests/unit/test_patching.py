@@ -1,6 +1,6 @@
 import pytest
 
-from vllm_budgetdraft.vllm_integration.patching import wrap_method
+from vllm_budgetdraft.vllm_integration.patching import specialise, wrap_method
 
 
 def make_engine() -> type:
@@ -49,3 +49,32 @@ def test_two_methods_of_a_class_are_wrapped_each():
 def test_a_method_that_vllm_no_longer_has_is_an_error():
     with pytest.raises(AttributeError, match="gone"):
         wrap_method(make_engine(), "gone", one_more)
+
+
+def test_one_object_is_specialised_and_no_other():
+    engine = make_engine()
+
+    class Faster(engine):
+        def step(self, times: int) -> int:
+            return 10 * super().step(times)
+
+    class Theirs(engine):
+        def step(self, times: int) -> int:
+            return super().step(times) + 1
+
+    ours, other = Theirs(), Theirs()
+    for _ in range(2):
+        specialise(ours, Faster)
+    assert (ours.step(5), other.step(5)) == (60, 6)
+    assert isinstance(ours, Theirs)
+    assert isinstance(ours, Faster)
+    assert type(ours).__name__ == "Theirs"
+
+
+def test_an_object_of_another_class_is_left_as_it_is():
+    class Faster(make_engine()):
+        pass
+
+    other = make_engine()()
+    specialise(other, Faster)
+    assert not isinstance(other, Faster)

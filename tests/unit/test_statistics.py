@@ -2,6 +2,7 @@
 
 import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from vllm_budgetdraft.vllm_integration.metrics.observation import (
     DraftTimer,
 )
 from vllm_budgetdraft.vllm_integration.metrics.statistics import KEY, DraftStatistics
+from vllm_budgetdraft.vllm_integration.patching import specialise
 
 
 def test_what_is_taken_is_taken_once():
@@ -59,27 +61,69 @@ class Output:
     """Of a step, which vLLM hands on from process to process."""
 
 
-def test_what_fails_in_counting_ends_no_step():
-    from vllm_budgetdraft.vllm_integration.patches import statistics as patches
+def worker_with(proposer: object, output: Output) -> Any:
+    """A worker of ours over one of vLLM's whose steps end with ``output``."""
+    from vllm.v1.worker.gpu_worker import Worker
 
+    from vllm_budgetdraft.vllm_integration.worker import DraftWorker
+
+    class Theirs(Worker):
+        model_runner = SimpleNamespace(drafter=proposer)
+
+        def __init__(self) -> None: ...
+
+        def sample_tokens(self) -> Output:
+            return output
+
+        def execute_model(self, scheduler_output: Any) -> Output:
+            return output
+
+    worker = Theirs()
+    specialise(worker, DraftWorker)
+    return worker
+
+
+def told_by(output: Output) -> dict[str, Any]:
+    """What a scheduler of ours has to tell the front end after a step."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from vllm_budgetdraft.vllm_integration.scheduler import DraftScheduler
+
+    class Theirs(Scheduler):
+        def __init__(self) -> None:
+            settings = SimpleNamespace(adaptive_draft_length=False)
+            self.vllm_config = SimpleNamespace(
+                speculative_config=SimpleNamespace(settings=settings)
+            )
+
+        def update_from_output(self, scheduled: Any, output: Any) -> str:
+            return "went on"
+
+        def make_stats(self) -> Any:
+            return SimpleNamespace(kv_connector_stats={"theirs": 1})
+
+    scheduler: Any = Theirs()
+    specialise(scheduler, DraftScheduler)
+    scheduler.begin_drafting()
+    assert scheduler.update_from_output(None, output) == "went on"
+    stats = scheduler.make_stats().kv_connector_stats
+    assert stats["theirs"] == 1
+    return stats[KEY]
+
+
+@pytest.mark.vllm
+def test_what_fails_in_counting_ends_no_step():
     class Proposer:
         def take_statistics(self):
             raise ZeroDivisionError
 
-    send = patches._send(lambda worker: Output())
-    worker = SimpleNamespace(model_runner=SimpleNamespace(drafter=Proposer()))
-    output = send(worker)
-    scheduler = SimpleNamespace()
-    receive = patches._collect(lambda self, scheduled, output: "went on")
-    assert receive(scheduler, None, output) == "went on"
-    counts = patches.statistics_of(scheduler).take()["counts"]
-    assert counts == [["draft_faults", "ZeroDivisionError", 1]]
+    output = worker_with(Proposer(), Output()).sample_tokens()
+    assert told_by(output)["counts"] == [["draft_faults", "ZeroDivisionError", 1]]
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("num_tokens", [0, 3])
 def test_a_step_without_tokens_releases_who_is_over_and_is_counted(num_tokens):
-    from vllm_budgetdraft.vllm_integration.patches import statistics as patches
-
     class Proposer:
         num_pages = 4
 
@@ -90,31 +134,12 @@ def test_a_step_without_tokens_releases_who_is_over_and_is_counted(num_tokens):
             return {"gauges": {"pages_in_use": self.num_pages}, "counts": []}
 
     empty = Output()  # one object for every such step
-    execute = patches._release_when_idle(lambda worker, scheduled: empty)
-    worker = SimpleNamespace(model_runner=SimpleNamespace(speculator=Proposer()))
-    output = execute(worker, SimpleNamespace(total_num_scheduled_tokens=num_tokens))
+    worker = worker_with(Proposer(), empty)
+    scheduled = SimpleNamespace(total_num_scheduled_tokens=num_tokens)
+    output = worker.execute_model(scheduled)
     assert not vars(empty)
-    scheduler = SimpleNamespace()
-    patches._collect(lambda self, scheduled, output: None)(scheduler, None, output)
-    gauges = patches.statistics_of(scheduler).take()["gauges"]
+    gauges = told_by(output)["gauges"]
     assert gauges == ({} if num_tokens else {"pages_in_use": 0})
-
-
-def test_steps_of_other_methods_are_left_alone():
-    from vllm_budgetdraft.vllm_integration.patches import statistics as patches
-
-    ngram, empty = SimpleNamespace(propose=None), Output()
-    for runner in (SimpleNamespace(), SimpleNamespace(drafter=ngram)):
-        send = patches._send(lambda worker: Output())
-        output = send(SimpleNamespace(model_runner=runner))
-        assert not vars(output)
-        execute = patches._release_when_idle(lambda worker, scheduled: empty)
-        worker = SimpleNamespace(model_runner=runner)
-        idle = SimpleNamespace(total_num_scheduled_tokens=0)
-        assert execute(worker, idle) is empty
-        scheduler = SimpleNamespace()
-        patches._collect(lambda self, scheduled, output: None)(scheduler, None, output)
-        assert not vars(scheduler)
 
 
 def test_an_observer_counts_evictions_once(drafter_folder):

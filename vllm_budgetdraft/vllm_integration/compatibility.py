@@ -28,16 +28,20 @@ def check_vllm_version(version: str) -> None:
     )
 
 
+def is_at_least(version: str, oldest: tuple[int, int]) -> bool:
+    """Whether a vLLM is as new; one of an unreadable version is not."""
+    parsed = _parsed(version)
+    return parsed is not None and parsed >= oldest
+
+
 def supports_runner_v2(version: str) -> bool:
     """Whether drafting works in the model runner V2 of such a vLLM."""
-    parsed = _parsed(version)
-    return parsed is not None and parsed >= OLDEST_WITH_RUNNER_V2
+    return is_at_least(version, OLDEST_WITH_RUNNER_V2)
 
 
 def schedules_custom_class_ahead(version: str) -> bool:
     """Whether such a vLLM has "custom_class" methods scheduled ahead by default."""
-    parsed = _parsed(version)
-    return parsed is not None and parsed >= OLDEST_THAT_SCHEDULES_AHEAD
+    return is_at_least(version, OLDEST_THAT_SCHEDULES_AHEAD)
 
 
 def _parsed(version: str) -> tuple[int, int] | None:

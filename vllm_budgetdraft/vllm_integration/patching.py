@@ -1,10 +1,18 @@
-"""How vLLM is patched: around the original, and once."""
+"""How vLLM is changed: its functions are wrapped once, its objects get subclasses."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 Function = Callable[..., Any]
+
+
+def is_ours(speculative_config: Any) -> bool:
+    """Whether an engine drafts by this package.
+
+    By name, for the class takes long to import, and most processes are not ours.
+    """
+    return hasattr(speculative_config, "budgetdraft")
 
 
 def wrap_method(owner: Any, name: str, make: Callable[[Function], Function]) -> None:
@@ -26,3 +34,17 @@ def wrap_method(owner: Any, name: str, make: Callable[[Function], Function]) -> 
     replacement: Any = functools.wraps(original)(make(original))
     replacement._budgetdraft = (*applied, patch)
     setattr(owner, name, replacement)
+
+
+def specialise(instance: Any, subclass: type) -> None:
+    """Makes an object of vLLM's one of a subclass of ours, and changes no other object.
+
+    Args:
+        instance: of the class that ``subclass`` derives from, or of another subclass of
+            it, whose methods are then called where ours call ``super()``. One of
+            another class, a user's own, is left as it is.
+    """
+    (base,) = subclass.__bases__
+    kind = type(instance)
+    if isinstance(instance, base) and not isinstance(instance, subclass):
+        instance.__class__ = type(kind.__name__, (subclass, kind), {})

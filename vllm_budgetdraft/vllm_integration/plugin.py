@@ -10,13 +10,9 @@ def register() -> None:
     is wrong with a budgetdraft configuration is said when one is created.
     """
     try:
-        from vllm_budgetdraft.vllm_integration.patches import (
-            method as speculative_config,
-        )
-        from vllm_budgetdraft.vllm_integration.patches import runner_v2
+        from vllm_budgetdraft.vllm_integration.patches import table
 
-        speculative_config.apply()
-        runner_v2.apply()
+        table.apply("plugin")
     except Exception:
         logging.getLogger("vllm.budgetdraft").exception(
             "vllm-budgetdraft cannot hook into this vLLM; the method 'budgetdraft' is "

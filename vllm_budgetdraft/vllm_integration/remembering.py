@@ -9,7 +9,7 @@ import numpy as np
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 from vllm_budgetdraft.vllm_integration.metrics.statistics import DraftStatistics
 
-#: Of vLLM's objects for a request, a ``Told``: see ``patches.snapshots``.
+#: Of vLLM's objects for a request, a ``Told``: see ``scheduler.DraftScheduler``.
 ATTRIBUTE = "budgetdraft_told"
 
 

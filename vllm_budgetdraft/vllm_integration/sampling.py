@@ -38,8 +38,7 @@ def draft_sampling(params: Any) -> DraftSampling:
     * vLLM cuts a draft that a grammar forbids before it verifies. Of drawn drafts, the
       rest would no longer have the distribution that vLLM is told.
     * With a seed, the target's token is the same whatever is drafted (see
-      ``rejection_sampler._follow_the_seed``), so that the likeliest draft is the
-      best one.
+      ``v1.seeds``), so that the likeliest draft is the best one.
     """
     if is_greedy(params):
         return DraftSampling()

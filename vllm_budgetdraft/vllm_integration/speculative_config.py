@@ -51,11 +51,7 @@ from vllm_budgetdraft.vllm_integration.compatibility import (
     schedules_custom_class_ahead,
 )
 from vllm_budgetdraft.vllm_integration.faults import logger
-from vllm_budgetdraft.vllm_integration.patches import (
-    front_end,
-    snapshots,
-    statistics,
-)
+from vllm_budgetdraft.vllm_integration.patches import table
 
 PROPOSER = "vllm_budgetdraft.vllm_integration.v1.proposer.BudgetDraftProposer"
 
@@ -97,8 +93,7 @@ class BudgetDraftSpeculativeConfig(SpeculativeConfig):
 
 
 # Here, for the engine core is handed a config that another process made.
-statistics.apply(BudgetDraftSpeculativeConfig)
-snapshots.apply(BudgetDraftSpeculativeConfig)
+table.apply("config")
 
 
 def make_config(
@@ -153,7 +148,6 @@ def make_config(
         or target_parallel_config.distributed_executor_backend == "external_launcher"
     ):
         settled = settled.model_copy(update={"adaptive_draft_length": False})
-    front_end.apply(BudgetDraftSpeculativeConfig)
     return BudgetDraftSpeculativeConfig(
         method="custom_class",
         model=PROPOSER,

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 PREFIX = "vllm_budgetdraft:"
 #: Of ours among vLLM's statistics.
 KEY = "budgetdraft"
+#: Of vLLM's ModelRunnerOutput, what the worker took.
+STATISTICS = "budgetdraft_statistics"
 #: Of what a worker timed at start-up, among the statistics of its first step.
 STEP_COSTS = "step_costs"
 

@@ -1,1 +1,1 @@
-"""Every patch of vLLM, one file per vLLM module touched."""
+"""The functions of vLLM that are wrapped; ``table`` lists and applies them."""

@@ -24,9 +24,9 @@ from vllm_budgetdraft.vllm_integration.core_loader import (
     load_mask_core,
 )
 from vllm_budgetdraft.vllm_integration.flex_rounds import FlexRounds
-from vllm_budgetdraft.vllm_integration.patches import runner_v1, statistics
-from vllm_budgetdraft.vllm_integration.patches import start_up as step_timing
+from vllm_budgetdraft.vllm_integration.patches import table
 from vllm_budgetdraft.vllm_integration.step_timing import time_steps
+from vllm_budgetdraft.vllm_integration.v1 import runner
 from vllm_budgetdraft.vllm_integration.v1.drafting import Drafting, Request
 from vllm_budgetdraft.vllm_integration.v1.feature_drafting import FeatureDrafting
 from vllm_budgetdraft.vllm_integration.v1.own_cache_drafting import OwnCacheDrafting
@@ -57,13 +57,11 @@ class BudgetDraftProposer:
         self._probabilities: tuple[list[str], Tensor] | None = None
         self._adaptive: AdaptiveLength | None = None
         self._flex: FlexRounds | None = None
-        runner_v1.apply(type(self))
-        statistics.apply_to_worker()
-        step_timing.apply_to_worker()
+        table.apply("worker")
 
     def load_model(self, target: nn.Module) -> None:
         """Allocates everything: only what lives after this does vLLM count as used."""
-        if self.reads_features and not runner_v1.can_ask_for_states():
+        if self.reads_features and not runner.can_ask_for_states():
             raise UnsupportedVllmError(
                 f"vLLM {vllm.__version__}: its model runner V1 asks no target for what "
                 "an EAGLE-3 head reads; use a newer vLLM, or a decoder"

@@ -8,7 +8,7 @@ from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import doublings, scheduled_length
 from vllm_budgetdraft.proposer.step_costs import StepCosts
 from vllm_budgetdraft.vllm_integration.faults import FaultLog
-from vllm_budgetdraft.vllm_integration.patches.statistics import statistics_of
+from vllm_budgetdraft.vllm_integration.metrics.statistics import DraftStatistics
 
 #: Steps that a length is kept, of which the last one is timed. What is scheduled now is
 #: drafted at the step's end and verified in the next one; and the engine may schedule
@@ -24,11 +24,13 @@ class AdaptiveSchedule:
     a worker has told what steps cost, a length is what it would be at most.
     """
 
-    def __init__(self, scheduler: Any, config: BudgetDraftConfig) -> None:
+    def __init__(
+        self, scheduler: Any, config: BudgetDraftConfig, statistics: DraftStatistics
+    ) -> None:
         self._scheduler = scheduler
         self._config = config
         self._adaptive: AdaptiveLength | None = None
-        self._faults = FaultLog(statistics_of(scheduler))
+        self._faults = FaultLog(statistics)
         self._last_batch: set[str] = set()
         self._length = 0
         self._num_left = 0

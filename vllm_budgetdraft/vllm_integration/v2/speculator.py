@@ -295,6 +295,9 @@ class Speculator(SpeculatorWithoutModule):
                 is_none = not tokens
                 self._statistics.count("drafts_skipped", is_none, "not_confident")
 
+    def note_batch(self, batch: Any) -> None:
+        """Is told of a batch before the target's pass, for who drafts along with it."""
+
     def make_way(self, new_requests: Iterable[Any]) -> None:
         """To be called before requests take the places of others, or their own again.
 

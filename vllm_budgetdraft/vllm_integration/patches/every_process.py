@@ -1,9 +1,9 @@
-"""``EngineArgs.create_speculative_config`` learns the method "budgetdraft"."""
+"""What vLLM makes of ``method="budgetdraft"``: a config, a runner, a speculator."""
 
 import inspect
 from typing import Any
 
-from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
+from vllm_budgetdraft.vllm_integration.patching import Function, is_ours
 
 #: Keys of a speculative config that EngineArgs also takes as arguments of their own.
 SEPARATE_ARGUMENTS = {
@@ -13,19 +13,7 @@ SEPARATE_ARGUMENTS = {
 }
 
 
-def apply() -> None:
-    """Symptom: vLLM refuses ``method="budgetdraft"``.
-
-    Reason: its methods are a closed list, and its config forbids unknown keys. The
-    wrapper turns ours into the method "custom_class", which vLLM has for proposers
-    from outside. Remove when vLLM lets a plugin register a speculative method.
-    """
-    from vllm.engine.arg_utils import EngineArgs
-
-    wrap_method(EngineArgs, "create_speculative_config", _wrap)
-
-
-def _wrap(original: Function) -> Function:
+def make_our_config(original: Function) -> Function:
     signature = inspect.signature(original)
 
     def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -53,3 +41,28 @@ def _requested(engine_args: Any) -> dict[str, Any]:
         if value is not None:
             settings.setdefault(key, value)
     return settings
+
+
+def support_runner_v2(original: Function) -> Function:
+    def _get_v2_model_runner_unsupported_features(self: Any) -> list[str]:
+        unsupported = original(self)
+        if not is_ours(self.speculative_config):
+            return unsupported
+        from vllm_budgetdraft.vllm_integration.speculative_config import only_on_v1
+
+        method = "speculative method 'custom_class'"
+        others = [feature for feature in unsupported if feature != method]
+        return others + only_on_v1(self)
+
+    return _get_v2_model_runner_unsupported_features
+
+
+def make_our_speculator(original: Function) -> Function:
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        if not is_ours(vllm_config.speculative_config):
+            return original(vllm_config, device, req_states)
+        from vllm_budgetdraft.vllm_integration.v2.building import make_speculator
+
+        return make_speculator(vllm_config, device, req_states)
+
+    return init_speculator

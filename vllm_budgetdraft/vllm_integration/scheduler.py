@@ -1,0 +1,114 @@
+"""vLLM's scheduler where drafts are ours: how many, what became of them, for whom."""
+
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_budgetdraft.vllm_integration.metrics.statistics import (
+    KEY,
+    STATISTICS,
+    STEP_COSTS,
+    DraftStatistics,
+)
+from vllm_budgetdraft.vllm_integration.remembering import ATTRIBUTE, Told
+from vllm_budgetdraft.vllm_integration.sampling import most_drafts
+from vllm_budgetdraft.vllm_integration.v2.adaptive_schedule import AdaptiveSchedule
+
+#: Of vLLM's object for a request, most drafts that it may have.
+MOST_DRAFTS = "budgetdraft_most_drafts"
+
+
+class DraftScheduler(Scheduler):
+    """A scheduler that knows what was drafted, and tells the worker who may share it.
+
+    Attributes:
+        draft_statistics: what workers have told and the front end was not told yet.
+    """
+
+    draft_statistics: DraftStatistics
+    _settings: Any
+    _adaptive: AdaptiveSchedule | None
+    _num_resets: int
+
+    def begin_drafting(self) -> None:
+        """To be called when vLLM's scheduler is there.
+
+        Symptom: with ``adaptive_draft_length``, model runner V2 verifies ever the same
+        number.
+
+        Reason: the scheduler says how many drafts each step has, before the speculator
+        runs, from a table by batch size. Ours is one that learns. Remove when a
+        speculator can say it.
+        """
+        self.draft_statistics = DraftStatistics()
+        self._settings = self.vllm_config.speculative_config.settings
+        self._adaptive, self._num_resets = None, 0
+        is_v2 = getattr(self.vllm_config, "use_v2_model_runner", False)
+        if is_v2 and self._settings.adaptive_draft_length:
+            self._adaptive = AdaptiveSchedule(
+                self, self._settings, self.draft_statistics
+            )
+            self.dynamic_sd_lookup = self._adaptive
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Symptom: a request that asked for fewer drafts, or for none, or whose prompt
+        of embeddings allows none, has as many verified as all others. Requests with
+        another ``cache_salt``, or from before a ``reset_prefix_cache``, would share
+        what the drafter keeps of contexts.
+
+        Reason: model runner V2 drafts one number for a batch, and as many are planned
+        for each request; a worker is told of neither salts nor resets. Remove when a
+        request can have a number of its own, and workers are told.
+        """
+        for request in self.running:
+            limit = getattr(request, MOST_DRAFTS, None)
+            if limit is None:
+                limit = most_drafts(request, self._settings)
+                setattr(request, MOST_DRAFTS, limit)
+            if len(request.spec_token_ids) > limit:
+                request.spec_token_ids = request.spec_token_ids[:limit]
+        output = super().schedule(*args, **kwargs)
+        for new in output.scheduled_new_reqs:
+            salt = self.requests[new.req_id].cache_salt
+            told = Told(salt, self._num_resets, new.num_computed_tokens)
+            setattr(new, ATTRIBUTE, told)
+        return output
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Counts resets for ``schedule``, which tells of them."""
+        self._num_resets += 1
+        return super().reset_prefix_cache(*args, **kwargs)
+
+    def update_from_output(
+        self, scheduler_output: Any, model_runner_output: Any
+    ) -> Any:
+        """Takes what ``worker.DraftWorker`` sent, and learns what was accepted."""
+        taken = getattr(model_runner_output, STATISTICS, None)
+        if taken is not None:
+            self.draft_statistics.add(taken)
+        if self._adaptive is not None:
+            if taken and STEP_COSTS in taken:
+                self._adaptive.use_costs(taken[STEP_COSTS])
+            if model_runner_output.sampled_token_ids:
+                rows = zip(
+                    model_runner_output.req_ids,
+                    model_runner_output.sampled_token_ids,
+                    strict=True,
+                )
+                self._adaptive.record(
+                    scheduler_output.scheduled_spec_decode_tokens,
+                    {request_id: len(tokens) for request_id, tokens in rows},
+                )
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """Sends statistics on, in the one dict of SchedulerStats that is open.
+
+        Front ends decode the rest by its types, and leave out what those do not have.
+        """
+        stats = super().make_stats(*args, **kwargs)
+        ours = self.draft_statistics.take()
+        if stats is not None:
+            carried = stats.kv_connector_stats or {}
+            stats.kv_connector_stats = {**carried, KEY: ours}
+        return stats
