@@ -12,8 +12,8 @@ import torch
 from tests.support import models
 from tests.support.books import WORDS, write_books, write_target
 from vllm_budgetdraft.cli import main
-from vllm_budgetdraft.training.data import TokenWindows
 from vllm_budgetdraft.training.sources import read_continuations
+from vllm_budgetdraft.training.windows import TokenWindows
 
 pytestmark = pytest.mark.vllm
 

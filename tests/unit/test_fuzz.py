@@ -43,13 +43,13 @@ from vllm_budgetdraft.generation.chats import (
 from vllm_budgetdraft.generation.engine import Written
 from vllm_budgetdraft.proposer.memory import MemoryPlan
 from vllm_budgetdraft.training.chats import read_conversations
-from vllm_budgetdraft.training.data import TokenWindows
 from vllm_budgetdraft.training.sources import (
     open_source,
     read_continuations,
     read_texts,
 )
 from vllm_budgetdraft.training.views import View, continuation_hidden
+from vllm_budgetdraft.training.windows import TokenWindows
 
 MAX_MODEL_LEN, DRAFTS = 128, 4
 

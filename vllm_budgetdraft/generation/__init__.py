@@ -135,8 +135,8 @@ def _of_texts(args: Namespace, output: Path) -> None:
     from transformers import AutoTokenizer
 
     from vllm_budgetdraft.generation.engine import Engine
-    from vllm_budgetdraft.training.data import TokenStream
     from vllm_budgetdraft.training.sources import read_texts
+    from vllm_budgetdraft.training.token_streams import TokenStream
 
     texts = read_texts(
         args.texts,

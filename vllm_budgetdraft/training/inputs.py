@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.training.arguments import DataArguments
 from vllm_budgetdraft.training.chats import read_conversations
-from vllm_budgetdraft.training.data import TokenWindows
 from vllm_budgetdraft.training.sources import read_continuations, read_texts
+from vllm_budgetdraft.training.windows import TokenWindows
 
 
 class Inputs(NamedTuple):

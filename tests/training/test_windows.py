@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from tests.support.books import WORDS, write_books, write_target
 from vllm_budgetdraft.errors import ConfigurationError
 from vllm_budgetdraft.training.chats import read_conversations
-from vllm_budgetdraft.training.data import TokenStream, TokenWindows
 from vllm_budgetdraft.training.objectives import IGNORED
 from vllm_budgetdraft.training.sources import (
     open_source,
@@ -21,6 +20,8 @@ from vllm_budgetdraft.training.sources import (
     read_texts,
     unwrap,
 )
+from vllm_budgetdraft.training.token_streams import TokenStream
+from vllm_budgetdraft.training.windows import TokenWindows
 
 CONTINUATION = 12
 #: Prompts of 50, and 20 or 11 tokens that the target wrote, with the two likeliest.
