@@ -18,7 +18,12 @@ KERNEL_TESTS = Path(__file__).parent / "kernel_parity"
 # Threads that wait for each other actively crawl where anything else runs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # it has read the variable
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}.items():
+    os.environ.setdefault(name, value)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from tests.support.engines import DRAFTER, Job, book_tokens, nothing, run_jobs
+from tests.support.engines import DRAFTER, Job, book_tokens, run_jobs
+from tests.support.processes import nothing
 
 pytestmark = pytest.mark.vllm
 

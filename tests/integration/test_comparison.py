@@ -32,9 +32,6 @@ def evaluate(inputs: Path, output: Path, *more: str) -> None:
         *("--engine-args", '{"enforce_eager": true}', *more),
     ]
     environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
     }
     done = subprocess.run(

@@ -20,7 +20,8 @@ from tests.support.distributions import (
     next_logits,
     sampling_engine,
 )
-from tests.support.engines import Job, nothing
+from tests.support.engines import Job
+from tests.support.processes import nothing
 from tests.support.runner_v2 import schedule_ahead
 from tests.support.tiny_pair import (
     NUM_DRAFTS,

@@ -4,10 +4,7 @@ budget holds everything, and whatever happens the output is the target's.
 Weights are random, so that a draft is seldom right: what is compared are drafts.
 """
 
-import multiprocessing
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,9 @@ from tests.support.distributions import (
     sampling_engine,
     write_tokenizer,
 )
-from tests.support.engines import ENGINE_ARGS, nothing
+from tests.support.engines import ENGINE_ARGS
 from tests.support.heads import target_config, write_head
+from tests.support.processes import nothing, run_in_process
 from tests.support.runner_v2 import schedule_ahead
 from tests.support.tiny_pair import (
     LETTERS,
@@ -76,20 +74,12 @@ def run(
         "speculative_config": speculation,
         **engine_args,
     }
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as processes:
-        return processes.submit(_run, args, prompts, prepare).result()
+    return run_in_process(_run, args, prompts, prepare=prepare)
 
 
 def _run(
-    engine_args: dict[str, Any],
-    prompts: list[list[int]],
-    prepare: Callable[[], None],
+    engine_args: dict[str, Any], prompts: list[list[int]]
 ) -> tuple[list[list[int]], Drafts]:
-    prepare()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     from vllm import LLM, SamplingParams
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 

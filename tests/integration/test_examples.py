@@ -36,10 +36,6 @@ def run(*command: str, **more: str) -> str:
         timeout=300,
         env=os.environ
         | {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
             # One process, which is sooner up.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "PYTHONPATH": os.pathsep.join(map(str, sys.path)),

@@ -10,8 +10,9 @@ import pytest
 
 from tests.support import models
 from tests.support.distributions import next_logits, p_value, sampling_engine
-from tests.support.engines import Job, nothing
+from tests.support.engines import Job
 from tests.support.padded import FEWER, MORE, write_padded
+from tests.support.processes import nothing
 from tests.support.runner_v2 import schedule_ahead
 from tests.support.tiny_pair import (
     FEW_SAMPLES,

@@ -23,10 +23,6 @@ PAGE = DOCS / "quick-start.md"
 #: What sets an environment up, and what a reader gives to a shell.
 SET_UP = {"make", ".", "pip", "export"}
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
     # One process starts sooner than two. The page's server has two all the same.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Beside its log, which is on the same channel, nothing is printed but the text.

@@ -26,9 +26,7 @@ TOKEN, TWIN = 10, 20
 
 
 @pytest.fixture
-def engine_args(tmp_path, monkeypatch) -> dict:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+def engine_args(tmp_path) -> dict:
     folder = write_target(tmp_path / "target", head_dim=32)
     weights = load_file(folder / "model.safetensors")
     head = weights["lm_head.weight"]

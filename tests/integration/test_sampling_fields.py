@@ -5,14 +5,13 @@ kind, too. ``tests.support.sampling_fields`` has the kinds. Plain vLLM is not as
 the whole batch: there, ``logprobs`` beside ``logprob_token_ids`` come out wrong.
 """
 
-import multiprocessing
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.support.engines import DRAFTER, ENGINE_ARGS, book_tokens, nothing
+from tests.support.engines import DRAFTER, ENGINE_ARGS, book_tokens
+from tests.support.processes import nothing, run_in_process
 from tests.support.runner_v2 import schedule_ahead
 from tests.support.sampling_fields import CHANGES_NOTHING, COMPARED, NOT_COMPARED
 
@@ -61,21 +60,13 @@ def answers(
     Returns:
         Of each kind alone, of all at once, and of all at once without drafts.
     """
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_answers, (speculative_config, kinds, prepare))
+    return run_in_process(_answers, speculative_config, kinds, prepare=prepare)
 
 
 def _answers(
     speculative_config: dict[str, Any] | None,
     kinds: dict[str, dict[str, Any]],
-    prepare: Callable[[], None],
 ) -> tuple[Answers, Answers, Answers]:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    os.environ["OMP_NUM_THREADS"] = "1"
-    prepare()
     from vllm import LLM
     from vllm.config.reasoning import ReasoningConfig
 

@@ -1,10 +1,7 @@
 """Two ranks: one drafts for both, and they must stay the same model."""
 
-import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +9,9 @@ import pytest
 import torch
 
 from tests.support import models
-from tests.support.engines import nothing
 from tests.support.flex_twin import random_drafter
 from tests.support.heads import write_head
+from tests.support.processes import nothing, run_in_process
 from tests.support.runner_v2 import in_every_process
 from vllm_budgetdraft.config import EvictionSettings
 from vllm_budgetdraft.flexdraft.checkpoint import fingerprint, save_flexdraft
@@ -89,21 +86,25 @@ def prompts_of(vocab_size: int) -> list[list[int]]:
     return [(each % vocab_size).tolist() for each in tokens]
 
 
-def generate(
+def on_two_ranks(
     folder: str,
     prepare: Callable[[], None],
     head: str | None = None,
     flexdraft: str | None = None,
 ) -> dict[str, Any]:
     """Tokens, contexts by rank, and numbers of drafts of several jobs."""
-    prepare()
-    os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to ask the ranks
-    }
+    adapts = prepare is nothing and not (head or flexdraft)
+    return run_in_process(
+        *(generate, folder, adapts, head, flexdraft),
+        prepare=prepare,
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to ask the ranks
+    )
+
+
+def generate(
+    folder: str, adapts: bool, head: str | None, flexdraft: str | None
+) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -122,7 +123,7 @@ def generate(
             "model": head or flexdraft or folder,
             "num_speculative_tokens": 4,
             "kv_budget": 64,
-            "adaptive_draft_length": (prepare is nothing and not (head or flexdraft)),
+            "adaptive_draft_length": adapts,
         },
     )
     prompts = prompts_of(llm.model_config.get_vocab_size())
@@ -178,9 +179,7 @@ def test_ranks_accept_the_same_drafts(
     tmp_path: Path, prepare: Callable[[], None]
 ) -> None:
     folder = str(models.write_model(tmp_path, models.llama(**SIZES)))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as processes:
-        results = processes.submit(generate, folder, prepare).result()
+    results = on_two_ranks(folder, prepare)
     assert results["greedy"][0] == results["plain"][0]
     for name in ("greedy", "drawn", "adaptive"):
         _, (first, second), drafts = results[name]
@@ -205,10 +204,7 @@ def test_a_head_drafts_for_both_with_the_embeddings_of_both(
     config = models.llama(**shape, num_hidden_layers=4)
     target = models.write_model(tmp_path / "target", config)
     head = write_head(tmp_path / "head", **shape)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as processes:
-        job = processes.submit(generate, str(target), prepare, str(head))
-        results = job.result()
+    results = on_two_ranks(str(target), prepare, head=str(head))
     assert results["embeddings"] == [True, None]
     assert results["greedy"][0] == results["plain"][0]
     for name in ("greedy", "drawn"):
@@ -235,12 +231,7 @@ def test_a_target_on_two_ranks_drafts_for_itself_on_both(
     settings = {"target": "", "fingerprint": fingerprint(target), "draft_tokens": 4}
     drafter = random_drafter(target, sees_bonus=True, chains=True)
     save_flexdraft(drafter, tmp_path / "flex", settings, dtype=torch.float32)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as processes:
-        job = processes.submit(
-            generate, folder, prepare, flexdraft=str(tmp_path / "flex")
-        )
-        results = job.result()
+    results = on_two_ranks(folder, prepare, flexdraft=str(tmp_path / "flex"))
     assert results["greedy"][0] == results["plain"][0]
     for name in ("greedy", "drawn"):
         _, (first, second), drafts = results[name]

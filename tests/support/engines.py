@@ -1,7 +1,5 @@
 """vLLM engines for tests, each in a process of its own."""
 
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -10,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from tests.support.processes import nothing, run_in_process, vllm_process
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 TARGET = str(MODELS / "books-9m")
@@ -47,10 +47,6 @@ class Answer:
     num_accepted_tokens: int
 
 
-def nothing() -> None:
-    """What a process needs before it imports vLLM, as a rule."""
-
-
 def run_jobs(
     engine_args: dict[str, Any],
     jobs: dict[str, Job],
@@ -61,18 +57,10 @@ def run_jobs(
     Args:
         prepare: what its process does first.
     """
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_run, (prepare, ENGINE_ARGS | engine_args, jobs))
+    return run_in_process(_run, ENGINE_ARGS | engine_args, jobs, prepare=prepare)
 
 
-def _run(
-    prepare: Callable[[], None], engine_args: dict[str, Any], jobs: dict[str, Job]
-) -> dict[str, Answer]:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    prepare()
+def _run(engine_args: dict[str, Any], jobs: dict[str, Job]) -> dict[str, Answer]:
     from vllm import LLM
 
     llm = LLM(**engine_args, disable_log_stats=False)
@@ -354,27 +342,20 @@ def engine_process(
     Args:
         prepare: what the process does first.
     """
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        1, context, initializer=_start, initargs=(prepare, ENGINE_ARGS | engine_args)
-    ) as processes:
-        yield EngineProcess(processes)
+    with vllm_process(
+        prepare,
+        VLLM_DISABLE_REQUEST_ID_RANDOMIZATION="1",
+        BUDGETDRAFT_CHECK_INVARIANTS="1",
+    ) as process:
+        process.submit(_start, ENGINE_ARGS | engine_args).result()
+        yield EngineProcess(process)
 
 
 _stepped_engine: SteppedEngine
 
 
-def _start(prepare: Callable[[], None], engine_args: dict[str, Any]) -> None:
+def _start(engine_args: dict[str, Any]) -> None:
     global _stepped_engine
-    prepare()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
-    os.environ["BUDGETDRAFT_CHECK_INVARIANTS"] = "1"
-    # Steps are small: threads would wait for each other, the more on busy cores.
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    os.environ["OMP_NUM_THREADS"] = "1"
     _stepped_engine = SteppedEngine(engine_args)
 
 

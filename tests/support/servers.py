@@ -75,22 +75,13 @@ def serve(folder: Path, *arguments: str, **environment: str) -> Iterator[Server]
         *arguments,
     ]
     log = folder / "server.log"
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        # Steps are small: threads would wait for each other, the more on busy cores.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        **os.environ,
-        **environment,
-    }
     with log.open("w") as output:
         # A session of its own, so that no child outlives the test.
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=output,
-            env=environment,
+            env=os.environ | environment,
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)

@@ -1,0 +1,45 @@
+"""Processes of their own for vLLM's engines."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+
+def nothing() -> None:
+    """What a process needs before it imports vLLM, as a rule."""
+
+
+@contextmanager
+def vllm_process(
+    prepare: Callable[[], None] = nothing, **environment: str
+) -> Iterator[ProcessPoolExecutor]:
+    """A process whose engines run within it.
+
+    Args:
+        prepare: what it does first, a function of some module's top level.
+        environment: more of its variables; ``tests.conftest`` has those of every one.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        1, context, initializer=_start, initargs=(prepare, environment)
+    ) as processes:
+        yield processes
+
+
+def run_in_process(
+    function: Callable[..., Any],
+    *args: Any,
+    prepare: Callable[[], None] = nothing,
+    **environment: str,
+) -> Any:
+    """What ``function(*args)`` returns in a ``vllm_process`` of its own."""
+    with vllm_process(prepare, **environment) as process:
+        return process.submit(function, *args).result()
+
+
+def _start(prepare: Callable[[], None], environment: dict[str, str]) -> None:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment
+    prepare()
