@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if find_spec("triton") is not None:
+        from tests.support import interpreter
+
+        interpreter.mend()
 
 
 def may_see_gpu(config: pytest.Config) -> bool:

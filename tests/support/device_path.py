@@ -69,6 +69,7 @@ def finish_start_up(engine: SteppedEngine) -> None:
     else:
         width = worker.model_config.get_hidden_size()
         engine._runner._dummy_sampler_run(torch.zeros(NUM_SLOTS, width))
+    fake_gpu.finish_start_up()
 
 
 def two_and_then_others(engine: SteppedEngine, requests: list[Request]) -> None:

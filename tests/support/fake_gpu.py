@@ -18,6 +18,7 @@ import torch
 
 from tests.support import runner_v2
 from tests.support.fake_graph import FakeGraph
+from tests.support.launch_count import idle_kernels
 from vllm_budgetdraft.attention import backend
 
 
@@ -152,6 +153,13 @@ def _binder(kernel: Any) -> Callable:
 #: Of the process of an engine that ``prepare_v1`` or ``prepare_v2`` prepared.
 engine_launches = Launches()
 _contexts = ExitStack()  # which nobody leaves
+_is_starting = True
+
+
+def finish_start_up() -> None:
+    """From now on kernels compute; before, when all is tried, they were idle."""
+    global _is_starting
+    _is_starting = False
 
 
 def prepare_v1() -> None:
@@ -178,4 +186,5 @@ def _prepare() -> None:
     sampler.apply_top_k_top_p_triton = sampler.apply_top_k_top_p_pytorch
     _contexts.enter_context(cpus_are_gpus())
     _contexts.enter_context(every_argument_is_checked(fused))
+    _contexts.enter_context(idle_kernels(lambda: _is_starting))
     _contexts.enter_context(engine_launches.record())

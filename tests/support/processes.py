@@ -1,11 +1,15 @@
 """Processes of their own for vLLM's engines."""
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+
+#: What an engine imports, in seconds. Processes are forked from one that has.
+IMPORTED = ["vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"]
 
 
 def nothing() -> None:
@@ -23,6 +27,9 @@ def vllm_process(
         environment: more of its variables; ``tests.conftest`` has those of every one.
     """
     context = multiprocessing.get_context("spawn")
+    if prepare is nothing:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
     with ProcessPoolExecutor(
         1, context, initializer=_start, initargs=(prepare, environment)
     ) as processes:
@@ -42,4 +49,5 @@ def run_in_process(
 
 def _start(prepare: Callable[[], None], environment: dict[str, str]) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment
+    gc.freeze()  # vLLM collects garbage several times as an engine starts
     prepare()

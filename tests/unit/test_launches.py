@@ -10,7 +10,7 @@ import pytest
 
 from budgetdraft_kernels import launch_settings
 from tests.support.drafting import Requests, build_proposer
-from tests.support.launch_count import counted_launches
+from tests.support.launch_count import counted_launches, idle_kernels
 from tests.support.models import llama, qwen3, write_model
 
 MOST_OF_A_LAYER = 7
@@ -54,11 +54,12 @@ def of_a_step(
     )
     is_drawn = proposer.config.draft_sample_method == "probabilistic"
     requests, drafts = Requests(proposer), []
-    requests.start(0, 30)
-    for num_drafts in (2, 3):
-        with counted_launches() as launches:
-            requests.drafts([0], num_drafts, [1.0] if is_drawn else None)
-        drafts.append(launches)
+    with idle_kernels():
+        requests.start(0, 30)
+        for num_drafts in (2, 3):
+            with counted_launches() as launches:
+                requests.drafts([0], num_drafts, [1.0] if is_drawn else None)
+            drafts.append(launches)
     fewer, more = drafts
     return more - fewer
 

@@ -4,7 +4,10 @@ The drafter has heads of 16 numbers, for all drafters have a multiple of that. W
 others, the strides of a prompt may be a multiple of 16 or not.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from tests.support.drafting import Requests, build_proposer, positions_of
 from tests.support.fake_gpu import Launches, every_argument_is_checked
 from tests.support.fake_graph import FakeGraph
+from tests.support.launch_count import idle_kernels
 from tests.support.models import llama, random_tokens, write_model
 from vllm_budgetdraft.proposer.draft_loop import FIRST_WIDTH
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
@@ -59,6 +63,14 @@ def build(drafter: Path, **settings: Any) -> DraftProposer:
     return build_proposer(drafter, **sizes | settings)
 
 
+@contextmanager
+def looked_at(operations: ModuleType) -> Iterator[Launches]:
+    """Launches and their arguments alone are, and no kernel computes anything."""
+    with every_argument_is_checked(operations), idle_kernels():
+        with Launches().record() as launches:
+            yield launches
+
+
 def serve(proposer: DraftProposer) -> None:
     """Prompts of all lengths, tokens without drafts, and drafts of every kind."""
     requests = Requests(proposer)
@@ -84,19 +96,10 @@ def serve(proposer: DraftProposer) -> None:
         requests.start(1, num_tokens, seed=9)
 
 
-#: What ``test_device_path_v1`` sees as well, in an engine.
-SLOW = {"heavy_hitter"}
-
-
 @pytest.mark.parametrize(
     ("settings", "graphs"),
     [
-        *(
-            pytest.param(
-                settings, False, id=name, marks=[pytest.mark.slow] * (name in SLOW)
-            )
-            for name, settings in SETTINGS.items()
-        ),
+        *(pytest.param(SETTINGS[name], False, id=name) for name in SETTINGS),
         pytest.param(SETTINGS["default"], True, id="graphs"),
     ],
 )
@@ -107,7 +110,7 @@ def test_warm_up_reaches_every_kernel_that_requests_need(
     fused = pytest.importorskip("budgetdraft_kernels.fused", reason="needs Triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     proposer = build(drafter, **settings)
-    with every_argument_is_checked(fused), Launches().record() as launches:
+    with looked_at(fused) as launches:
         warm_up(proposer)
         if graphs:
             proposer.capture_graphs(FakeGraph)
@@ -126,7 +129,7 @@ def test_prompts_of_a_length_are_scored_by_the_kernel_of_one(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     proposer = build(drafter, draft_prefill_chunk=100, chunk_score=score)
     contexts = [random_tokens(45, seed) for seed in range(NUM_SLOTS)]
-    with every_argument_is_checked(fused), Launches().record() as launches:
+    with looked_at(fused) as launches:
         for slots in ([0], [0, 1]):
             known = set(launches.keys)
             for slot in slots:
