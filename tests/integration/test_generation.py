@@ -1,9 +1,8 @@
 """``budgetdraft generate``: what the target writes, in files that training reads."""
 
+import io
 import json
-import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from tests.support import models
 from tests.support.books import WORDS, write_books, write_target
+from tests.support.processes import run_in_process
 from vllm_budgetdraft.cli import main
 from vllm_budgetdraft.training.sources import read_continuations
 from vllm_budgetdraft.training.windows import TokenWindows
@@ -46,22 +46,14 @@ def generate(inputs: Path, output: Path, *more: str) -> str:
 
 
 def run(*command_line: str) -> str:
-    """In a process of its own, as a user would."""
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
-    }
-    command = "from vllm_budgetdraft.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", command, *command_line],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """In a process of its own, what is printed."""
+    return run_in_process(printed_by, command_line)
+
+
+def printed_by(command_line: tuple[str, ...]) -> str:
+    with redirect_stdout(io.StringIO()) as printed:
+        main(list(command_line))
+    return printed.getvalue()
 
 
 def rows(folder: Path) -> list[dict]:
