@@ -27,7 +27,7 @@ class MalformedConversationError(ValueError):
 
 
 def reasons_of(left_out: Counter[str], most: int = 8) -> str:
-    """Why rows were left out, and how many of them for each, the commonest first."""
+    """Says why rows were left out, and how many for each reason."""
     counts = left_out.most_common()
     others = sum(number for _, number in counts[most:])
     reasons = [f"{number} {why}" for why, number in counts[:most]]

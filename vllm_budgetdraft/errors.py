@@ -14,7 +14,7 @@ class UnsupportedDrafterError(BudgetDraftError, ValueError):
 
 
 class UnsupportedVllmError(BudgetDraftError, RuntimeError):
-    """The installed vLLM, or a mode of it, is outside what this package supports."""
+    """The installed vLLM, or a mode that it runs in, is not supported."""
 
 
 class PagePoolExhaustedError(BudgetDraftError, RuntimeError):
@@ -22,7 +22,7 @@ class PagePoolExhaustedError(BudgetDraftError, RuntimeError):
 
 
 class TrainingError(BudgetDraftError, RuntimeError):
-    """A training run cannot go on, for a reason outside of it."""
+    """A training run cannot go on, and not for a fault of its own."""
 
 
 def short(said: object, longest: int = 200) -> str:

@@ -29,7 +29,7 @@ def select_packed_attention(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PackedAttention:
-    """xFormers where it runs for such a model on this device, PyTorch otherwise.
+    """Chooses xFormers where it runs for a model of these heads, PyTorch otherwise.
 
     That it is installed says little: its kernels are built for one release of PyTorch,
     and for GPUs.

@@ -163,7 +163,7 @@ class PromptAttention:
         return packed_ranges(runs, self.keys.device)
 
     def _arrange(self, pieces: Sequence[tuple[Segment, int]]) -> None:
-        """Lays segments one after another, first those of the pass, with their room."""
+        """Lays segments in a row: first the ones of this pass, with room to grow."""
         grown = {segment for segment, _ in pieces}
         idle = ((each, 0) for each in self._segments if each not in grown)
         start, old, new = 0, [], []
@@ -243,7 +243,7 @@ class PromptAttention:
             )
 
     def _observe(self) -> None:
-        """Adds the pass's last queries to those of each segment."""
+        """Appends to each segment's queries the last ones of this pass."""
         by_piece = torch.stack(self._last_queries).split(self._last_lengths, 1)
         for segment, last in zip(self._pieces, by_piece, strict=True):
             if segment.queries is not None:

@@ -122,7 +122,7 @@ class EngineProcess:
     def logits(
         self, prompt_token_ids: list[int], token_ids: list[int]
     ) -> list[tuple[int, float]]:
-        """Logits of the target's two best next tokens and of these; best first."""
+        """Logits of the target's best two tokens and of ``token_ids``, best first."""
         return self._ask(_logits, prompt_token_ids, token_ids)
 
     def describe(self) -> dict[str, Any]:

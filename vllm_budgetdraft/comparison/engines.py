@@ -33,7 +33,7 @@ def needed_bytes(
 def groups_that_fit(
     methods: list[Method], needs: list[int], free_bytes: int, engines_at_once: int
 ) -> list[list[Method]]:
-    """Plain vLLM, and the methods of so many other engines or fewer; each comes once.
+    """Groups of plain vLLM and at most ``engines_at_once`` others, each once.
 
     Args:
         needs: bytes of each method's engine.
@@ -66,7 +66,7 @@ def together_or_in_turn(
     memory: Memory,
     tell: Callable[[str], None],
 ) -> list[list[Method]]:
-    """All of them, or where there is no room each by itself: plain vLLM comes last."""
+    """One group, or one for each method if memory is short, plain vLLM last."""
     needs = needed_bytes(methods, engine_args, memory)
     if sum(needs) <= memory.free_bytes:
         return [methods]

@@ -129,7 +129,7 @@ def _left(
     places: list[tuple["Prompt", float]],
     done: set[tuple[str, str, int, int, float]],
 ) -> list[Round]:
-    """Places that any method lacks, each with those that do, and plain vLLM."""
+    """Places that a method lacks, each with the methods that lack it and plain vLLM."""
     found = []
     for prompt, temperature in places:
         place = prompt.task, prompt.context_tokens, prompt.index, temperature

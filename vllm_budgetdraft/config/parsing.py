@@ -66,7 +66,7 @@ class RequestSettings(BaseModel):
 def parse_request_settings(
     extra_args: dict[str, Any] | None, config: SettledConfig
 ) -> RequestSettings:
-    """Reads our keys of a request's ``extra_args``, which may hold those of others.
+    """Reads our keys of a request's ``extra_args``, which may hold other keys, too.
 
     Raises:
         ConfigurationError: a value is no number, or outside what ``config`` allows.

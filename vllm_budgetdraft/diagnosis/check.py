@@ -103,7 +103,7 @@ def _say(name: str, text: str) -> None:
 
 
 def _facts(vllm_config: Any, target: str, drafter: str) -> dict[str, str]:
-    """What can be said without loading weights; those that do not fit have failed."""
+    """What can be said of a pair that fits, without loading weights."""
     from vllm_budgetdraft.attention.backend import default_device
     from vllm_budgetdraft.diagnosis import drafted_tokens
     from vllm_budgetdraft.diagnosis.memory import describe

@@ -89,7 +89,7 @@ def load_drafter(
 def check_weights(
     folder: str | Path, config: PretrainedConfig, has_embeddings: bool = False
 ) -> StoredWeights:
-    """The weights of a folder, none of which has been read but those stored twice.
+    """The weights of a folder, each read when asked for; twice-stored ones at once.
 
     Args:
         config: of the folder.

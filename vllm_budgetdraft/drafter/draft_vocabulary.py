@@ -77,7 +77,7 @@ def read_draft_vocabulary(
     size: int | None = None,
     vocab_size: int | None = None,
 ) -> Tensor | None:
-    """Sorted ids [n] int64 of the tokens that a drafter drafts; None for all of them.
+    """Sorted ids [n] int64 of the tokens that a drafter drafts; None for all tokens.
 
     Args:
         folder: of the drafter.

@@ -192,7 +192,7 @@ def check_feature_weights(
 
 
 def draft_ids(stored: StoredWeights, config: PretrainedConfig) -> Tensor | None:
-    """The token of each logit, [draft_vocab_size] int64; None for all of them."""
+    """The token of each logit, [draft_vocab_size] int64; None for all tokens."""
     if config.draft_vocab_size == config.vocab_size:
         return None
     offsets = stored.read(OFFSETS).long()

@@ -133,7 +133,7 @@ def target_thoughts(
     layers: list[int],
     cache: DynamicCache | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Final hidden states [B, T, size], and those after some layers [B, T, N * size].
+    """Hidden states of the last layer [B, T, size] and of N layers [B, T, N * size].
 
     Args:
         tokens: [B, T] int64.

@@ -31,7 +31,7 @@ PLAIN: Linear = partial(linear_by, F.linear)
 
 
 class AttentionProjections(nn.Module):
-    """The matrices of one attention layer; those of one input are fused.
+    """The matrices of one attention layer; matrices that share their input are fused.
 
     Weights are parameters of the layer itself, for the calls of a module for each would
     be a measurable part of a small drafter's time on a CPU.
@@ -228,7 +228,7 @@ class Drafter(nn.Module):
         return self.embedding if self.lm_head is None else self.lm_head
 
     def keep_rows(self, draft_ids: Tensor) -> None:
-        """Has the output matrix no rows but those of some tokens, for drafting alone.
+        """Keeps the rows of some tokens of the output matrix, for drafting alone.
 
         Args:
             draft_ids: [n] int64, sorted.

@@ -98,7 +98,7 @@ def multiply_packed(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
 
 
 def pack(owner: nn.Module, weight: str, bias: str) -> None:
-    """Packs one matrix with its bias, of those names, for ``multiply_packed``."""
+    """Packs a matrix and its bias, attributes of ``owner``, for ``multiply_packed``."""
     packed = packed_matrix(getattr(owner, weight), getattr(owner, bias))
     _replace(owner, weight, packed)
     _replace(owner, bias, None)

@@ -1,4 +1,4 @@
-"""Whether a drafter's token ids are its target's, and which of them it drafts."""
+"""Whether a drafter's token ids are its target's, and which tokens it drafts."""
 
 from pathlib import Path
 from typing import Any

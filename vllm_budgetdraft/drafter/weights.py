@@ -139,7 +139,7 @@ class StoredWeights:
             )
 
     def _scale_of(self, name: str) -> tuple[str, tuple[int, int] | None]:
-        """The name of a weight's scale, if there is one, and what shares one of it."""
+        """The name of a weight's scale, or "", and the block that shares a number."""
         found = (name + end for end in SCALES if name + end in self._tensors)
         if (scale := next(found, "")) == "":
             return "", None

@@ -93,7 +93,7 @@ class EvictionPolicy(ABC):
 
 
 class RankingPolicy(EvictionPolicy):
-    """Keeps the sinks, the most recent positions, and those between that score best.
+    """Keeps the sinks, the most recent positions, and the best-scored ones between.
 
     The first ``sink_tokens`` are the sinks.
     """

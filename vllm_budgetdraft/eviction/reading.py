@@ -1,4 +1,4 @@
-"""Which tokens of a context a drafter reads, and when the policy chooses of them."""
+"""Which tokens of a context a drafter reads, and when its policy chooses."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from budgetdraft_kernels.reference import rotate
 
 
 class MaskAttention:
-    """The ``attend`` of mask tokens, one group of them for each request.
+    """The ``attend`` of mask tokens, of which each request has one group.
 
     What they see of the cache is read by ``paged_sparse_attention``, which returns the
     logarithms of its sums; with these, attention within the group is merged in.

@@ -50,7 +50,7 @@ class ModeSwitch:
 
 
 class FlexDecoder:
-    """Greedy decoding and sampling of batches; outputs are those of the target alone.
+    """Greedy decoding and sampling of batches; outputs are the target's own.
 
     Attributes:
         accepted: drafts accepted in each round, by sequence, of the last ``generate``.
@@ -151,7 +151,7 @@ class FlexDecoder:
     def read(
         self, cache: ContextCache, tokens: Tensor, kv_budget: int | None = None
     ) -> None:
-        """A prompt [T] into the cache of one sequence, and which of it masks see."""
+        """Reads a prompt [T] into the cache of one sequence; returns what masks see."""
         self.extend(cache, tokens)
         budget = self._budget if kv_budget is None else kv_budget
         if self._selector is None or budget is None or budget >= len(tokens):

@@ -72,7 +72,7 @@ class PageSelector:
         return self._policy.select(states, self.num_pages(budget))
 
     def visible(self, keys: Tensor, budget: int) -> Tensor:
-        """Which tokens of a prompt those pages hold, [..., n] bool."""
+        """Which tokens of a prompt the selected pages hold, [..., n] bool."""
         pages = self.select(keys, budget)
         num_tokens = keys.shape[-2]
         num_pages = -(-num_tokens // self.page_size)

@@ -10,7 +10,7 @@ from vllm_budgetdraft.flexdraft.modeling import FlexDraft
 
 @torch.no_grad()
 def take_share(drafter: FlexDraft, rank: int, num_ranks: int) -> None:
-    """Leaves of the attention heads those that vLLM's own layers have on a rank.
+    """Keeps the attention heads that vLLM's own layers have on a rank.
 
     What attention adds to hidden states is then a part of a sum over ranks, see
     ``FlexDraft.reduce``. The rest is small, and every rank has all of it.

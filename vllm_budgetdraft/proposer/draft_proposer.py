@@ -230,7 +230,7 @@ class DraftProposer:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no request holds, those of snapshots among them."""
+        """Pages that no request holds, including pages of snapshots."""
         kept = 0 if self.snapshots is None else self.snapshots.num_pages
         return self.cache.pool.num_free + kept
 

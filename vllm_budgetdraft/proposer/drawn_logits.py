@@ -1,4 +1,4 @@
-"""What drafts are drawn from, as logits by slot, for a verifier that reads those."""
+"""What drafts are drawn from: logits by slot, for a verifier that reads logits."""
 
 import torch
 from torch import Tensor

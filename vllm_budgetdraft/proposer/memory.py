@@ -1,4 +1,4 @@
-"""What the proposer allocates, all of it at start-up."""
+"""The memory that a proposer allocates at start-up, and no other later."""
 
 from dataclasses import dataclass
 

@@ -28,7 +28,7 @@ TokensOf = Callable[[list[tuple[int, range]]], Tensor]
 
 
 class PromptReader:
-    """Reads contexts, a piece of each in one pass, through a buffer for all of them."""
+    """Reads contexts, a piece of each in one pass, through a buffer that they share."""
 
     def __init__(
         self,

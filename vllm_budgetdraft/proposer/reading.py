@@ -24,7 +24,7 @@ class Begun(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Where in a context what would be kept of it is kept for others, too.
+    """A place in a context where what a policy would keep is copied for others.
 
     Attributes:
         at: number of tokens that were read.
@@ -75,7 +75,7 @@ class Reading:
         return is_full or piece.stop == self.plan.next_choice(piece.start)
 
     def piece(self, limit: int, end: int | None = None) -> range:
-        """At most ``limit`` of them, up to the next choice, and below ``end``."""
+        """Tokens to read next: at most ``limit``, none past a choice or ``end``."""
         unread = self.unread
         ends = [unread.stop, self.plan.next_choice(unread.start), end]
         if self.begun.num_held:

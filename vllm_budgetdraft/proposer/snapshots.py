@@ -1,4 +1,4 @@
-"""What draft caches held of contexts that are over, for those that go on with them.
+"""What draft caches held of contexts that are over, for contexts that continue them.
 
 A snapshot is the pages of a request that ended: they are not copied, and go to
 whoever needs pages, the least recently used snapshot first. It serves a context of the
@@ -251,7 +251,7 @@ class SnapshotStore:
         return pool.num_free >= num_pages
 
     def begin_generation(self, number: int) -> None:
-        """Forgets those of earlier ones: no context that is to come is of theirs."""
+        """Forgets snapshots of earlier generations, which serve no context to come."""
         if number > self.generation:
             self.generation = number
             self.forget_all()

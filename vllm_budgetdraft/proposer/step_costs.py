@@ -39,7 +39,7 @@ class StepCosts:
         return seconds
 
     def token_seconds(self, batch_size: int, length: int) -> float:
-        """Of verifying one draft more, on average of those of a batch."""
+        """Seconds to verify one draft more, on average over the drafts of a batch."""
         num_tokens = batch_size * np.array([1.0, length + 1.0])
         first, last = _interpolate(self.target, num_tokens)
         return float(last - first) / (batch_size * length)

@@ -59,7 +59,7 @@ class DrafterTraining(nn.Module, ABC):
 
     @abstractmethod
     def load_drafter(self, folder: str | Path) -> None:
-        """Takes over the weights of such a folder."""
+        """Takes over the weights of a folder that ``save_drafter`` wrote."""
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Options of a YAML file, as those of a command line."""
+"""Options of a YAML file, as words of a command line."""
 
 import json
 from pathlib import Path

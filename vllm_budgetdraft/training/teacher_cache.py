@@ -57,7 +57,7 @@ class TeacherCache:
         self._filled = _mapped(folder / FILLED, np.uint8, (num_windows,))
 
     def read(self, windows: Tensor) -> Tensor | None:
-        """[B, positions, width] bfloat16; None unless all of them were written.
+        """[B, positions, width] bfloat16; None unless every one was written.
 
         Args:
             windows: [B] int64.

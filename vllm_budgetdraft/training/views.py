@@ -226,7 +226,7 @@ class PrefixViews:
                     self._whole.read(chunk)
 
     def full(self) -> View:
-        """All of the prefix, or what of it the native range has positions for."""
+        """All of the prefix, or as much as the native range has positions for."""
         return self._whole.view() if self._whole else self.sparse(self._room)
 
     def sparse(self, budget: int) -> View:

@@ -58,7 +58,7 @@ def kept_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def likeliest_tokens(
     counts: Tensor, kept: Sequence[int], size: int | None = None
 ) -> Tensor:
-    """Token ids [size] int64, the likeliest first, but for those kept in any case.
+    """Token ids [size] int64: the ones kept in any case, then the likeliest, in order.
 
     Tokens that occur as often come by their ids: a tokenizer that merges pairs has made
     those of lower ids of commoner pairs.

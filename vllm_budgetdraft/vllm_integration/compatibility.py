@@ -35,12 +35,12 @@ def is_at_least(version: str, oldest: tuple[int, int]) -> bool:
 
 
 def supports_runner_v2(version: str) -> bool:
-    """Whether drafting works in the model runner V2 of such a vLLM."""
+    """Whether drafting works in the model runner V2 of a vLLM of this version."""
     return is_at_least(version, OLDEST_WITH_RUNNER_V2)
 
 
 def schedules_custom_class_ahead(version: str) -> bool:
-    """Whether such a vLLM has "custom_class" methods scheduled ahead by default."""
+    """Whether a vLLM of this version schedules "custom_class" methods ahead."""
     return is_at_least(version, OLDEST_THAT_SCHEDULES_AHEAD)
 
 

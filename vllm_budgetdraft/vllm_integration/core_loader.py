@@ -170,7 +170,7 @@ def embedding_for(head: str, target: nn.Module) -> Tensor | None:
 
 
 def _target_cost(vllm_config: VllmConfig) -> float:
-    """Of a token, in those that the drafter reads in that time, by their layers' sizes.
+    """Time of the target for one token, counted in tokens that the drafter could read.
 
     Of experts a token meets few, so that their number is no measure.
     """

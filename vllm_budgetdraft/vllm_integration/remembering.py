@@ -55,7 +55,7 @@ def remember(
     tokens: Any,
     num_prompt: int,
 ) -> Remembered | None:
-    """What a request begins with; None if nothing of it is kept.
+    """What is remembered of a request as it begins; None if nothing is to be kept.
 
     Args:
         state: vLLM's object for the request.
@@ -83,7 +83,7 @@ def start_reading(
     num_computed: int,
     remembered: Remembered | None,
 ) -> None:
-    """Begins a context with what a snapshot knows of it, or anew.
+    """Begins a context with the tokens that a snapshot knows, or from nothing.
 
     Args:
         num_tokens: of it, to be read.

@@ -75,7 +75,7 @@ class DraftScheduler(Scheduler):
         return output
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Counts resets for ``schedule``, which tells of them."""
+        """Counts resets, which ``schedule`` tells workers."""
         self._num_resets += 1
         return super().reset_prefix_cache(*args, **kwargs)
 

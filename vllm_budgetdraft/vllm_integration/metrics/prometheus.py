@@ -111,6 +111,6 @@ class BudgetDraftStatLogger(AggregateStatLoggerBase):
 
 
 def _listed(counts: Counts[str]) -> str:
-    """The sum, and in brackets what it is made of, most of it first."""
+    """The sum, and in brackets its parts, largest first."""
     parts = ", ".join(f"{label} {count:.0f}" for label, count in counts.most_common())
     return f"{counts.total():.0f} ({parts})" if parts else "0"

@@ -251,5 +251,5 @@ class FeatureDrafting(OwnCacheDrafting):
 
 
 def _last_read(request: Request) -> int:
-    """The position after those that are read, not fed by drafts: of its last token."""
+    """The position where reading ends and drafting feeds: of the last token."""
     return len(request.context) - 1 - request.sampled

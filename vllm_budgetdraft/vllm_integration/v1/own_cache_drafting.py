@@ -107,7 +107,7 @@ class OwnCacheDrafting:
     def _able(
         self, requests: list[Request], batch: set[str]
     ) -> list[tuple[Request, Holding]]:
-        """Those that may draft, each with a slot that belongs to its context.
+        """Requests that may draft, each with a slot that belongs to its context.
 
         Args:
             batch: ids of all of them, and of others that keep their slots.
@@ -271,7 +271,7 @@ class OwnCacheDrafting:
     def _draft_ready(
         self, ready: list[tuple[Request, Holding]], limit: int
     ) -> dict[int, list[int]]:
-        """Drafts by row, of those that lack no more than ``limit`` tokens together."""
+        """Drafts by row, of requests that together lack at most ``limit`` tokens."""
         try:
             self._append(ready, limit)
             ready = [each for each in ready if not _num_missing(*each)]
@@ -369,7 +369,7 @@ class OwnCacheDrafting:
 
 
 def _num_readable(request: Request) -> int:
-    """Context tokens before those that its next draft feeds.
+    """How many context tokens come before the ones that the next draft feeds.
 
     A row that has not sampled yet will have one more token when it drafts.
     """
@@ -377,5 +377,5 @@ def _num_readable(request: Request) -> int:
 
 
 def _num_missing(request: Request, holding: Holding) -> int:
-    """Context tokens that the cache lacks, but for those that a draft feeds."""
+    """How many context tokens the cache lacks, without the ones that a draft feeds."""
     return max(0, len(request.context) - FIRST_WIDTH - holding.num_cached)

@@ -13,7 +13,7 @@ NO_TOKEN = -1
 
 
 class SeededRows(dict[int, Generator]):
-    """A batch's generators by row; those of rows with drafts stand past their drafts.
+    """A batch's generators by row; a row with drafts has its generator past them.
 
     The token after the last draft is sampled before the drafts are verified. With the
     generators past the drafts it gets the noise that it gets without speculation.

@@ -21,7 +21,7 @@ from vllm_budgetdraft.vllm_integration.v2.without_module import GIVEN
 
 
 class FeatureSpeculator(OwnCacheSpeculator):
-    """Feeds each step's tokens and the target's states of them, and drafts."""
+    """Feeds each step's tokens with the target's states, and drafts."""
 
     reads_features = True
 
@@ -71,7 +71,7 @@ class FeatureSpeculator(OwnCacheSpeculator):
         return super().propose(*args, **kwargs)
 
     def _propose(self, input_batch: Any, last_tokens: Tensor, length: int) -> None:
-        """Feeds every row that holds a cache, and drafts for those that sampled."""
+        """Feeds every row that holds a cache, and drafts for the rows that sampled."""
         self.drafted = set()
         self.release_ended()
         drafter, dtype = self._core.drafter, self._core.cache.pool.keys.dtype
@@ -166,7 +166,7 @@ class FeatureSpeculator(OwnCacheSpeculator):
     def _read_pieces(
         self, batch: Any, features: Tensor, reading: dict[int, tuple[int, Progress]]
     ) -> set[int]:
-        """Rows of those that are read to the end now."""
+        """Rows whose contexts are now read to the end."""
         computed, starts = batch.num_computed_tokens_np, batch.query_start_loc_np
         scheduled, ends = batch.num_scheduled_tokens, {}
         for index, (row, progress) in reading.items():

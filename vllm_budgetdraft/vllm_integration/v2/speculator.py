@@ -97,7 +97,7 @@ class Speculator(SpeculatorWithoutModule):
 
     @property
     def _is_leader(self) -> bool:
-        """Whether this rank's drafts are those of all of its tensor-parallel group."""
+        """Whether this rank drafts for all of its tensor-parallel group."""
         return not self._is_parallel or get_tp_group().is_first_rank
 
     @abstractmethod

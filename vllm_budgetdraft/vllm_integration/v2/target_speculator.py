@@ -76,7 +76,7 @@ class TargetSpeculator(Speculator):
 
     @property
     def _drafts(self) -> bool:
-        """Every rank, for the target is on all of them."""
+        """Every rank drafts, for each holds a part of the target."""
         return True
 
     @property
