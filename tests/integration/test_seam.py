@@ -175,7 +175,7 @@ def test_a_vllm_out_of_range_is_refused_unless_overridden(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("vllm.__version__", "0.24.0")
-    with pytest.raises(UnsupportedVllmError, match=r"0\.24\.0.*0\.25 to 0\.33"):
+    with pytest.raises(UnsupportedVllmError, match=r"0\.24\.0.*0\.27 to 0\.33"):
         engine_config(SETTINGS)
     monkeypatch.setenv("BUDGETDRAFT_SKIP_VERSION_CHECK", "1")
     assert engine_config(SETTINGS).speculative_config.settings.kv_budget == 512

@@ -75,9 +75,10 @@ def test_seeds_give_what_they_give_without_speculation(threshold, repeatable, pl
     )
     args = {
         "max_model_len": 512,
-        # The batch begins with some, and others come in, their prompts in parts.
+        # The batch begins with some, and others come in, and no prompt in parts: on a
+        # CPU vLLM fails at those with seeds, without speculation, too.
         "max_num_seqs": 8,
-        "max_num_batched_tokens": 96,
+        "enable_chunked_prefill": False,
         "speculative_config": settings,
     }
     answers = run_jobs(args, {**repeatable, "batch": batch})

@@ -1,4 +1,4 @@
-"""Every field of vLLM's SamplingParams, 0.25.1 to 0.33, and how it is compared.
+"""Every field of vLLM's SamplingParams, 0.27 to 0.33, and how it is compared.
 
 A field that is in neither table fails ``test_sampling_fields``: look at what it does
 where drafts are verified, and enter it.

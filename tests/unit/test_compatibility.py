@@ -14,14 +14,14 @@ def no_override(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "version",
-    ["0.25.0", "0.25.1", "0.32.0", "0.32.0+cpu", "0.33.0", "0.33.1rc2.dev3+gabcdef"],
+    ["0.27.0", "0.31.1", "0.32.0", "0.32.0+cpu", "0.33.0", "0.33.1rc2.dev3+gabcdef"],
 )
 def test_versions_within_the_range_are_accepted(version):
     check_vllm_version(version)
 
 
 @pytest.mark.parametrize(
-    "version", ["0.24.9", "0.34.0", "0.34.0rc1", "0.3.3", "1.25.0", "dev"]
+    "version", ["0.26.9", "0.34.0", "0.34.0rc1", "0.3.3", "1.25.0", "dev"]
 )
 def test_versions_outside_the_range_are_refused_with_both_versions_and_the_remedy(
     version,
@@ -29,7 +29,7 @@ def test_versions_outside_the_range_are_refused_with_both_versions_and_the_remed
     with pytest.raises(UnsupportedVllmError) as refusal:
         check_vllm_version(version)
     message = str(refusal.value)
-    for part in (f"vLLM {version}", __version__, "0.25 to 0.33", f"{SKIP}=1"):
+    for part in (f"vLLM {version}", __version__, "0.27 to 0.33", f"{SKIP}=1"):
         assert part in message
 
 

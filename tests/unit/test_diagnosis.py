@@ -82,9 +82,9 @@ def test_env_notices_that_plugins_are_chosen(plugins, said, monkeypatch):
         ("0.33.0", None, False, "V1, for vLLM finds no Triton that runs here"),
         ("0.33.0", True, False, "V2, for VLLM_USE_V2_MODEL_RUNNER=1"),
         ("0.33.0", False, True, "V1, for VLLM_USE_V2_MODEL_RUNNER=0"),
-        ("0.25.1", None, True, "V1, for V2 is taken from vLLM 0.32 on"),
-        ("0.25.1", False, True, "V1, for VLLM_USE_V2_MODEL_RUNNER=0"),
-        ("0.25.1", True, True, "V2, for VLLM_USE_V2_MODEL_RUNNER=1, but drafts are "),
+        ("0.27.1", None, True, "V1, for V2 is taken from vLLM 0.32 on"),
+        ("0.27.1", False, True, "V1, for VLLM_USE_V2_MODEL_RUNNER=0"),
+        ("0.27.1", True, True, "V2, for VLLM_USE_V2_MODEL_RUNNER=1, but drafts are "),
         (None, None, True, "not installed"),
     ],
 )

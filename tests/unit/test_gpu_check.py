@@ -170,11 +170,11 @@ def test_an_environment_in_which_nothing_works_fails(stubbed, monkeypatch, name,
 def test_an_older_vllm_has_no_runner_v2_and_that_is_no_failure(
     stubbed, monkeypatch, tmp_path
 ):
-    monkeypatch.setitem(FOUND, "vllm", "0.25.1, supported")
+    monkeypatch.setitem(FOUND, "vllm", "0.27.1, supported")
     assert stubbed({}) == 0
     table = (tmp_path / "gpu-check.json").read_text()
     assert "engines-V2" not in table
-    assert "vLLM 0.25.1 takes no drafter of ours in model runner V2" in table
+    assert "vLLM 0.27.1 takes no drafter of ours in model runner V2" in table
 
 
 def test_all_parts_end_within_the_minutes(stubbed, tmp_path):

@@ -1,4 +1,5 @@
 import pytest
+from typing_extensions import override
 
 from vllm_budgetdraft.vllm_integration.patching import specialise, wrap_method
 
@@ -69,6 +70,17 @@ def test_one_object_is_specialised_and_no_other():
     assert isinstance(ours, Theirs)
     assert isinstance(ours, Faster)
     assert type(ours).__name__ == "Theirs"
+
+
+def test_a_method_that_a_class_of_vllm_no_longer_has_is_an_error():
+    engine = make_engine()
+
+    class Faster(engine):
+        @override
+        def gone(self) -> None: ...
+
+    with pytest.raises(AttributeError, match="gone"):
+        specialise(engine(), Faster)
 
 
 def test_an_object_of_another_class_is_left_as_it_is():

@@ -5,7 +5,7 @@ import re
 from vllm_budgetdraft.environment import skip_version_check
 from vllm_budgetdraft.errors import UnsupportedVllmError
 
-OLDEST, NEWEST = (0, 25), (0, 33)
+OLDEST, NEWEST = (0, 27), (0, 33)
 #: Whose model runner V2 has the interface that ``v2`` implements.
 OLDEST_WITH_RUNNER_V2 = (0, 32)
 #: In older versions a "custom_class" is never scheduled ahead.

@@ -43,8 +43,16 @@ def specialise(instance: Any, subclass: type) -> None:
         instance: of the class that ``subclass`` derives from, or of another subclass of
             it, whose methods are then called where ours call ``super()``. One of
             another class, a user's own, is left as it is.
+
+    Raises:
+        AttributeError: vLLM's class lacks a method that is marked as overriding one.
     """
     (base,) = subclass.__bases__
     kind = type(instance)
-    if isinstance(instance, base) and not isinstance(instance, subclass):
-        instance.__class__ = type(kind.__name__, (subclass, kind), {})
+    if not isinstance(instance, base) or isinstance(instance, subclass):
+        return
+    for name, member in vars(subclass).items():
+        if getattr(member, "__override__", False):
+            getattr(base, name)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    instance.__class__ = type(kind.__name__, (subclass, kind), names)

@@ -1,7 +1,9 @@
 """vLLM's scheduler where drafts are ours: how many, what became of them, for whom."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
+from typing_extensions import override
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_budgetdraft.vllm_integration.metrics.statistics import (
@@ -18,17 +20,27 @@ from vllm_budgetdraft.vllm_integration.v2.adaptive_schedule import AdaptiveSched
 MOST_DRAFTS = "budgetdraft_most_drafts"
 
 
-class DraftScheduler(Scheduler):
-    """A scheduler that knows what was drafted, and tells the worker who may share it.
+@dataclass
+class Drafting:
+    """What a ``DraftScheduler`` knows of drafting.
 
     Attributes:
-        draft_statistics: what workers have told and the front end was not told yet.
+        settings: of the engine.
+        statistics: what workers have told and the front end was not told yet.
+        adaptive: None where the scheduler does not adapt lengths.
+        num_resets: how often the prefix cache was reset.
     """
 
-    draft_statistics: DraftStatistics
-    _settings: Any
-    _adaptive: AdaptiveSchedule | None
-    _num_resets: int
+    settings: Any
+    statistics: DraftStatistics = field(default_factory=DraftStatistics)
+    adaptive: AdaptiveSchedule | None = None
+    num_resets: int = 0
+
+
+class DraftScheduler(Scheduler):
+    """A scheduler that knows of drafts, and tells workers who may share contexts."""
+
+    budgetdraft: Drafting
 
     def begin_drafting(self) -> None:
         """To be called when vLLM's scheduler is there.
@@ -40,16 +52,14 @@ class DraftScheduler(Scheduler):
         runs, from a table by batch size. Ours is one that learns. Remove when a
         speculator can say it.
         """
-        self.draft_statistics = DraftStatistics()
-        self._settings = self.vllm_config.speculative_config.settings
-        self._adaptive, self._num_resets = None, 0
+        settings = self.vllm_config.speculative_config.settings
+        self.budgetdraft = known = Drafting(settings)
         is_v2 = getattr(self.vllm_config, "use_v2_model_runner", False)
-        if is_v2 and self._settings.adaptive_draft_length:
-            self._adaptive = AdaptiveSchedule(
-                self, self._settings, self.draft_statistics
-            )
-            self.dynamic_sd_lookup = self._adaptive
+        if is_v2 and settings.adaptive_draft_length:
+            known.adaptive = AdaptiveSchedule(self, settings, known.statistics)
+            self.dynamic_sd_lookup = known.adaptive
 
+    @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Symptom: a request that asked for fewer drafts, or for none, or whose prompt
         of embeddings allows none, has as many verified as all others. Requests with
@@ -63,51 +73,56 @@ class DraftScheduler(Scheduler):
         for request in self.running:
             limit = getattr(request, MOST_DRAFTS, None)
             if limit is None:
-                limit = most_drafts(request, self._settings)
+                limit = most_drafts(request, self.budgetdraft.settings)
                 setattr(request, MOST_DRAFTS, limit)
             if len(request.spec_token_ids) > limit:
                 request.spec_token_ids = request.spec_token_ids[:limit]
         output = super().schedule(*args, **kwargs)
         for new in output.scheduled_new_reqs:
             salt = self.requests[new.req_id].cache_salt
-            told = Told(salt, self._num_resets, new.num_computed_tokens)
+            num_resets = self.budgetdraft.num_resets
+            told = Told(salt, num_resets, new.num_computed_tokens)
             setattr(new, ATTRIBUTE, told)
         return output
 
+    @override
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Counts resets, which ``schedule`` tells workers."""
-        self._num_resets += 1
+        self.budgetdraft.num_resets += 1
         return super().reset_prefix_cache(*args, **kwargs)
 
+    @override
     def update_from_output(
         self, scheduler_output: Any, model_runner_output: Any
     ) -> Any:
         """Takes what ``worker.DraftWorker`` sent, and learns what was accepted."""
+        adaptive = self.budgetdraft.adaptive
         taken = getattr(model_runner_output, STATISTICS, None)
         if taken is not None:
-            self.draft_statistics.add(taken)
-        if self._adaptive is not None:
+            self.budgetdraft.statistics.add(taken)
+        if adaptive is not None:
             if taken and STEP_COSTS in taken:
-                self._adaptive.use_costs(taken[STEP_COSTS])
+                adaptive.use_costs(taken[STEP_COSTS])
             if model_runner_output.sampled_token_ids:
                 rows = zip(
                     model_runner_output.req_ids,
                     model_runner_output.sampled_token_ids,
                     strict=True,
                 )
-                self._adaptive.record(
+                adaptive.record(
                     scheduler_output.scheduled_spec_decode_tokens,
                     {request_id: len(tokens) for request_id, tokens in rows},
                 )
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    @override
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """Sends statistics on, in the one dict of SchedulerStats that is open.
 
         Front ends decode the rest by its types, and leave out what those do not have.
         """
         stats = super().make_stats(*args, **kwargs)
-        ours = self.draft_statistics.take()
+        ours = self.budgetdraft.statistics.take()
         if stats is not None:
             carried = stats.kv_connector_stats or {}
             stats.kv_connector_stats = {**carried, KEY: ours}

@@ -1,10 +1,14 @@
-"""The processes that users talk to: what requests may ask for, what metrics show."""
+"""The processes that users talk to: requests, calls, and what metrics show."""
 
+import inspect
 from typing import Any
 
 from vllm_budgetdraft.config import parse_request_settings
-from vllm_budgetdraft.errors import ConfigurationError
+from vllm_budgetdraft.errors import ConfigurationError, UnsupportedVllmError
 from vllm_budgetdraft.vllm_integration.patching import Function, is_ours
+
+#: Weights are discarded, and reloaded for the target alone.
+DISCARDS_WEIGHTS = 2
 
 
 def check_request(original: Function) -> Function:
@@ -26,6 +30,24 @@ def check_request(original: Function) -> Function:
             raise BadRequestError(str(error)) from None
 
     return _validate_spec_decode
+
+
+def refuse_deep_sleep(original: Function) -> Function:
+    signature = inspect.signature(original)
+
+    def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        level = bound.arguments["level"]
+        ours = is_ours(self.vllm_config.speculative_config)
+        if ours and level >= DISCARDS_WEIGHTS:
+            raise UnsupportedVllmError(
+                f"sleep level {level} discards the drafter's weights, which vLLM "
+                "would not reload; use level 1, which keeps them in host memory"
+            )
+        return original(self, *args, **kwargs)
+
+    return sleep
 
 
 def show_statistics(original: Function) -> Function:

@@ -73,12 +73,10 @@ PATCHES = (
     Patch(
         "vllm.config:VllmConfig._get_v2_model_runner_unsupported_features",
         "plugin",
-        "front end",
+        "all",
         every_process.support_runner_v2,
         symptom="vLLM chooses model runner V1, which is deprecated.",
-        reason=(
-            'V2 takes no "custom_class". Ours it can take, for `init_speculator` does.'
-        ),
+        reason='Its list of what V2 cannot do has "custom_class", by that name.',
         remove="a plugin can register a speculator",
         oldest=OLDEST_WITH_RUNNER_V2,
     ),
@@ -114,43 +112,58 @@ PATCHES = (
         front_end.show_statistics,
         symptom="`/metrics` says nothing of drafting but vLLM's own counts.",
         reason=(
-            "The entry point `vllm.stat_logger_plugins` would switch statistics on for "
-            "everybody who has this package installed."
+            "Its loggers are of a closed list, or of an entry point that switches "
+            "statistics on for every engine where this package is installed."
         ),
         remove="a logger can be added for one engine",
     ),
-    Patch(
-        "vllm.v1.engine.core:EngineCore.sleep",
-        "config",
-        "engine core",
-        engine_core.refuse_deep_sleep,
-        symptom="After sleep level 2, the drafter's weights are garbage.",
-        reason="vLLM discards all weights, and on waking reloads the target's alone.",
-        remove="it has a proposer reload its own",
+    *(
+        Patch(
+            target,
+            "config",
+            "front end",
+            front_end.refuse_deep_sleep,
+            symptom="After sleep level 2, the drafter's weights are garbage.",
+            reason="vLLM discards all weights, and reloads the target's alone.",
+            remove="vLLM has proposers reload their weights on waking",
+        )
+        for target in (
+            "vllm.v1.engine.llm_engine:LLMEngine.sleep",
+            "vllm.v1.engine.async_llm:AsyncLLM.sleep",
+        )
     ),
     Patch(
         "vllm.v1.core.sched.scheduler:Scheduler.__init__",
         "config",
         "engine core",
         engine_core.make_our_scheduler,
-        symptom="`scheduler.DraftScheduler`: what its methods are for.",
+        symptom="Everything that is listed under `DraftScheduler` below.",
         reason=(
-            "`scheduler_cls` has room for one class, which is the user's, and warns of "
-            "whatever is there."
+            "`scheduler_cls` has room for one class, which is the user's, and vLLM "
+            "warns of whatever is there."
         ),
-        remove="none of these methods is left",
+        remove="no method of `DraftScheduler` is left",
     ),
     Patch(
         "vllm.v1.worker.gpu_worker:Worker.load_model",
         "worker",
         "worker",
-        worker.make_ours,
+        worker.make_our_worker,
         symptom=(
-            "`worker.DraftWorker`, `v1.runner`, `v1.samplers`, `v2.runner`, "
-            "`v2.samplers`: what the methods there are for."
+            "Everything that is listed under `DraftWorker`, `DraftingRunner`, "
+            "`DraftingSampler` and `DraftVerifier` below."
         ),
-        reason="A worker makes its runner and its samplers itself.",
-        remove="none of these methods is left",
+        reason="A worker makes its runner, and that its samplers, of classes by name.",
+        remove="no method of these classes is left",
+    ),
+    Patch(
+        "vllm.v1.worker.gpu_model_runner:build_logitsprocs",
+        "worker",
+        "worker, V1",
+        worker.build_every_processor,
+        symptom="`min_p` and `logit_bias` are without effect.",
+        reason="vLLM builds no processor for them under speculation.",
+        remove="it does",
     ),
     Patch(
         "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",

@@ -6,19 +6,47 @@ from typing import Any
 from torch import Tensor
 
 from vllm_budgetdraft.attention.backend import is_gpu
-from vllm_budgetdraft.vllm_integration.patching import Function, is_ours, specialise
+from vllm_budgetdraft.vllm_integration.patching import Function, is_ours
 
 
-def make_ours(original: Function) -> Function:
+def make_our_worker(original: Function) -> Function:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         if is_ours(self.vllm_config.speculative_config):
-            from vllm_budgetdraft.vllm_integration.worker import DraftWorker
+            from vllm_budgetdraft.vllm_integration.worker import make_ours
 
-            specialise(self, DraftWorker)
-            self.make_runner_ours()
+            make_ours(self)
         original(self, *args, **kwargs)
 
     return load_model
+
+
+def build_every_processor(original: Function) -> Function:
+    from vllm.v1.sample.logits_processor import (
+        BUILTIN_LOGITS_PROCESSORS,
+        LogitsProcessors,
+    )
+
+    def build_logitsprocs(
+        vllm_config: Any,
+        device: Any,
+        is_pin_memory: bool,
+        is_pooling_model: bool,
+        custom_logitsprocs: Any = (),
+    ) -> Any:
+        if custom_logitsprocs or not is_ours(vllm_config.speculative_config):
+            return original(
+                vllm_config,
+                device,
+                is_pin_memory,
+                is_pooling_model,
+                custom_logitsprocs,
+            )
+        return LogitsProcessors(
+            processor(vllm_config, device, is_pin_memory)
+            for processor in BUILTIN_LOGITS_PROCESSORS
+        )
+
+    return build_logitsprocs
 
 
 def expand_every_type(original: Function) -> Function:

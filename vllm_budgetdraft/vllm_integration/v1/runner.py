@@ -4,11 +4,7 @@ import inspect
 from typing import Any
 
 import torch
-from vllm.utils.platform_utils import is_pin_memory_available
-from vllm.v1.sample.logits_processor import (
-    BUILTIN_LOGITS_PROCESSORS,
-    LogitsProcessors,
-)
+from typing_extensions import override
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -36,21 +32,14 @@ class DraftingRunner(GPUModelRunner):
 
     rejection_sampler: Any
 
+    @override
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Symptom: ``min_p`` and ``logit_bias`` are without effect under speculation.
-
-        Reason: vLLM builds no processors for them then. Remove when it does, and when
-        no method of ``v1.samplers`` is left.
-        """
+        """Makes the samplers ours, see ``v1/samplers.py``."""
         specialise(self.sampler, DraftingSampler)
         specialise(self.rejection_sampler, DraftVerifier)
-        # vLLM refuses logits processors of users' own under speculation.
-        self.input_batch.logitsprocs = LogitsProcessors(
-            processor(self.vllm_config, self.device, is_pin_memory_available())
-            for processor in BUILTIN_LOGITS_PROCESSORS
-        )
         super().load_model(*args, **kwargs)
 
+    @override
     def propose_draft_token_ids(
         self, scheduler_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -88,6 +77,7 @@ class DraftingRunner(GPUModelRunner):
         if self.drafter.reads_features and self.drafter.aux_layers:
             self.model.set_aux_hidden_state_layers(tuple(self.drafter.aux_layers))
 
+    @override
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         """Symptom: a step without drafts takes longer than without speculation, and on
         a CPU one with top_k fails ("max(): Expected reduction dim").
@@ -100,6 +90,7 @@ class DraftingRunner(GPUModelRunner):
             metadata = None
         return super()._sample(logits, metadata)
 
+    @override
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: Any, cu_num_scheduled_tokens: Any
     ) -> Any:
@@ -119,6 +110,7 @@ class DraftingRunner(GPUModelRunner):
             logits_indices=last,
         )
 
+    @override
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """Symptom: one request near ``max_model_len`` ends drafting for its batch.
 
@@ -128,6 +120,7 @@ class DraftingRunner(GPUModelRunner):
         """
         return common_attn_metadata is not None
 
+    @override
     def profile_run(self, *args: Any, **kwargs: Any) -> Any:
         """Symptom: a drafter's activations are missing from vLLM's memory profile.
 
@@ -136,6 +129,7 @@ class DraftingRunner(GPUModelRunner):
         self.drafter.profile_run()
         return super().profile_run(*args, **kwargs)
 
+    @override
     def _dummy_sampler_run(self, hidden_states: Any) -> Any:
         """Symptom: the first drafts of a server wait for kernels of vLLM's rejection
         sampler to be compiled (its JIT monitor warns of three).

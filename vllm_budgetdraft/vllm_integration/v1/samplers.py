@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 from vllm.v1.sample.logits_processor import (
     LogitBiasLogitsProcessor,
     MinPLogitsProcessor,
@@ -25,6 +26,7 @@ from vllm_budgetdraft.vllm_integration.v1.thinking_budget import (
 class DraftingSampler(Sampler):
     """Samples where there are no drafts, and what follows the last ones."""
 
+    @override
     def forward(
         self, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -37,6 +39,7 @@ class DraftingSampler(Sampler):
         with gathering(self, sampling_metadata, len(logits)) as changed:
             return super().forward(logits, changed, *args, **kwargs)
 
+    @override
     def apply_logits_processors(
         self, logits: Tensor, sampling_metadata: Any, predict_bonus_token: bool
     ) -> Tensor:
@@ -61,6 +64,7 @@ class DraftingSampler(Sampler):
 class DraftVerifier(RejectionSampler):
     """Verifies drafts, and samples the first token that is none."""
 
+    @override
     def forward(
         self,
         metadata: Any,
@@ -82,6 +86,7 @@ class DraftVerifier(RejectionSampler):
             )
             return super().forward(metadata, draft_probs, logits, changed)
 
+    @override
     def apply_logits_processors(
         self, logits: Tensor, sampling_metadata: Any, metadata: Any
     ) -> Tensor:
@@ -108,7 +113,8 @@ class DraftVerifier(RejectionSampler):
         for processor in sampling_metadata.logitsprocs.argmax_invariant:
             is_due = isinstance(processor, MinPLogitsProcessor) and len(logits)
             if is_due and processor.min_p_count and not sampling_metadata.all_greedy:
-                counts = torch.tensor(metadata.num_draft_tokens, device=logits.device)
+                ends_of = metadata.cu_num_draft_tokens
+                counts = ends_of.diff(prepend=ends_of.new_zeros(1))
                 of_drafts = copy(processor)
                 of_drafts.min_p = processor.min_p.repeat_interleave(
                     counts, 0, output_size=len(logits)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from typing_extensions import override
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_budgetdraft.vllm_integration.patching import specialise
@@ -14,6 +15,7 @@ from vllm_budgetdraft.vllm_integration.v2.samplers import (
 class DraftingRunner(GPUModelRunner):
     """A runner whose ``speculator`` is a ``Speculator`` of ours."""
 
+    @override
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Symptom: an EAGLE-3 head has nothing to read.
 
@@ -29,6 +31,7 @@ class DraftingRunner(GPUModelRunner):
         specialise(self.sampler, DraftingSampler)
         specialise(self.rejection_sampler, DraftVerifier)
 
+    @override
     def add_requests(self, scheduler_output: Any) -> None:
         """Symptom: a speculator cannot tell a request from another one with its index,
         nor what the request asked for.
@@ -41,6 +44,7 @@ class DraftingRunner(GPUModelRunner):
         for request in scheduler_output.scheduled_new_reqs:
             self.speculator.add_request(request.req_id, request)
 
+    @override
     def prepare_attn(self, input_batch: Any) -> Any:
         """Symptom: mask tokens that go along with verification cannot tell whose tokens
         they follow (``flex_decoding`` "parallel").
@@ -51,6 +55,7 @@ class DraftingRunner(GPUModelRunner):
         self.speculator.note_batch(input_batch)
         return super().prepare_attn(input_batch)
 
+    @override
     def take_draft_token_ids(self) -> Any:
         """Symptom: of a request that did not draft, its last token is verified,
         repeated; and drafts are verified that the drafter is not confident of.

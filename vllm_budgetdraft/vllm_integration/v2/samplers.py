@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
@@ -11,6 +12,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 class DraftingSampler(Sampler):
     """Samples where there are no drafts."""
 
+    @override
     def add_request(self, index: int, sampling_params: Any) -> None:
         """The other half of ``DraftVerifier``: who names tokens asks for as many
         logprobs. Where nobody asks for any, nothing is gathered.
@@ -24,6 +26,7 @@ class DraftingSampler(Sampler):
 class DraftVerifier(RejectionSampler):
     """Verifies drafts, and samples the first token that is none."""
 
+    @override
     def __call__(self, logits: Tensor, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Symptom: under any speculation in model runner V2, a request with
         ``logprob_token_ids`` gets logprobs for its first token only; beside one with
