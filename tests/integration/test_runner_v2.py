@@ -6,7 +6,6 @@ the engine schedules a step before it knows what the last one accepted.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -128,15 +127,19 @@ def test_what_it_does_is_counted_though_nothing_waits_for_the_device(budgeted, p
 def most_verified(
     engine: SteppedEngine, requests: list, most: list[int], is_patched: bool
 ) -> None:
-    """Fails unless each request has so many drafts verified at once, and never more."""
+    """Fails unless each request has as many drafts verified at once, and never more."""
+    from vllm_budgetdraft.vllm_integration.scheduler import DraftScheduler
+    from vllm_budgetdraft.vllm_integration.v2.runner import DraftingRunner
+
     scheduler, runner, found = engine._scheduler, engine._runner, [0] * len(requests)
-    schedule, take = type(scheduler).schedule, type(runner).take_draft_token_ids
+    schedule = scheduler.schedule
     if not is_patched:
-        schedule = schedule.__wrapped__
-        runner.take_draft_token_ids = partial(take.__wrapped__, runner)
+        schedule = super(DraftScheduler, scheduler).schedule
+        theirs = super(DraftingRunner, runner).take_draft_token_ids
+        runner.take_draft_token_ids = theirs
 
     def watched(*args: Any) -> Any:
-        output = schedule(scheduler, *args)
+        output = schedule(*args)
         for name, tokens in output.scheduled_spec_decode_tokens.items():
             index = int(name.removeprefix("request "))
             found[index] = max(found[index], len(tokens))

@@ -30,6 +30,8 @@ def vllm_process(
     if prepare is nothing:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
+    # That of now: what another process was forked from may know an older one.
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
     with ProcessPoolExecutor(
         1, context, initializer=_start, initargs=(prepare, environment)
     ) as processes:
@@ -48,6 +50,7 @@ def run_in_process(
 
 
 def _start(prepare: Callable[[], None], environment: dict[str, str]) -> None:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment
+    os.environ.clear()
+    os.environ.update(environment)
     gc.freeze()  # vLLM collects garbage several times as an engine starts
     prepare()
