@@ -1,12 +1,17 @@
 """Examples that start vLLM, as users run them, and vLLM's parser for the others."""
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
 
 import pytest
 
+from tests.support.processes import run_in_process
 from tests.test_examples import EXAMPLES, servers
 
 pytestmark = pytest.mark.vllm
@@ -46,6 +51,13 @@ def run(*command: str, **more: str) -> str:
     return done.stdout
 
 
+def printed_by(program: Path) -> str:
+    sys.path.insert(0, str(program.parent))  # as where Python runs it
+    with redirect_stdout(io.StringIO()) as printed, suppress(SystemExit):
+        runpy.run_path(str(program), run_name="__main__")
+    return printed.getvalue()
+
+
 def test_vllm_takes_the_commands() -> None:
     commands = servers()
     output = run("-c", PARSE, input=json.dumps(commands))
@@ -55,4 +67,5 @@ def test_vllm_takes_the_commands() -> None:
 
 @pytest.mark.parametrize("program", ["offline.py", "custom_policy.py"])
 def test_outputs_are_plain_vllms(program: str) -> None:
-    assert "equal to plain vLLM's: 4 of 4" in run(str(EXAMPLES / program))
+    printed = run_in_process(printed_by, EXAMPLES / program)
+    assert "equal to plain vLLM's: 4 of 4" in printed

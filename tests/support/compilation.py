@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +255,7 @@ def spills_in_loops(assembly: str) -> int:
     return sum(any(first <= at <= last for first, last in loops) for at in spills)
 
 
+@cache
 def resources(kernel: Any) -> dict[str, Any]:
     """What one compiled kernel takes of a multiprocessor, and how it reads memory."""
     import triton
@@ -263,20 +264,24 @@ def resources(kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        dump = subprocess.run(
-            [tool, "--dump-resource-usage", "--dump-sass", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
+
+        def dumped(option: str) -> str:
+            command = [tool, option, file.name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            return done.stdout
+
+        usage = dumped("--dump-resource-usage")
+        found = {n: int(x) for n, x in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        stack_bytes = found["STACK"] + found["LOCAL"]
+        # Registers are put aside on the stack alone, and to look where takes long.
+        spills = spills_in_loops(dumped("--dump-sass")) if stack_bytes else 0
     copies = r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)"
     return {
         "kernel": kernel.metadata.name,
         "threads": 32 * kernel.metadata.num_warps,
         "registers": found["REG"],
-        "stack_bytes": found["STACK"] + found["LOCAL"],
-        "spills_in_loops": spills_in_loops(dump),
+        "stack_bytes": stack_bytes,
+        "spills_in_loops": spills,
         "shared_bytes": kernel.metadata.shared,
         "async_copy_bytes": sorted(
             {int(n, 16) for n in re.findall(copies, kernel.asm["ptx"])}
