@@ -70,10 +70,10 @@ def test_a_proposer_drafts_the_same_with_either(tmp_path, config, settings):
             num_slots=2,
             max_model_len=128,
             attention_backend=backend,
-            num_speculative_tokens=2,
-            kv_budget=46,
+            num_speculative_tokens=3,
+            kv_budget=40,
             page_size=8,
-            recent_window=18,
+            recent_window=20,
             draft_prefill_chunk=50,
             **settings,
         )
@@ -81,11 +81,11 @@ def test_a_proposer_drafts_the_same_with_either(tmp_path, config, settings):
         requests.start(0, 70, seed=1)
         requests.start(1, 3, seed=2)
         rounds = []
-        for _ in range(13):
+        for _ in range(14):
             rounds.append(requests.draft([1, 0]))
             for slot, drafts in rounds[-1].items():
                 requests.verify(slot, drafts)
-        evicted_at_first = 70 - 2 - 46
+        evicted_at_first = 70 - 2 - 40
         assert proposer.cache.num_evicted[0] > evicted_at_first, "no page was evicted"
         return rounds
 
