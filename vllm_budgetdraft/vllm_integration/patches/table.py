@@ -153,7 +153,7 @@ PATCHES = (
             "Everything that is listed under `DraftWorker`, `DraftingRunner`, "
             "`DraftingSampler` and `DraftVerifier` below."
         ),
-        reason="A worker makes its runner, and that its samplers, of classes by name.",
+        reason="A worker makes its runner, a runner its samplers; neither can be told.",
         remove="no method of these classes is left",
     ),
     Patch(
@@ -163,7 +163,7 @@ PATCHES = (
         worker.build_every_processor,
         symptom="`min_p` and `logit_bias` are without effect.",
         reason="vLLM builds no processor for them under speculation.",
-        remove="it does",
+        remove="it builds them",
     ),
     Patch(
         "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
