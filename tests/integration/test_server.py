@@ -89,7 +89,7 @@ def test_metrics_are_vllms_and_ours(server: Server, client: "OpenAI") -> None:
 @pytest.mark.parametrize("ends", ["by itself", "with its client"])
 def test_pages_are_in_use_while_a_request_is_there(ends, server, client) -> None:
     # Enough to be seen by somebody who asks for metrics on a busy machine.
-    options = {**REQUEST, "max_tokens": 3000, "extra_body": {"ignore_eos": True}}
+    options = {**REQUEST, "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
     pieces = client.completions.create(prompt=PROMPT, stream=True, **options)
     next(pieces)
     in_use = "vllm_budgetdraft:pages_in_use"
