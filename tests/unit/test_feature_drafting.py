@@ -18,7 +18,6 @@ from tests.support.heads import write_head
 from tests.unit.test_feature_drafter import causal
 from vllm_budgetdraft.config import BudgetDraftConfig, speculative
 from vllm_budgetdraft.drafter.feature_modeling import FeatureDrafter
-from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.proposer.building import build_proposer
 from vllm_budgetdraft.proposer.draft_proposer import DraftProposer
 
@@ -289,18 +288,6 @@ def test_a_request_that_asks_for_nothing_does_not_hide_who_drafts(tmp_path):
         engine.contexts[name].append(6)
     step(engine, a=(20, 1, True), b=(20, 1, True))
     assert engine.drafter.has_only_drafted
-
-
-def test_a_vllm_that_cannot_ask_refuses_heads_and_no_others(monkeypatch, tmp_path):
-    from vllm_budgetdraft.vllm_integration.v1 import runner
-    from vllm_budgetdraft.vllm_integration.v1.proposer import BudgetDraftProposer
-
-    monkeypatch.setattr(runner, "ASKS_FOR_STATES", "_no_such_method")
-    proposer = object.__new__(BudgetDraftProposer)
-    proposer._config = SimpleNamespace(drafter_type="eagle3")
-    proposer._is_parallel = False
-    with pytest.raises(UnsupportedVllmError, match="asks no target for what"):
-        proposer.load_model(torch.nn.Identity())
 
 
 def test_requests_that_ask_for_nothing_get_nothing(tmp_path):

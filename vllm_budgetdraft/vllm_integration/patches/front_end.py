@@ -12,13 +12,10 @@ DISCARDS_WEIGHTS = 2
 
 
 def check_request(original: Function) -> Function:
-    from vllm import exceptions
+    from vllm.exceptions import VLLMClientError
 
-    # Older vLLM answers any ValueError with 400; newer ones only their own.
-    client_error: Any = getattr(exceptions, "VLLMClientError", ValueError)
-
-    class BadRequestError(ConfigurationError, client_error):
-        """What a client asks for and may not."""
+    class BadRequestError(ConfigurationError, VLLMClientError):
+        """What a client asks for and may not, which vLLM answers with 400."""
 
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if not is_ours(speculative_config):

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import vllm
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
 from vllm_budgetdraft.drafter.feature_checkpoint import read_feature_config
-from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.flexdraft.proposer import MaskProposer
 from vllm_budgetdraft.proposer.adaptive_length import AdaptiveLength
 from vllm_budgetdraft.proposer.draft_length import doublings, scheduled_length
@@ -26,7 +24,6 @@ from vllm_budgetdraft.vllm_integration.core_loader import (
 from vllm_budgetdraft.vllm_integration.flex_rounds import FlexRounds
 from vllm_budgetdraft.vllm_integration.patches import table
 from vllm_budgetdraft.vllm_integration.step_timing import time_steps
-from vllm_budgetdraft.vllm_integration.v1 import runner
 from vllm_budgetdraft.vllm_integration.v1.drafting import Drafting, Request
 from vllm_budgetdraft.vllm_integration.v1.feature_drafting import FeatureDrafting
 from vllm_budgetdraft.vllm_integration.v1.own_cache_drafting import OwnCacheDrafting
@@ -61,11 +58,6 @@ class BudgetDraftProposer:
 
     def load_model(self, target: nn.Module) -> None:
         """Allocates everything: only what lives after this does vLLM count as used."""
-        if self.reads_features and not runner.can_ask_for_states():
-            raise UnsupportedVllmError(
-                f"vLLM {vllm.__version__}: its model runner V1 asks no target for what "
-                "an EAGLE-3 head reads; use a newer vLLM, or a decoder"
-            )
         embedding = None
         if self.reads_features:
             embedding = embedding_for(self._config.model, target)

@@ -16,15 +16,7 @@ from vllm_budgetdraft.vllm_integration.v1.samplers import (
     verify_all_kinds,
 )
 
-#: Has the target tell what its layers think.
-ASKS_FOR_STATES = "_setup_eagle3_aux_hidden_state_outputs"
-
 PROPOSE = inspect.signature(GPUModelRunner.propose_draft_token_ids)
-
-
-def can_ask_for_states() -> bool:
-    """Whether this vLLM has a place where a target is asked what its layers think."""
-    return hasattr(GPUModelRunner, ASKS_FOR_STATES)
 
 
 class DraftingRunner(GPUModelRunner):
@@ -65,6 +57,7 @@ class DraftingRunner(GPUModelRunner):
             self._draft_prob_req_ids, self._draft_probs = taken
         return drafts
 
+    @override
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
         """Symptom: an EAGLE-3 head has nothing to read.
 
