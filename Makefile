@@ -29,7 +29,7 @@ test-slow: setup ## Run the slow tests.
 	$(PYTEST) -m slow $(ARGS)
 
 test-versions: setup ## Run tests of the seam on the oldest and the newest vLLM.
-	@$(BIN)/python tools/other_vllm.py 0.27.0 0.33.0
+	@$(BIN)/python tools/other_vllm.py
 
 coverage: setup ## Lines of the core that tests without an engine run: 90 % at least.
 	$(PYTEST) tests/unit tests/kernel_parity tests/training --cov --cov-fail-under=90 $(ARGS)

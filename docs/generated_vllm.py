@@ -6,7 +6,6 @@ from pathlib import Path
 
 from markup import code, prose, table
 
-from vllm_budgetdraft.vllm_integration.compatibility import OLDEST
 from vllm_budgetdraft.vllm_integration.metrics.statistics import (
     COUNTERS,
     GAUGES,
@@ -44,7 +43,7 @@ def patches() -> str:
     for patch in PATCHES:
         module, name = patch.target.split(":")
         versions = "all"
-        if patch.oldest != OLDEST:
+        if patch.oldest is not None:
             versions = "{}.{} and later".format(*patch.oldest)
         rows.append(
             [

@@ -1,4 +1,4 @@
-"""Examples that start vLLM, as users run them, and vLLM's parser for the others."""
+"""Examples that start vLLM, and vLLM's parser for the others."""
 
 import io
 import json

@@ -7,6 +7,7 @@ that it is gone.
 import asyncio
 import importlib
 import inspect
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.engines import ENGINE_ARGS
 from tests.support.patches import make_engine_args, make_patched_config, theirs
 from tests.support.processes import nothing
 from vllm_budgetdraft import vllm_integration
 from vllm_budgetdraft.errors import UnsupportedVllmError
 from vllm_budgetdraft.vllm_integration.compatibility import supports_runner_v2
+from vllm_budgetdraft.vllm_integration.patches.table import PATCHES, due
 
 pytestmark = pytest.mark.vllm
 
@@ -119,6 +122,68 @@ class StopError(Exception):
 
 async def soon(*_: Any) -> None:
     """Nothing."""
+
+
+def test_vllm_builds_no_processor_for_min_p_and_logit_bias(config):
+    from vllm.v1.worker import gpu_model_runner
+
+    def names(build: Any) -> set[str]:
+        built = build(config, torch.device("cpu"), False, False)
+        return {type(each).__name__ for each in built.all}
+
+    ours = {"MinPLogitsProcessor", "LogitBiasLogitsProcessor"}
+    assert not ours & names(theirs("build_logitsprocs"))
+    assert ours <= names(gpu_model_runner.build_logitsprocs)
+
+
+def test_a_vllm_of_any_version_knows_the_method_and_says_that_it_is_not_supported():
+    for version in ("0.24.0", "0.99.0", "dev"):
+        targets = {patch.target for patch in due("plugin", version)}
+        assert "vllm.engine.arg_utils:EngineArgs.create_speculative_config" in targets
+    assert len(due("plugin", "0.27.0")) == 1  # its V2 takes no speculator
+    assert len(due("plugin", "0.33.0")) == 3
+
+
+def test_engines_of_others_are_left_alone(config):
+    """In a process that has ours, too."""
+    from vllm import SamplingParams, exceptions
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    others = EngineArgs(**ENGINE_ARGS, speculative_config=ngram).create_engine_config()
+    assert type(make_scheduler(others)) is Scheduler
+    with pytest.raises(exceptions.VLLMValidationError, match="min_p"):
+        SamplingParams(min_p=0.1)._validate_spec_decode(others.speculative_config)
+    processors = gpu_model_runner.build_logitsprocs(
+        others, torch.device("cpu"), False, False
+    )
+    assert len([*processors.all]) == 1
+    asked: list[int] = []
+    LLMEngine.sleep(
+        SimpleNamespace(
+            vllm_config=others,
+            engine_core=SimpleNamespace(sleep=lambda level, *_: asked.append(level)),
+            renderer=SimpleNamespace(clear_mm_cache=nothing),
+            logger_manager=None,
+            reset_mm_cache=nothing,
+        ),
+        2,
+    )
+    assert asked == [2]
+    worker = object.__new__(Worker)
+    worker.vllm_config = others
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise StopError
+
+    worker._maybe_get_memory_pool_context = stop
+    with pytest.raises(StopError):
+        worker.load_model()
+    assert type(worker) is Worker
 
 
 # The scheduler.
@@ -319,3 +384,11 @@ def test_every_method_that_is_overridden_is_held_by_a_test():
         file, _, name = test.rpartition(".")
         path = Path(__file__).with_stem(file) if file else Path(__file__)
         assert f"\ndef {name}" in path.read_text(), test
+
+
+def test_each_wrapper_has_a_test_without_it():
+    here = Path(__file__)
+    text = here.read_text() + here.with_stem("test_samplers").read_text()
+    for patch in PATCHES:
+        name = patch.target.rpartition(".")[2].rpartition(":")[2]
+        assert re.search(rf'theirs\([^)]*{name}|"{name}"', text), patch.target

@@ -273,7 +273,7 @@ def resources(kernel: Any) -> dict[str, Any]:
         usage = dumped("--dump-resource-usage")
         found = {n: int(x) for n, x in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         stack_bytes = found["STACK"] + found["LOCAL"]
-        # Registers are put aside on the stack alone, and to look where takes long.
+        # Without a stack nothing is spilled, and disassembling is slow.
         spills = spills_in_loops(dumped("--dump-sass")) if stack_bytes else 0
     copies = r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)"
     return {

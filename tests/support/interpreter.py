@@ -2,9 +2,9 @@
 
 It cuts numbers off where it converts them to bfloat16 and float8, multiplies the bits
 of bfloat16 matrices as if they were integers, fails at the largest of only NaN and at
-masks that were computed with numbers, and lacks log1p. And it looks for what to wrap of
-the language at each call of a function within a kernel, which takes a quarter of its
-time; once a launch is enough.
+masks that were computed with numbers, and lacks log1p. It also patches the
+language again at every call inside a kernel, which is a quarter of its time; once per
+launch suffices.
 """
 
 from types import SimpleNamespace

@@ -30,7 +30,7 @@ def vllm_process(
     if prepare is nothing:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
-    # That of now: what another process was forked from may know an older one.
+    # The forkserver keeps the environment that it started with.
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
     with ProcessPoolExecutor(
         1, context, initializer=_start, initargs=(prepare, environment)
@@ -50,7 +50,6 @@ def run_in_process(
 
 
 def _start(prepare: Callable[[], None], environment: dict[str, str]) -> None:
-    os.environ.clear()
     os.environ.update(environment)
     gc.freeze()  # vLLM collects garbage several times as an engine starts
     prepare()

@@ -65,7 +65,7 @@ def build(drafter: Path, **settings: Any) -> DraftProposer:
 
 @contextmanager
 def looked_at(operations: ModuleType) -> Iterator[Launches]:
-    """Launches and their arguments alone are, and no kernel computes anything."""
+    """Records launches and checks their arguments; kernels compute nothing."""
     with every_argument_is_checked(operations), idle_kernels():
         with Launches().record() as launches:
             yield launches

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vllm_budgetdraft.vllm_integration.compatibility import (
-    OLDEST,
     OLDEST_WITH_RUNNER_V2,
     is_at_least,
 )
@@ -18,9 +17,9 @@ from vllm_budgetdraft.vllm_integration.patches import (
 )
 from vllm_budgetdraft.vllm_integration.patching import Function, wrap_method
 
-#: When a patch is applied: as vLLM loads plugins, in every process; where a config of
-#: ours is loaded, that is in every process of an engine of ours; or in the worker, as
-#: it makes what drafts.
+#: When a patch is applied: "plugin", when vLLM loads plugins, in every process;
+#: "config", when our config is first imported, in every process of an engine of ours;
+#: "worker", when what drafts is built.
 Moment = Literal["plugin", "config", "worker"]
 
 
@@ -36,7 +35,8 @@ class Patch:
         symptom: what users see without it.
         reason: why vLLM is so.
         remove: when it can go.
-        oldest: the oldest vLLM that it is for.
+        oldest: the oldest vLLM that it is for; None for any, also for one that is not
+            supported, for the plugin to say so.
     """
 
     target: str
@@ -46,7 +46,7 @@ class Patch:
     symptom: str
     reason: str
     remove: str
-    oldest: tuple[int, int] = OLDEST
+    oldest: tuple[int, int] | None = None
 
     def apply(self) -> None:
         module, name = self.target.split(":")
@@ -213,6 +213,15 @@ def apply(moment: Moment) -> None:
     """
     import vllm
 
-    for patch in PATCHES:
-        if patch.moment == moment and is_at_least(vllm.__version__, patch.oldest):
-            patch.apply()
+    for patch in due(moment, vllm.__version__):
+        patch.apply()
+
+
+def due(moment: Moment, version: str) -> list[Patch]:
+    """The patches of a moment that a vLLM of this version needs."""
+    return [
+        patch
+        for patch in PATCHES
+        if patch.moment == moment
+        and (patch.oldest is None or is_at_least(version, patch.oldest))
+    ]
