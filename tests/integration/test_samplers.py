@@ -1,5 +1,6 @@
 """vLLM's samplers under speculation: what is wrong with them, and right with ours."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -160,6 +161,41 @@ def test_verification_heeds_min_p_and_logit_bias_where_vllms_does_not(config):
     left = likely >= 0.2 * likely.max()
     assert torch.equal(found[2] > -torch.inf, left)
     assert torch.equal(found[2][left], raw[2][left])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_min_p_leaves_what_it_leaves_at_the_temperature_of_each_row(seed, config):
+    """Greedy rows among them, whose temperature is 0."""
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate
+
+    rng = random.Random(seed)
+    temperatures = [rng.choice([0.0, 0.3, 1.0, 2.0]) for _ in range(2)] + [1.0]
+    asked = [rng.choice([0.0, 0.05, 0.4]) for _ in range(2)] + [0.2]
+    added = [
+        (row, SamplingParams(min_p=each), [], []) for row, each in enumerate(asked)
+    ]
+    kind = MinPLogitsProcessor(config, torch.device("cpu"), False)
+    kind.update_state(BatchUpdate(batch_size=3, removed=[], added=added, moved=[]))
+    given = sampling(
+        config,
+        3,
+        all_random=False,
+        temperature=torch.tensor(temperatures),
+        logitsprocs=LogitsProcessors([kind]),
+    )
+    drafts = [[1] * rng.randint(0, 3), [2], [3, 4]]
+    rows = [row for row, each in enumerate(drafts) for _ in each]
+    raw = logits_of(len(rows), seed)
+    _, verifier = samplers(is_ours=True)
+    metadata = verification(drafts)
+    found = verifier.apply_logits_processors(raw.clone(), given, metadata)
+    for row, before, after in zip(rows, raw, found, strict=True):
+        likely = (before / (temperatures[row] or 1)).softmax(0)
+        left = likely >= asked[row] * likely.max()
+        assert torch.equal(after, before.masked_fill(~left, -torch.inf))
 
 
 def test_named_logprobs_of_every_token_where_vllm_has_those_of_the_first(config):

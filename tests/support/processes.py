@@ -24,7 +24,7 @@ def vllm_process(
 
     Args:
         prepare: what it does first, a function of some module's top level.
-        environment: more of its variables; ``tests.conftest`` has those of every one.
+        environment: variables for it alone; ``tests.conftest`` sets the common ones.
     """
     context = multiprocessing.get_context("spawn")
     if prepare is nothing:

@@ -21,7 +21,7 @@ MOST_DRAFTS = "budgetdraft_most_drafts"
 
 
 @dataclass
-class Drafting:
+class DraftingState:
     """What a ``DraftScheduler`` knows of drafting.
 
     Attributes:
@@ -40,7 +40,7 @@ class Drafting:
 class DraftScheduler(Scheduler):
     """A scheduler that knows of drafts, and tells workers who may share contexts."""
 
-    budgetdraft: Drafting
+    budgetdraft: DraftingState
 
     def begin_drafting(self) -> None:
         """To be called when vLLM's scheduler is there.
@@ -53,7 +53,7 @@ class DraftScheduler(Scheduler):
         speculator can say it.
         """
         settings = self.vllm_config.speculative_config.settings
-        self.budgetdraft = known = Drafting(settings)
+        self.budgetdraft = known = DraftingState(settings)
         is_v2 = getattr(self.vllm_config, "use_v2_model_runner", False)
         if is_v2 and settings.adaptive_draft_length:
             known.adaptive = AdaptiveSchedule(self, settings, known.statistics)

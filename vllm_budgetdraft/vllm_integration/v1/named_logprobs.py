@@ -13,7 +13,7 @@ def gathering(sampler: Any, sampling_metadata: Any, num_requests: int) -> Iterat
     """Has a sampler gather what each request asks for, where some name tokens.
 
     Yields:
-        Metadata that let it gather the likeliest tokens' of all.
+        Metadata by which the sampler gathers logprobs for every request.
     """
     named = sampling_metadata.logprob_token_ids
     if not named:

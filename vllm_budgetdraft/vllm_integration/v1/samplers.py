@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from typing_extensions import override
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import (
     LogitBiasLogitsProcessor,
     MinPLogitsProcessor,
@@ -113,16 +114,12 @@ class DraftVerifier(RejectionSampler):
         for processor in sampling_metadata.logitsprocs.argmax_invariant:
             is_due = isinstance(processor, MinPLogitsProcessor) and len(logits)
             if is_due and processor.min_p_count and not sampling_metadata.all_greedy:
-                ends_of = metadata.cu_num_draft_tokens
-                counts = ends_of.diff(prepend=ends_of.new_zeros(1))
+                places = metadata.cu_num_draft_tokens, len(logits)
+                expand = rejection_sampler.expand_batch_to_tokens
                 of_drafts = copy(processor)
-                of_drafts.min_p = processor.min_p.repeat_interleave(
-                    counts, 0, output_size=len(logits)
-                )
-                temperature = sampling_metadata.temperature.repeat_interleave(
-                    counts, output_size=len(logits)
-                )
-                temperature.masked_fill_(temperature == 0, 1)
+                of_drafts.min_p = expand(processor.min_p[:, 0], *places)[:, None]
+                # Greedy requests have 0 there, by which nothing can be divided.
+                temperature = expand(sampling_metadata.temperature, *places, 0, 1)
                 left = of_drafts.apply(logits / temperature[:, None])
                 logits.masked_fill_(left.isneginf(), -torch.inf)
         return logits
